@@ -1,0 +1,71 @@
+# Every target but `help` and `clean` first makes .venv with all that is needed, once.
+# PYTHON chooses the interpreter that .venv is made with; ARGS goes to the command of demo, test and bench.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+READY := .venv/.ready
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_ROOT_USER_ACTION := ignore
+
+.PHONY: help setup demo test check lint types format bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+setup: $(READY) ## make .venv (once; again when pyproject.toml or constraints.txt change)
+	@echo ".venv is ready"
+
+demo: $(READY) ## train a real model on this machine's cores
+	@$(BIN)/paceline demo $(ARGS)
+
+test: $(READY) ## run the tests
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: lint types test ## lint, types and tests: what must pass before a change lands
+
+lint: $(READY) ## ruff: rules and format
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+
+types: $(READY) ## mypy, strict
+	@$(BIN)/mypy
+
+format: $(READY) ## let ruff mend what it can
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+bench: $(READY) ## measure on this machine
+	@$(BIN)/python benchmarks/one_host.py $(ARGS)
+
+clean: ## remove .venv, caches and builds; runs/ stays
+	rm -rf .venv dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Debian's python3 comes without ensurepip, and `venv` fails without it: the package python3-venv brings it.
+CAN_MAKE_VENV = $(PYTHON) -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
+
+$(READY): pyproject.toml constraints.txt
+	@if ! $(CAN_MAKE_VENV) && [ "$(PYTHON)" = python3 ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "installing Debian's python3-venv"; \
+	  export DEBIAN_FRONTEND=noninteractive; \
+	  apt-get update -qq >/dev/null || true; \
+	  apt-get install -y -qq --no-install-recommends python3 python3-venv >/dev/null || true; \
+	fi
+	@if ! $(CAN_MAKE_VENV); then \
+	  echo "error: '$(PYTHON)' cannot make a virtual environment ($$($(PYTHON) --version 2>/dev/null || echo 'it does not start'))" >&2; \
+	  echo "why:   CPython 3.11 or newer with the modules venv and ensurepip is needed" >&2; \
+	  echo "fix:   sudo apt-get install python3-venv      or, for another Python: make setup PYTHON=python3.12" >&2; \
+	  exit 1; \
+	fi
+	@echo "setting up .venv (once, about a minute)"
+	@$(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear .venv
+	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,examples]'
+	@touch $@

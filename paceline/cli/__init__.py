@@ -1,0 +1,1 @@
+"""The command line: the commands, the face of a run, and nothing that trains."""

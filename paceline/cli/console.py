@@ -1,0 +1,197 @@
+"""The face of a run: header, progress, the script's own output, and how it ended.
+
+The last stage of the records' way: the engine hands each to ``Console.__call__``. On a terminal one line
+is redrawn in place, ten times a second at most; elsewhere a line is added every ten seconds. It is drawn
+when a record arrives and by no thread of its own, because the launcher forks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TextIO
+
+from rich.console import Console as Screen
+from rich.text import Text
+
+import paceline
+from paceline.cli import figures
+from paceline.cli.host import machine
+from paceline.cli.progress import Progress, Standing
+from paceline.config import Job
+from paceline.events import Epoch, Metric, Notice, Output, Record, Started, Summary, Wrapped
+
+REDRAW_S = 0.1
+PLAIN_LINE_S = 10.0
+BAR_CELLS = 20
+ERASE = "\r\x1b[2K\x1b[0m"  # to the line's start, all of it away, and no colour that the script left on
+ROUTINE = {"join", "leave"}  # notices that every healthy run has
+
+
+class Console:
+    """``screen`` takes our own lines, ``output`` what the script prints; they may be the same stream.
+
+    With ``live`` the progress is redrawn in place. ``quiet`` leaves only the script's output.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        screen: Screen,
+        output: TextIO,
+        *,
+        live: bool,
+        quiet: bool = False,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._job, self._screen, self._output, self._quiet, self._now = job, screen, output, quiet, now
+        self._live = live and not quiet
+        self._same = screen.file is output or (screen.file.isatty() and output.isatty())
+        self._progress = Progress(job)
+        self._due_s = now() + (REDRAW_S if live else PLAIN_LINE_S)
+        self._drawn = ""  # the progress line as it stands on the screen
+        self._held = ""  # a line that the script has not finished, while a progress line is on the screen
+        self._at_start = True  # whether the last character that the script printed ended a line
+        self.summary: Summary | None = None
+        self.directory: str | None = None
+
+    def __call__(self, record: Record) -> None:
+        match record:
+            case Metric():
+                self._progress.add(record)
+                self._tick()
+            case Output():
+                self._print(record.text)
+            case Epoch():
+                self._progress.epoch_begins(record)
+            case Started():
+                self.directory = record.directory
+            case Wrapped():
+                self.say(f"{self._job.name} · {model(record)}")
+            case Notice():
+                if record.kind not in ROUTINE:
+                    self.say(f"{figures.duration(record.time_s)}: {record.text}")
+            case Summary():
+                self.summary = record
+                self.settle()
+
+    def say(self, *lines: str | Text) -> None:
+        """Prints lines of ours, above the progress line. Nothing if quiet."""
+        if self._quiet:
+            return
+        self._erase()
+        if self._same:
+            self.end_line()
+        for line in lines:
+            self._screen.print(line, soft_wrap=True)
+        self._restore()
+
+    def settle(self) -> None:
+        """Takes the progress line away for good, and prints what was held back because of it."""
+        self._erase()
+        self._drawn, self._live = "", False
+        held, self._held = self._held, ""
+        self._print(held)
+
+    def end_line(self) -> None:
+        """Ends the line that the script left open, if it did."""
+        if not self._at_start:
+            self._print("\n")
+
+    def _tick(self) -> None:
+        now = self._now()
+        if now < self._due_s or self._quiet:
+            return
+        if self._live:
+            self._due_s = now + REDRAW_S
+            with self._screen.capture() as capture:
+                self._screen.print(live_line(self._progress.look(), self._screen.width - 1), end="")
+            self._drawn = capture.get()
+            self._screen.file.write(ERASE + self._drawn)
+            self._screen.file.flush()
+        elif self._at_start or not self._same:
+            self._due_s = now + PLAIN_LINE_S
+            self._screen.print(plain_line(self._progress.look()), soft_wrap=True)
+
+    def _print(self, text: str) -> None:
+        """The script's text, unchanged. Below a live line only whole lines are printed."""
+        if self._live and self._same:
+            whole, newline, self._held = (self._held + text).rpartition("\n")
+            text = whole + newline
+        if not text:
+            return
+        self._erase()
+        self._output.write(text)
+        self._output.flush()
+        self._at_start = text.endswith("\n")
+        self._restore()
+
+    def _erase(self) -> None:
+        if self._drawn:
+            self._screen.file.write(ERASE)
+            self._screen.file.flush()
+
+    def _restore(self) -> None:
+        if self._drawn:
+            self._screen.file.write(self._drawn)
+            self._screen.file.flush()
+
+
+def header(job: Job) -> str:
+    version = paceline.__version__.removesuffix(".0")
+    processes = figures.plural(job.workers, "worker")
+    if job.servers:
+        processes += f" and {figures.plural(job.servers, 'server')}"
+    return f"paceline {version} · {processes} on this machine ({machine()}) · pace {job.pace} · engine local"
+
+
+def model(record: Wrapped) -> str:
+    size = figures.size(record.size_bytes)
+    return f"{figures.count(record.parameters)} parameters ({size}) · {record.optimizer}"
+
+
+def live_line(standing: Standing, width: int) -> Text:
+    """The progress line, at most ``width`` cells: the bar gives way first, then the end is cut."""
+    facts = "  ".join(_facts(standing))
+    line = Text(no_wrap=True)
+    line.append(standing.label, style="bold")
+    cells = min(BAR_CELLS, width - len(standing.label) - len(facts) - 4)
+    if standing.share is not None and cells >= 5:
+        halves = round(standing.share * cells * 2)
+        full = "━" * (halves // 2) + "╸" * (halves % 2)
+        line.append(" ").append(full, style="cyan").append("━" * (cells - len(full)), style="bright_black")
+    line.append("  ").append(facts)
+    line.truncate(max(width, 1), overflow="ellipsis")
+    return line
+
+
+def plain_line(standing: Standing) -> str:
+    return "  ".join([standing.label, *_facts(standing)])
+
+
+def _facts(standing: Standing) -> list[str]:
+    share = standing.share
+    facts = [f"{figures.percent(share):>5}" if share is not None else f"step {standing.done:,}"]
+    if standing.loss is not None:
+        facts.append(f"loss {figures.loss(standing.loss)}")
+    facts.append(f"{figures.rate(standing.samples_per_s)} samples/s")
+    sent = standing.bytes_sent
+    facts.append(f"sent {figures.size(sent)}" if sent else "sent 0 MB (shared memory)")
+    if standing.left_s is not None:
+        facts.append(f"ETA {figures.clock(standing.left_s)}")
+    return facts
+
+
+def ending(summary: Summary, *more: str) -> str:
+    """``done in 0:58 · loss 1.98 · waited 4 % of the time``, with ``more`` after the loss."""
+    verb = "done in" if summary.status == "done" else f"{summary.status} after"
+    parts = [f"{verb} {figures.duration(summary.seconds)}"]
+    if summary.loss is not None:
+        parts.append(f"loss {figures.loss(summary.loss)}")
+    parts += more
+    if summary.steps:
+        parts.append(f"{figures.rate(summary.samples_per_s)} samples/s")
+        parts.append(f"waited {figures.percent(summary.waiting)} of the time")
+    else:
+        parts.append("no step was taken")
+    return " · ".join(parts)

@@ -1,0 +1,153 @@
+"""The options of a run: where each value came from, and the ``Job`` they make.
+
+A value is looked for in a flag, then in the environment (``PACELINE_WORKERS``), then in the --config file,
+and is else the default. Flags and environment are text and are converted here alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Group, Parameter
+
+from paceline import config_file
+from paceline.config import ASSIGNMENTS, PACES, Job, parse_pace
+from paceline.errors import UsageError
+
+JOB = Group("The job", sort_key=1)
+SHOWN = Group("What is shown", sort_key=2)
+
+
+def _option(metavar: str, text: str, group: Group = JOB) -> Parameter:
+    return Parameter(help=text, metavar=metavar, group=group)
+
+
+def _switch(text: str) -> Parameter:
+    return Parameter(help=text, negative="", show_default=False, group=SHOWN)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class JobFlags:
+    """What was written on the command line; None is what was not."""
+
+    workers: Annotated[str | None, _option("N", "processes that train [default: 2]")] = None
+    servers: Annotated[
+        str | None, _option("K", "processes that hold the parameters; 0: the workers do [default: 0]")
+    ] = None
+    pace: Annotated[str | None, _option("PACE", f"{', '.join(PACES)} [default: sync]")] = None
+    assign: Annotated[
+        str | None, _option("HOW", f"how samples are dealt out: {', '.join(ASSIGNMENTS)} [default: round_robin]")
+    ] = None
+    threads: Annotated[str | None, _option("N", "threads of each process [default: cores / workers]")] = None
+    seed: Annotated[str | None, _option("N", "of everything random [default: 0]")] = None
+    steps: Annotated[str | None, _option("N", "stop after so many rounds")] = None
+    epochs: Annotated[str | None, _option("N", "stop after so many passes over the data")] = None
+    until_loss: Annotated[str | None, _option("X", "stop when the loss is down to this")] = None
+    patience: Annotated[str | None, _option("N", "stop after so many looks (100 rounds or a pass) without a better loss")] = None
+    run_dir: Annotated[str | None, _option("DIR", "folder of the run directories [default: runs]")] = None
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ShowFlags:
+    """What is shown, and whether anything is started."""
+
+    json: Annotated[bool, _switch("one JSON object as the last line of stdout; other text to stderr")] = False
+    quiet: Annotated[bool, _switch("nothing but the script's own output and errors")] = False
+    dry_run: Annotated[bool, _switch("show what would run, and where each value came from; start nothing")] = False
+
+
+CONFIG = Parameter(name="--config", help="a config.toml to take values from", metavar="FILE", group=JOB)
+
+OPTIONS = tuple(field.name for field in dataclasses.fields(JobFlags))
+SWITCHES = tuple(field.name for field in dataclasses.fields(ShowFlags))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The values of a job that someone set, by the Job's field, and the source of every field's value."""
+
+    values: Mapping[str, Any]
+    sources: Mapping[str, str]
+    script: str | None = None  # of the --config file
+    args: tuple[str, ...] = ()
+
+    def job(self, name: str) -> Job:
+        return Job(name=name, **self.values)
+
+
+def flag(option: str) -> str:
+    return "--" + option.replace("_", "-")
+
+
+def variable(option: str) -> str:
+    return "PACELINE_" + option.upper()
+
+
+def resolve(
+    flags: JobFlags,
+    environment: Mapping[str, str],
+    config: str | None = None,
+    defaults: Mapping[str, object] | None = None,
+) -> Settings:
+    """Flag before environment before ``config`` (a file's path) before ``defaults`` before the Job's own."""
+    config = config or environment.get(variable("config")) or None
+    file = config_file.load(Path(config)) if config else {}
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for option in OPTIONS:
+        key = job_field(option)
+        if (text := getattr(flags, option)) is not None:
+            values[key], sources[key] = _converted(option, text, flag(option)), flag(option)
+        elif text := environment.get(variable(option)):
+            values[key], sources[key] = _converted(option, text, variable(option)), variable(option)
+        elif key in file:
+            values[key], sources[key] = file[key], str(config)
+        elif defaults and key in defaults:
+            values[key], sources[key] = defaults[key], "default"
+        else:
+            sources[key] = "default"
+    script, args = file.get("script"), file.get("args", ())
+    assert script is None or isinstance(script, str)
+    assert isinstance(args, tuple)
+    return Settings(values, sources, script, args)
+
+
+def switched(flags: ShowFlags, environment: Mapping[str, str]) -> ShowFlags:
+    """The switches, each also on if its variable says so (``PACELINE_JSON=1``)."""
+    return ShowFlags(**{name: getattr(flags, name) or _truth(name, environment) for name in SWITCHES})
+
+
+def job_field(option: str) -> str:
+    return "runs" if option == "run_dir" else option
+
+
+def _truth(name: str, environment: Mapping[str, str]) -> bool:
+    text = environment.get(variable(name), "").strip().lower()
+    if text in ("", "0", "false", "no", "off"):
+        return False
+    if text in ("1", "true", "yes", "on"):
+        return True
+    raise UsageError(f"{variable(name)} is {text!r}; it must be 1 or 0")
+
+
+def _converted(option: str, text: str, source: str) -> object:
+    convert, wanted = _KINDS.get(option, _WHOLE)
+    try:
+        return convert(text)
+    except ValueError:
+        raise UsageError(f"{source} is {text!r}; it must be {wanted}") from None
+
+
+_WHOLE: tuple[Callable[[str], object], str] = (int, "a whole number")
+_KINDS: dict[str, tuple[Callable[[str], object], str]] = {
+    "pace": (parse_pace, "a pace"),
+    "assign": (str, "a word"),
+    "until_loss": (float, "a number"),
+    "run_dir": (Path, "a folder"),
+}

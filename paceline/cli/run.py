@@ -1,0 +1,134 @@
+"""``paceline run``: from what was typed to a job, the engine's run of it, and how that is told at the end."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from paceline.cli import answers, figures
+from paceline.cli.failure import nearest, report
+from paceline.cli.options import OPTIONS, JobFlags, Settings, ShowFlags, flag, resolve
+from paceline.config import Job
+from paceline.engine.program import Script
+from paceline.errors import PacelineError, ScriptError, UsageError
+from paceline.events import Record, Summary
+
+if TYPE_CHECKING:
+    from paceline.cli.console import Console
+
+
+class Engine(Protocol):
+    """``paceline.engine.local.run_local``: runs a job to its end, handing every record to ``watch``."""
+
+    def __call__(
+        self, job: Job, program: Script, *, watch: Callable[[Record], None], argv: Sequence[str]
+    ) -> Summary: ...
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What a command adds to the end of a run: parts of the line, keys of the object, and what to try next."""
+
+    parts: tuple[str, ...] = ()
+    keys: tuple[tuple[str, object], ...] = ()
+    next: str = ""
+
+
+def run_script(
+    script: str | None, args: tuple[str, ...], flags: JobFlags, show: ShowFlags, config: str | None, engine: Engine
+) -> int:
+    """The command ``run``; returns the exit code."""
+    settings = resolve(flags, os.environ, config)
+    program = chosen(script, args, settings)
+    job = settings.job(program.path.stem)
+    if show.dry_run:
+        return answers.dry_run(job, program, settings, show)
+    return train(job, program, show, engine)
+
+
+def chosen(script: str | None, args: tuple[str, ...], settings: Settings) -> Script:
+    """The script that was typed with its arguments, or both from the --config file."""
+    if script is None:
+        script, args = settings.script, settings.args
+    if script is None:
+        raise UsageError("no script is given", fix="paceline run your_script.py")
+    path = Path(script)
+    if path.is_file():
+        return Script(path, args)
+    if path.is_dir():
+        raise UsageError(f"script {script!r} is a folder", fix="name a file in it")
+    folder = path.parent
+    beside = [str(folder / other.name) for other in folder.glob("*.py")] if folder.is_dir() else []
+    raise UsageError(f"script {script!r} does not exist", fix=nearest(script, beside))
+
+
+def train(
+    job: Job,
+    program: Script,
+    show: ShowFlags,
+    engine: Engine,
+    *,
+    before: Callable[[Console], None] | None = None,
+    ending: Callable[[Summary], Ending] | None = None,
+) -> int:
+    """Runs the job and shows it. ``before`` is called under the header, ``ending`` when the run is done."""
+    from paceline.cli.console import header
+
+    console = answers.console(job, show)
+    console.say(header(job))
+    failure: PacelineError | None = None
+    more = Ending(next="")
+    try:
+        if before is not None:
+            before(console)
+        summary = engine(job, program, watch=console, argv=sys.argv)
+        more = ending(summary) if ending is not None else more
+    except PacelineError as error:
+        failure = _pointed_out(error, program)
+    finally:
+        console.settle()
+    plot = _tell(console, more)
+    if show.json:
+        console.end_line()
+        directory = figures.shown(Path(console.directory)) if console.directory else None
+        keys = {"directory": directory, "plot": plot, **dict(more.keys)}
+        answers.print_json(answers.result(job, console.summary, failure, keys))
+    if failure is not None:
+        report(failure, sys.stderr)
+        return failure.exit_code
+    return 0
+
+
+def _tell(console: Console, more: Ending) -> str | None:
+    """The last lines: how it went, the picture, what to do next. Returns the picture's path."""
+    from paceline.cli.console import ending
+    from paceline.report.plots import loss_plot
+
+    if console.summary is None or console.directory is None:
+        return None
+    directory = Path(console.directory)
+    picture = loss_plot(directory)
+    plot = figures.shown(picture) if picture is not None else None
+    console.say(ending(console.summary, *more.parts))
+    if plot is not None:
+        console.say(f"  plot    {plot}")
+    if console.summary.status != "done":
+        console.say(f"  logs    {figures.shown(directory / 'logs')}")
+    console.say(f"  next    {more.next or f'paceline runs show {directory.name}'}")
+    return plot
+
+
+def _pointed_out(error: PacelineError, program: Script) -> PacelineError:
+    """Adds to a script's failure that it was given options which look like ours."""
+    ours = {flag(option) for option in OPTIONS}
+    strays = [arg for arg in program.args if arg.partition("=")[0] in ours]
+    if isinstance(error, ScriptError) and strays and not error.fix:
+        error.fix = (
+            f"{strays[0]} stands after the script and so was given to it; if it was meant for paceline,"
+            f" write it before: paceline run {strays[0]} ... {program.path}"
+        )
+    return error

@@ -1,0 +1,1 @@
+"""Which worker trains on which samples, and how many there are in a batch."""

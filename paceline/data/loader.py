@@ -1,0 +1,302 @@
+"""The user's loader, rebuilt so that each worker draws its own part of one global order.
+
+Every worker computes the same global order from the run's seed and the epoch, and takes what ``assign`` gives
+it; nobody needs to be asked. A loader of one process is never touched: ``python train.py`` draws what it always
+did.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
+
+from paceline.data.assign import epoch_seed, owners
+from paceline.data.count import count_samples
+from paceline.errors import ConfigError
+
+Count = Callable[[Any], int]
+
+
+class Passes(Protocol):
+    """Who follows the passes over loaders (the worker); ``loader`` is a number the loader was given."""
+
+    def begin(self, loader: int, length: int | None) -> bool:
+        """A pass begins. False: training is over, so one batch is enough."""
+
+    def drawn(self, samples: int) -> None:
+        """A batch goes to the script."""
+
+    @property
+    def over(self) -> bool:
+        """Is training over, so that the pass ends here?"""
+
+    def end(self, loader: int) -> None:
+        """The script has come to the pass's end. Blocks until all workers have."""
+
+    def leave(self, loader: int) -> None:
+        """The script has left the pass early. Does not block."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which part of every epoch is this worker's."""
+
+    rank: int
+    workers: int
+    assign: str
+    seed: int
+
+    def mine(self, numbers: np.ndarray, total: int, epoch: int) -> np.ndarray:
+        """bool[k]: which of ``numbers`` (int64[k], of ``total``) are this worker's in this epoch."""
+        owner = owners(self.assign, numbers, total, self.workers, self.seed, epoch)
+        return np.asarray(owner == self.rank)
+
+    def owns_batch(self, ordinal: int, total: int | None, epoch: int) -> bool:
+        assign = "round_robin" if self.assign == "block" and total is None else self.assign
+        number = np.array([ordinal], dtype=np.int64)
+        owner = owners(assign, number, total or 1, self.workers, self.seed, epoch)
+        return bool(owner[0] == self.rank)
+
+
+def share(loader: Any, index: int, part: Part, passes: Passes, count: Count | None) -> Any:
+    """The worker's version of any loader. Raises ConfigError for one that divides the data itself."""
+    if not isinstance(loader, DataLoader):
+        return SharedBatches(loader, index, part, passes, count or count_samples)
+    if isinstance(loader.sampler, DistributedSampler):
+        raise ConfigError(
+            "the loader has a DistributedSampler; run.wrap divides the data itself",
+            fix="leave the sampler out: DataLoader(dataset, batch_size=..., shuffle=True)",
+        )
+    return SharedLoader(loader, index, part, passes, count or count_samples)
+
+
+class SharedLoader(DataLoader[Any]):
+    """A DataLoader over this worker's part of ``source``'s batches; the same settings otherwise.
+
+    ``len`` is the same on all workers where batches are dealt in turn: ceil(batches / workers).
+    """
+
+    def __init__(
+        self, source: DataLoader[Any], index: int, part: Part, passes: Passes, count: Count
+    ) -> None:
+        self._index, self._passes, self._count, self._source, self._part = index, passes, count, source, part
+        self._epoch = 0
+        self._plan: _Plan | None = None
+        settings: dict[str, Any] = {
+            "num_workers": source.num_workers,
+            "collate_fn": source.collate_fn,
+            "pin_memory": source.pin_memory,
+            "timeout": source.timeout,
+            "worker_init_fn": source.worker_init_fn,
+            "multiprocessing_context": source.multiprocessing_context,
+            "generator": source.generator,
+        }
+        if source.num_workers:
+            settings["prefetch_factor"] = source.prefetch_factor
+            settings["persistent_workers"] = source.persistent_workers
+        batch_size = source.batch_size
+        if isinstance(source.dataset, IterableDataset):
+            settings |= {"batch_size": batch_size, "drop_last": source.drop_last}
+        else:
+            self._plan = _Plan(source, part)
+            if self._plan.by_batch_of_one:
+                settings |= {"batch_size": None, "sampler": self._plan}
+            else:
+                settings["batch_sampler"] = self._plan
+        super().__init__(source.dataset, **settings)
+        object.__setattr__(self, "batch_size", batch_size)  # scripts read it; DataLoader forbids to set it
+
+    def __len__(self) -> int:
+        if self._plan is not None:
+            return self._plan.length(self._epoch)
+        return -(-len(self._source) // self._part.workers)
+
+    def __iter__(self) -> Any:
+        return _one_pass(self, self._index, self._passes, self._batches)
+
+    def _batches(self) -> Iterator[tuple[Any, int]]:
+        epoch, self._epoch = self._epoch, self._epoch + 1
+        if self._plan is None:
+            yield from _dealt(super().__iter__(), self._part, epoch, None, self._count)
+            return
+        counts = self._plan.start(epoch)
+        for batch in super().__iter__():
+            known = counts.popleft()
+            yield batch, self._count(batch) if known is None else known
+
+
+class SharedBatches:
+    """Any other iterable of batches, dealt by batch; everything else is the iterable's own."""
+
+    def __init__(self, source: Iterable[Any], index: int, part: Part, passes: Passes, count: Count) -> None:
+        if not hasattr(source, "__iter__"):
+            raise ConfigError(
+                f"run.wrap got a {type(source).__name__}; it takes models, optimizers, schedulers and loaders "
+                "(anything one can iterate over)"
+            )
+        self._source, self._index, self._part, self._passes, self._count = source, index, part, passes, count
+        self._epoch = 0
+
+    def __len__(self) -> int:
+        return -(-len(self._source) // self._part.workers)  # type: ignore[arg-type]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._source, name)
+
+    def __iter__(self) -> Iterator[Any]:
+        return _one_pass(self, self._index, self._passes, self._batches)
+
+    def _batches(self) -> Iterator[tuple[Any, int]]:
+        epoch, self._epoch = self._epoch, self._epoch + 1
+        total = len(self._source) if hasattr(self._source, "__len__") else None
+        return _dealt(iter(self._source), self._part, epoch, total, self._count)
+
+
+def _one_pass(
+    loader: Any, index: int, passes: Passes, batches: Callable[[], Iterator[tuple[Any, int]]]
+) -> Iterator[Any]:
+    """One pass: tell ``passes`` of its beginning, its batches and its end, however it ends."""
+    try:
+        length = len(loader)
+    except TypeError:
+        length = None
+    training = passes.begin(index, length)
+    ended = False
+    try:
+        for batch, samples in batches():
+            if training:
+                passes.drawn(samples)
+            yield batch
+            if not training or passes.over:
+                break
+        ended = True
+    finally:
+        if not ended:
+            passes.leave(index)
+    passes.end(index)
+
+
+def _dealt(
+    batches: Iterable[Any], part: Part, epoch: int, total: int | None, count: Count
+) -> Iterator[tuple[Any, int]]:
+    for ordinal, batch in enumerate(batches):
+        if part.owns_batch(ordinal, total, epoch):
+            yield batch, count(batch)
+
+
+class _Plan:
+    """The sampler of a SharedLoader: lists of sample numbers, this worker's, for the epoch it was told.
+
+    A loader with ``batch_size=None`` (its data set yields batches) gives single numbers instead.
+    """
+
+    def __init__(self, source: DataLoader[Any], part: Part) -> None:
+        self._source, self._part, self._epoch = source, part, 0
+        self._counts: deque[int | None] = deque()
+        self.by_batch_of_one = source.batch_sampler is None
+
+    def start(self, epoch: int) -> deque[int | None]:
+        """From now on ``iter`` gives this epoch; the sample counts of its batches appear in the answer, in order."""
+        self._epoch = epoch
+        self._counts = deque()
+        return self._counts
+
+    def __iter__(self) -> Iterator[Any]:
+        counts = self._counts
+        for batch in self._mine(self._epoch):
+            counts.append(None if self.by_batch_of_one else len(batch))
+            yield batch
+
+    def __len__(self) -> int:
+        return self.length(self._epoch)
+
+    def length(self, epoch: int) -> int:
+        """How many batches the worker has at most in this epoch, found without drawing the order if possible."""
+        sampler, part = self._source.batch_sampler, self._part
+        if part.assign == "round_robin" or self.by_batch_of_one or type(sampler) is not BatchSampler:
+            return -(-len(self._source) // part.workers)
+        total = len(self._source.dataset)  # type: ignore[arg-type]
+        if len(sampler.sampler) != total:  # type: ignore[arg-type]
+            return -(-len(self._source) // part.workers)
+        held = int(part.mine(np.arange(total), total, epoch).sum())
+        size = sampler.batch_size
+        return held // size if sampler.drop_last else -(-held // size)
+
+    def _mine(self, epoch: int) -> Iterator[Any]:
+        sampler, part = self._source.batch_sampler, self._part
+        if type(sampler) is BatchSampler and part.assign != "round_robin":
+            order = self._order(sampler.sampler, epoch)
+            if isinstance(order, np.ndarray):
+                total = len(self._source.dataset)  # type: ignore[arg-type]
+                held = order[part.mine(order, total, epoch)].tolist()
+                yield from BatchSampler(held, sampler.batch_size, sampler.drop_last)
+                return
+        if type(sampler) is BatchSampler:
+            yield from self._dealt(self._order(sampler.sampler, epoch), sampler, epoch)
+            return
+        drawn = self._source.sampler if sampler is None else sampler
+        with _seeded(epoch_seed(part.seed, epoch)):
+            batches = list(drawn)
+        for ordinal, batch in enumerate(batches):
+            if part.owns_batch(ordinal, len(batches), epoch):
+                yield batch
+
+    def _dealt(self, order: Any, sampler: BatchSampler, epoch: int) -> Iterator[Any]:
+        size = sampler.batch_size
+        count = len(order) // size if sampler.drop_last else -(-len(order) // size)
+        for ordinal in range(count):
+            if self._part.owns_batch(ordinal, count, epoch):
+                batch = order[ordinal * size : (ordinal + 1) * size]
+                yield batch.tolist() if isinstance(batch, np.ndarray) else batch
+
+    def _order(self, sampler: Any, epoch: int) -> Any:
+        """The epoch's global order: int64[n] where samples are numbers, else a list."""
+        seed = epoch_seed(self._part.seed, epoch)
+        if type(sampler) is SequentialSampler:
+            return np.arange(len(sampler))
+        if type(sampler) is RandomSampler and _is_plain(sampler):
+            return torch.randperm(len(sampler), generator=torch.Generator().manual_seed(seed)).numpy()
+        with _seeded(seed):
+            drawn = list(sampler)
+        if all(isinstance(number, int) and number >= 0 for number in drawn):
+            return np.array(drawn, dtype=np.int64)
+        return drawn
+
+
+def _is_plain(sampler: RandomSampler) -> bool:
+    """A shuffle with no generator of the user's: then the run's seed decides."""
+    return (
+        not sampler.replacement and sampler.generator is None and sampler.num_samples == len(sampler.data_source)
+    )
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Samplers of any kind draw the same on every worker in here; the script's own random numbers stay."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)

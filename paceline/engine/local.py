@@ -1,0 +1,373 @@
+"""The local engine: the launcher of a run on this machine, and its coordinator's hands and eyes.
+
+It starts the zygote, has workers and servers forked, carries messages to the pure ``Coordinator`` and does what that
+says, watches every process, and records what happens. It holds no lock and runs one loop.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+import msgspec
+
+from paceline import config_file, errors, events
+from paceline.config import Job
+from paceline.engine.metrics import Merger
+from paceline.engine.program import Call, Script
+from paceline.engine.recorder import Recorder
+from paceline.engine.setup import Setup, encode_job
+from paceline.protocol import messages
+from paceline.protocol.coordinator import Abort, Allocate, Came, Coordinator, Died, Done, Effect, Tell
+from paceline.transport import segment
+from paceline.transport.board import Board
+from paceline.transport.channel import Channel, Closed
+
+_TICK_S = 0.05
+_GRACE_S = 2.0  # between telling processes to stop and killing them
+_INTERRUPT_S = 10.0  # between Ctrl-C and the same
+_ZYGOTE = "import sys; sys.path.insert(0, {root!r}); from paceline.engine.zygote import main; main({fd})"
+
+
+def run_local(
+    job: Job, program: Script | Call, *, watch: Callable[[events.Record], None], argv: Sequence[str] = ()
+) -> events.Summary:
+    """Run ``program`` with ``job.workers`` workers on this machine; blocks until all processes have ended.
+
+    ``watch`` sees every record, in this thread. Raises a PacelineError (ScriptError with the user's traceback,
+    Interrupted at Ctrl-C, ...) when the run has failed and everything has stopped.
+    """
+    if not sys.platform.startswith("linux"):
+        raise errors.HostError(
+            f"distributed runs need Linux; this is {sys.platform}", fix="run the script alone: python SCRIPT"
+        )
+    recorder = Recorder(job, watch, argv)
+    return _Launcher(job, program, recorder).run()
+
+
+class _Launcher:
+    def __init__(self, job: Job, program: Script | Call, recorder: Recorder) -> None:
+        self._job, self._program, self._recorder = job, program, recorder
+        self._coordinator = Coordinator(job.workers, job.servers)
+        self._started_s = time.monotonic()
+        self._merger = Merger(self._started_s)
+        self._selector = selectors.DefaultSelector()
+        self._channels: dict[tuple[str, int], Channel] = {}
+        self._alive: dict[tuple[str, int], int] = {}
+        self._expected = job.workers + job.servers
+        self._failure: tuple[str, int, messages.Failed] | None = None
+        self._kill_at_s: float | None = None
+        self._interrupts = 0
+        self._log: _Tail | None = None
+        self._zygote: subprocess.Popen[bytes] | None = None
+
+    def run(self) -> events.Summary:
+        """The whole life of the run."""
+        board_fd = Board.create(self._job.workers, self._job.servers)
+        self._board = Board(segment.attach(board_fd))
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            for number in before if _in_main_thread() else ():
+                signal.signal(number, self._interrupted)
+            self._start(board_fd)
+            while self._alive or self._expected:
+                self._turn()
+        finally:
+            for number, handler in before.items() if _in_main_thread() else ():
+                signal.signal(number, handler)
+            self._stop_zygote()
+            os.close(board_fd)
+        return self._conclude()
+
+    # --- starting ---
+
+    def _start(self, board_fd: int) -> None:
+        mine, its = Channel.pair()
+        os.set_inheritable(its.fileno(), True)
+        root = str(Path(__file__).resolve().parent.parent.parent)
+        threads = self._threads()
+        self._zygote = subprocess.Popen(
+            [sys.executable, "-P", "-c", _ZYGOTE.format(root=root, fd=its.fileno())],
+            pass_fds=(its.fileno(),),
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": "1"},
+        )
+        its.close()
+        self._channels["zygote", 0] = mine
+        self._selector.register(mine, selectors.EVENT_READ, ("zygote", 0))
+        script = self._program if isinstance(self._program, Script) else None
+        self._recorder.write_config(
+            config_file.dump(self._job, str(script.path) if script else None, script.args if script else ())
+        )
+        self._setup = msgspec.msgpack.encode(self._describe(threads))
+        self._board_fd = board_fd
+
+    def _threads(self) -> int:
+        return self._job.threads or max(1, len(os.sched_getaffinity(0)) // self._job.workers)
+
+    def _describe(self, threads: int) -> Setup:
+        program = self._program
+        return Setup(
+            job=encode_job(self._job),
+            directory=str(self._recorder.directory.resolve()),
+            threads=threads,
+            script=str(program.path) if isinstance(program, Script) else "",
+            args=program.args if isinstance(program, Script) else (),
+            call=program.main if isinstance(program, Call) else None,
+        )
+
+    def _fork_all(self) -> None:
+        zygote = self._channels["zygote", 0]
+        payload = self._payload()
+        for role, count in (("server", self._job.servers), ("worker", self._job.workers)):
+            for rank in range(count):
+                mine, its = Channel.pair()
+                path = self._recorder.directory / "logs" / f"{role}-{rank}.log"
+                log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+                extra = (payload,) if payload is not None and role == "worker" else ()
+                order = messages.Fork(role, rank, self._setup)
+                zygote.send(order, (its.fileno(), self._board_fd, log, *extra))
+                its.close()
+                os.close(log)
+                self._channels[role, rank] = mine
+                self._selector.register(mine, selectors.EVENT_READ, (role, rank))
+        if payload is not None:
+            os.close(payload)
+        self._log = _Tail(self._recorder.directory / "logs" / "worker-0.log")
+
+    def _payload(self) -> int | None:
+        if not isinstance(self._program, Call):
+            return None
+        fd = os.memfd_create("paceline-call", os.MFD_CLOEXEC)
+        with os.fdopen(os.dup(fd), "wb") as data:
+            data.write(self._program.payload)
+        os.lseek(fd, 0, os.SEEK_SET)
+        return fd
+
+    # --- the loop ---
+
+    def _turn(self) -> None:
+        for key, _ in self._selector.select(_TICK_S):
+            role, rank = key.data
+            channel = self._channels[role, rank]
+            try:
+                arrived = channel.drain()
+            except Closed:
+                self._selector.unregister(channel)
+                channel.close()
+                del self._channels[role, rank]
+                if role == "zygote":
+                    self._zygote_died()
+                continue
+            for message, _descriptors in arrived:
+                self._take(role, rank, message)
+        for metric in self._merger.ready():
+            self._recorder.take(metric)
+        self._recorder.flush()
+        self._show_output()
+        if self._kill_at_s is not None and time.monotonic() > self._kill_at_s:
+            self._kill_all()
+
+    def _take(self, role: str, rank: int, message: messages.Any) -> None:
+        match message:
+            case messages.Ready(versions=versions):
+                self._recorder.info.versions = versions
+                self._fork_all()
+            case messages.Forked(role=whose, rank=its, pid=pid):
+                self._forked(whose, its, pid)
+            case messages.Exited(role=whose, rank=its, pid=pid, status=status):
+                self._exited(whose, its, pid, status)
+            case messages.Steps(rows=rows):
+                self._merger.add(rows)
+            case messages.Logged(step=step, values=values):
+                self._merger.log(step, values)
+            case messages.Pass(number=number, steps=steps):
+                self._recorder.take(events.Epoch(self._now(), number + 1, steps))
+            case _:
+                self._obey(self._coordinator.handle(Came(role, rank, message)))
+
+    def _forked(self, role: str, rank: int, pid: int) -> None:
+        self._alive[role, rank] = pid
+        self._expected -= 1
+        host = str(self._recorder.info.machines[0]["host"])
+        self._recorder.info.processes.append(events.Process(role, rank, pid, host))
+        if self._expected == 0:
+            info = self._recorder.info
+            info.status = "running"
+            info.processes.insert(0, events.Process("launcher", 0, os.getpid(), host))
+            self._recorder.write_info()
+            self._recorder.take(events.Started(str(self._recorder.directory), info.processes))
+
+    def _exited(self, role: str, rank: int, pid: int, status: int) -> None:
+        # What it said before it ended comes first: a traceback explains more than an exit status.
+        channel = self._channels.pop((role, rank), None)
+        if channel is not None:
+            self._selector.unregister(channel)
+            try:
+                while True:
+                    for message, _descriptors in channel.drain():
+                        self._take(role, rank, message)
+            except Closed:
+                channel.close()
+        self._alive.pop((role, rank), None)
+        self._obey(self._coordinator.handle(Died(role, rank, pid, status)))
+
+    def _obey(self, effects: Sequence[Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case Allocate(request=request, servers=servers):
+                    self._allocate(request, servers)
+                case Tell(kind=kind, text=text, role=role, rank=rank):
+                    self._recorder.take(events.Notice(self._now(), kind, text, role, rank))
+                case Abort(role=role, rank=rank, failure=failure):
+                    self._abort(role, rank, failure)
+                case Done():
+                    for (role, _), channel in self._channels.items():
+                        if role == "server":
+                            self._send(channel, messages.Stop("all workers have finished"))
+                    self._board.wake_all()
+
+    def _allocate(self, request: messages.Wrap, servers: bool) -> None:
+        try:
+            fd = segment.create(request.what, request.size_bytes)
+        except errors.HostError as error:
+            failure = messages.Failed("HostError", error.what, error.why, error.fix)
+            self._obey([Abort("launcher", 0, failure)])
+            return
+        memory = messages.Memory(request.number, request.size_bytes, request.kind, request.spec)
+        # Servers first: they are ready when the first push comes.
+        for role in ("server", "worker") if servers else ("worker",):
+            for (whose, _), channel in self._channels.items():
+                if whose == role:
+                    self._send(channel, memory, (fd,))
+        os.close(fd)
+        if request.kind == "exchange":
+            optimizer, _, rest = request.what.partition(" over ")
+            record = events.Wrapped(self._now(), int(rest.split()[0]), request.size_bytes, optimizer)
+            self._recorder.take(record)
+
+    def _send(self, channel: Channel, message: messages.Any, descriptors: tuple[int, ...] = ()) -> None:
+        try:
+            channel.send(message, descriptors)
+        except Closed:
+            return  # its end is reported by the zygote, with the reason
+
+    # --- stopping ---
+
+    def _abort(self, role: str, rank: int, failure: messages.Failed) -> None:
+        self._failure = (role, rank, failure)
+        self._board.set_abort()
+        for (whose, _), channel in self._channels.items():
+            if whose != "zygote":
+                self._send(channel, messages.Stop(failure.what))
+        self._kill_at_s = min(self._kill_at_s or 2**62, time.monotonic() + _GRACE_S)
+
+    def _interrupted(self, number: int, frame: FrameType | None) -> None:
+        """Ctrl-C or SIGTERM: first, let the round finish; second, now."""
+        self._interrupts += 1
+        self._board.set_interrupt()
+        wait_s = _INTERRUPT_S if self._interrupts == 1 else 0.0
+        self._kill_at_s = min(self._kill_at_s or 2**62, time.monotonic() + wait_s)
+
+    def _kill_all(self) -> None:
+        self._kill_at_s = None
+        if self._failure is None and self._interrupts:
+            self._failure = ("launcher", 0, messages.Failed("Interrupted", "stopped by Ctrl-C"))
+        if self._expected:
+            self._expected = 0
+            self._alive.clear()  # the zygote is still importing: it is all there is to stop
+            return
+        for pid in self._alive.values():
+            os.kill(pid, signal.SIGKILL)
+
+    def _zygote_died(self) -> None:
+        assert self._zygote is not None
+        status = self._zygote.wait()
+        if self._failure is None:
+            failure = messages.Failed("HostError", f"the process that forks workers ended with status {status}")
+            self._failure = ("zygote", 0, failure)
+        self._alive.clear()
+        self._expected = 0
+
+    def _stop_zygote(self) -> None:
+        for channel in self._channels.values():
+            channel.close()
+        self._selector.close()
+        if self._zygote is not None:
+            try:
+                self._zygote.wait(timeout=_GRACE_S)
+            except subprocess.TimeoutExpired:
+                self._zygote.kill()
+                self._zygote.wait()
+
+    # --- reporting ---
+
+    def _now(self) -> float:
+        return round(time.monotonic() - self._started_s, 6)
+
+    def _show_output(self, *, last: bool = False) -> None:
+        text = self._log.read(last=last) if self._log else ""
+        if text:
+            self._recorder.take(events.Output(text))
+
+    def _conclude(self) -> events.Summary:
+        for metric in self._merger.ready(everything=True):
+            self._recorder.take(metric)
+        self._show_output(last=True)
+        if self._log is not None:
+            self._log.close()
+        begun_s = (self._merger.begun_s or self._started_s) - self._started_s
+        if self._failure is None and self._interrupts:
+            self._failure = ("launcher", 0, messages.Failed("Interrupted", "stopped by Ctrl-C"))
+        if self._failure is None:
+            return self._recorder.close("done", self._coordinator.reason, 0, begun_s)
+        role, rank, failure = self._failure
+        error = _error(failure)
+        if failure.traceback:
+            log = self._recorder.directory / "logs" / f"{role}-{rank}.log"
+            with log.open("a") as lines:
+                lines.write(failure.traceback)
+        status = "interrupted" if isinstance(error, errors.Interrupted) else "failed"
+        self._recorder.close(status, error.what, error.exit_code, begun_s)
+        raise error
+
+
+def _error(failure: messages.Failed) -> errors.PacelineError:
+    kind = getattr(errors, failure.kind, errors.PacelineError)
+    if kind is errors.ScriptError:
+        return errors.ScriptError(
+            failure.what, why=failure.why, fix=failure.fix, traceback=failure.traceback
+        )
+    assert issubclass(kind, errors.PacelineError)
+    return kind(failure.what, why=failure.why, fix=failure.fix)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+class _Tail:
+    """Reads what a growing text file has got since the last look, in whole lines."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: IO[bytes] = path.open("rb")
+        self._rest = b""
+
+    def read(self, *, last: bool = False) -> str:
+        data = self._rest + self._file.read()
+        cut = len(data) if last else data.rfind(b"\n") + 1
+        self._rest = data[cut:]
+        return data[:cut].decode(errors="replace")
+
+    def close(self) -> None:
+        self._file.close()

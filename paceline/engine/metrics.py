@@ -1,0 +1,104 @@
+"""Rows of what each worker's steps took, and their merging into one record a round.
+
+A row is ten float64: step, contributors to its round, epoch, time it ended (monotonic seconds of the host), sum of loss times samples, samples
+with a loss, samples, seconds computing, waiting, exchanging.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from paceline.events import Metric
+
+ROW = struct.Struct("=10d")
+
+
+@dataclass
+class Row:
+    """The round a worker is in; ``stepped`` once its numbers are final but for a loss logged after the step."""
+
+    stepped: bool = False
+    step: int = 0
+    contributors: int = 0
+    epoch: int = 0
+    time_s: float = 0.0
+    loss_sum: float = 0.0
+    loss_samples: float = 0.0
+    samples: float = 0.0
+    computing_s: float = 0.0
+    waiting_s: float = 0.0
+    exchanging_s: float = 0.0
+
+    def pack(self) -> bytes:
+        return ROW.pack(
+            self.step,
+            self.contributors,
+            self.epoch,
+            self.time_s,
+            self.loss_sum,
+            self.loss_samples,
+            self.samples,
+            self.computing_s,
+            self.waiting_s,
+            self.exchanging_s,
+        )
+
+
+@dataclass
+class _Merged:
+    workers: int = 0
+    contributors: int = 0
+    epoch: int = 0
+    time_s: float = 0.0
+    sums: list[float] = field(default_factory=lambda: [0.0] * 6)
+
+
+class Merger:
+    """Takes rows as they come from each worker, gives one Metric a round once all its contributors have told."""
+
+    def __init__(self, started_s: float) -> None:
+        self._started_s = started_s
+        self._open: dict[int, _Merged] = {}
+        self._values: dict[int, dict[str, float]] = {}
+        self.begun_s: float | None = None
+
+    def add(self, rows: bytes) -> None:
+        for row in ROW.iter_unpack(rows):
+            step = int(row[0])
+            merged = self._open.get(step)
+            if merged is None:
+                merged = self._open[step] = _Merged(contributors=int(row[1]))
+            merged.workers += 1
+            merged.epoch = max(merged.epoch, int(row[2]))
+            merged.time_s = max(merged.time_s, row[3])
+            for place in range(6):
+                merged.sums[place] += row[4 + place]
+            if self.begun_s is None:
+                self.begun_s = row[3] - row[7] - row[8] - row[9]
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self._values.setdefault(step, {}).update(values)
+
+    def ready(self, *, everything: bool = False) -> Iterator[Metric]:
+        """The steps that are complete, in order; with ``everything`` also those that are not."""
+        for step in sorted(self._open):
+            merged = self._open[step]
+            if merged.workers < merged.contributors and not everything:
+                return
+            yield self._metric(step, self._open.pop(step))
+
+    def _metric(self, step: int, merged: _Merged) -> Metric:
+        loss_sum, loss_samples, samples, computing, waiting, exchanging = merged.sums
+        return Metric(
+            step=step,
+            epoch=merged.epoch,
+            time_s=round(merged.time_s - self._started_s, 6),
+            loss=loss_sum / loss_samples if loss_samples else None,
+            samples=round(samples),
+            computing_s=round(computing / merged.workers, 6),
+            waiting_s=round(waiting / merged.workers, 6),
+            exchanging_s=round(exchanging / merged.workers, 6),
+            values=self._values.pop(step, {}),
+        )

@@ -1,0 +1,167 @@
+"""The life of a forked process, from its fork to its exit: the outermost lines of workers and servers."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import multiprocessing.process
+import multiprocessing.spawn
+import multiprocessing.util
+import os
+import runpy
+import signal
+import socket
+import sys
+import threading
+import traceback
+from pathlib import Path
+from typing import Any, NoReturn
+
+import msgspec
+import torch
+
+from paceline.engine import context as contexts
+from paceline.engine.context import Context
+from paceline.engine.setup import Setup, decode_job
+from paceline.errors import PacelineError
+from paceline.protocol import messages
+from paceline.transport import segment
+from paceline.transport.board import Aborted, Board
+from paceline.transport.channel import Channel, Closed
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main(role: str, rank: int, setup: bytes, descriptors: tuple[int, ...], parent: int) -> NoReturn:
+    """Be worker or server ``rank``. ``descriptors``: channel, board, log, and the payload of a call if any."""
+    status = 1
+    try:
+        _die_with(parent)
+        _own_streams(descriptors[2])
+        known = msgspec.msgpack.decode(setup, type=Setup)
+        torch.set_num_threads(known.threads)
+        context = Context(
+            job=decode_job(known.job),
+            role=role,
+            rank=rank,
+            directory=Path(known.directory),
+            channel=Channel(socket.socket(fileno=descriptors[0])),
+            board=Board(segment.attach(descriptors[1])),
+        )
+        contexts.current = context
+        if role == "server":
+            from paceline.engine.server import serve
+
+            status = _guarded(context, lambda: serve(context))
+        else:
+            payload = descriptors[3] if len(descriptors) > 3 else None
+            status = _guarded(context, lambda: _work(context, known, payload))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(BaseException):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+
+
+def _work(context: Context, known: Setup, payload: int | None) -> None:
+    from paceline.run import session
+
+    torch.manual_seed(context.job.seed)  # a script that seeds nothing still starts alike on all workers
+    try:
+        if known.call is not None:
+            assert payload is not None
+            _call(known.call, payload)
+        else:
+            script = Path(known.script)
+            sys.argv = [known.script, *known.args]
+            sys.path.insert(0, str(script.resolve().parent))
+            runpy.run_path(known.script, run_name="__main__")
+    except SystemExit as end:
+        if end.code not in (None, 0):
+            if isinstance(end.code, str):
+                print(end.code, file=sys.stderr)
+            failure = messages.Failed(
+                "ScriptError", f"worker {context.rank}: the script exited with {end.code!r}"
+            )
+            context.channel.send(failure)
+            raise
+    _end_of_program()
+    session.finish(context)
+
+
+def _call(main: dict[str, Any], payload: int) -> None:
+    """Import the launching program's main module as multiprocessing's spawn does, then call its function."""
+    from multiprocessing.reduction import ForkingPickler
+
+    contexts.importing_main = True
+    multiprocessing.spawn.prepare(main)  # type: ignore[attr-defined]
+    contexts.importing_main = False
+    with open(payload, "rb") as data:
+        # Written by this program's own parent into memory only its children have: see docs/decisions.
+        function, args = ForkingPickler.loads(data.read())
+    function(*args)
+
+
+def _end_of_program() -> None:
+    """What the interpreter does after a script, without leaving: threads, exit functions, child processes."""
+    threading._shutdown()  # type: ignore[attr-defined]
+    multiprocessing.util._exit_function()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+
+
+def _guarded(context: Context, body: Any) -> int:
+    """Run ``body``; whatever ends it, tell the launcher why. The exit status."""
+    try:
+        body()
+        return 0
+    except Aborted:
+        return 75
+    except Closed:
+        return 75
+    except KeyboardInterrupt:
+        with contextlib.suppress(Closed):
+            from paceline.run import session
+
+            session.finish(context)
+        return 0
+    except SystemExit:
+        return 1
+    except PacelineError as error:
+        failure = messages.Failed(type(error).__name__, str(error.what), error.why, error.fix)
+    except BaseException as error:
+        text = _user_traceback(error)
+        last = traceback.format_exception_only(error)[-1].strip()
+        failure = messages.Failed(
+            "ScriptError", f"{context.role} {context.rank} raised {last}", traceback=text
+        )
+    with contextlib.suppress(Closed):
+        context.channel.send(failure)
+    return 1
+
+
+def _user_traceback(error: BaseException) -> str:
+    """The traceback as plain ``python script.py`` would print it: from the script's first line on."""
+    frames = error.__traceback__
+    ours = (str(Path(__file__)), runpy.__file__, "<frozen runpy>")
+    while frames is not None and frames.tb_frame.f_code.co_filename in ours:
+        frames = frames.tb_next
+    return "".join(traceback.format_exception(type(error), error, frames or error.__traceback__))
+
+
+def _die_with(parent: int) -> None:
+    """Be killed when the zygote ends, however it ends: nobody is left behind."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(75)
+
+
+def _own_streams(log: int) -> None:
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]

@@ -1,0 +1,30 @@
+"""What a process is told at its birth; plain data, so that the launcher needs no torch to say it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from paceline.config import Job, parse_pace
+
+
+class Setup(msgspec.Struct, frozen=True):
+    """Of ``script`` and ``call`` one is set in a worker's. ``threads`` is for torch."""
+
+    job: dict[str, Any]
+    directory: str
+    threads: int
+    script: str = ""
+    args: tuple[str, ...] = ()
+    call: dict[str, Any] | None = None
+
+
+def encode_job(job: Job) -> dict[str, Any]:
+    fields = {name: getattr(job, name) for name in Job.__dataclass_fields__}
+    return fields | {"pace": str(job.pace), "runs": str(job.runs)}
+
+
+def decode_job(fields: dict[str, Any]) -> Job:
+    return Job(**(fields | {"pace": parse_pace(fields["pace"]), "runs": Path(fields["runs"])}))

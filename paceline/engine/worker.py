@@ -1,0 +1,324 @@
+"""What a worker's process knows while its script runs: exchanges, passes over loaders, and what to report.
+
+It answers three moments of a plain training loop: a batch is drawn, ``optimizer.step()`` is called, a pass over a
+loader ends. All workers run the same script, so they come to wraps and to ends of passes in the same order.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import torch
+from torch import optim
+
+from paceline.data.loader import Part
+from paceline.engine.context import Context
+from paceline.engine.exchange import Exchange, Push, compare
+from paceline.engine.metrics import Row
+from paceline.errors import ConfigError
+from paceline.params.table import Table, differences, tabulate
+from paceline.protocol import messages
+from paceline.protocol.rounds import NOT_PARKED, Waiting, holding
+from paceline.protocol.stopping import CHECK_ROUNDS, Stopping
+from paceline.transport import segment
+from paceline.transport.board import MAX_LOADERS, Aborted
+from paceline.transport.channel import Closed
+from paceline.transport.slots import ExchangeMemory, carve_vectors, size_bytes
+
+_FLUSH_S = 0.2
+_IDLE_STEPS, _IDLE_S = 1000, 10.0  # a script that goes on this long after the end of training is ended
+_TRAINING, _DONE, _INTERRUPTED = 0, 1, 2  # cells of the board's column "ended"
+
+
+class Worker:
+    """The worker side of a run; a ``data.loader.Passes``. Not for several threads at once."""
+
+    def __init__(self, context: Context) -> None:
+        job = context.job
+        self.context, self.rank = context, context.rank
+        self.part = Part(context.rank, job.workers, job.assign, job.seed)
+        self._board, self._channel = context.board, context.channel
+        self._stopping = Stopping(job.steps, job.epochs, job.until_loss, job.patience)
+        self._collectives = 0
+        self._exchanges: list[Exchange] = []
+        self._samples_at_step: list[int] = []
+        self._samples = 0  # drawn so far
+        self._batch_samples = 1
+        self._pass_starts: dict[int, int] = {}  # loader -> the round at which its pass began
+        self._evaluating: dict[int, tuple[int, object]] = {}  # loader -> samples and gradients at that time
+        self._training_loaders: set[int] = set()
+        self._left: set[int] = set()  # loaders whose last pass the script left early
+        self._loaders = 0
+        self._barriers = 0
+        self._epoch = 0
+        self._look = (0.0, 0.0)
+        self._ended = _TRAINING
+        self._ended_s, self._idle_steps = 0.0, 0
+        self._row = Row()
+        self._rows = bytearray()
+        self._flushed_s = self._step_done_s = time.monotonic()
+
+    @property
+    def step_number(self) -> int:
+        return self._exchanges[0].number if self._exchanges else 0
+
+    @property
+    def over(self) -> bool:
+        return self._ended != _TRAINING
+
+    # --- sharing: each is a collective, called by all workers in the same order ---
+
+    def copy_from_first(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        """Set these tensors to worker 0's values, in place. Blocks until worker 0 has given them."""
+        table = tabulate((name, 0, tensor.detach()) for name, tensor in tensors)
+        data = msgspec.msgpack.encode(table)
+        size = max(table.offsets_bytes()[""], 1)
+        memory, first = self._collective("copy", data, size, f"{len(tensors)} tensors")
+        if first != data:
+            other = msgspec.msgpack.decode(first, type=Table)
+            told = differences(table, other, f"worker {self.rank}", "worker 0")
+            raise ConfigError(f"workers do not train the same model: {told}")
+        vectors = carve_vectors(memory, 0, table)
+        views = [table.view(entry, vectors[entry.dtype]) for entry in table.entries]
+        with torch.no_grad():
+            if self.rank == 0:
+                for view, (_, tensor) in zip(views, tensors, strict=True):
+                    view.copy_(tensor)
+                self._board.publish(self._collectives)
+            self._wait_published()
+            for view, (_, tensor) in zip(views, tensors, strict=True):
+                tensor.copy_(view)
+
+    def add_exchange(self, optimizer: optim.Optimizer, names: dict[int, str], *, share: bool) -> Exchange:
+        """Put an optimizer's parameters and state in shared memory. Raises ConfigError, HostError."""
+        exchange = Exchange(optimizer, names, self._board, self.rank, share=share)
+        spec = exchange.spec
+        what = f"{type(optimizer).__name__} over {spec.table.values} parameters"
+        data = msgspec.msgpack.encode(spec)
+        memory, first = self._collective("exchange", data, size_bytes(spec), what)
+        compare(spec, first, self.rank)
+        exchange.attach(ExchangeMemory(memory, spec))
+        if self.rank == 0:
+            exchange.publish()
+            self._board.publish(self._collectives)
+        self._wait_published()
+        exchange.adopt()
+        self._exchanges.append(exchange)
+        self._samples_at_step.append(self._samples)
+        return exchange
+
+    def next_loader(self) -> int:
+        number, self._loaders = self._loaders, self._loaders + 1
+        if number >= MAX_LOADERS:
+            raise ConfigError(f"run.wrap got {number + 1} loaders; a run has at most {MAX_LOADERS}")
+        return number
+
+    def _collective(self, kind: str, spec: bytes, size: int, what: str) -> tuple[Any, bytes]:
+        """Ask the launcher for memory that all workers get; (mapping, worker 0's spec)."""
+        self._collectives += 1
+        self._channel.send(messages.Wrap(self._collectives, kind, spec, size, what))
+        try:
+            message, descriptors = self._channel.receive()
+        except Closed:
+            raise Aborted("the launcher is gone") from None
+        if not isinstance(message, messages.Memory):
+            raise Aborted("told to stop while sharing a model")
+        memory = segment.attach(descriptors[0])
+        for descriptor in descriptors:
+            os.close(descriptor)
+        return memory, message.spec
+
+    def _wait_published(self) -> None:
+        number = self._collectives
+        self._board.wait(
+            lambda: Waiting(0, "worker 0 has not shared its model") if self._board.published < number else number
+        )
+
+    # --- the training loop ---
+
+    def exchange(self, index: int) -> None:
+        """One optimizer step of exchange ``index``, with everybody."""
+        if self._ended != _TRAINING:
+            self._idle()
+            return
+        exchange, board = self._exchanges[index], self._board
+        begun = time.monotonic()
+        if self._row.stepped and index == 0:
+            self._close_row()
+        samples = self._samples - self._samples_at_step[index]
+        self._samples_at_step[index] = self._samples
+        weight = float(samples) if self._loaders else 1.0
+        round_ = exchange.step(Push(weight, self._look, board.interrupt))
+        row = self._row
+        row.computing_s += begun - self._step_done_s
+        row.waiting_s += round_.waiting_s
+        row.exchanging_s += round_.exchanging_s
+        self._step_done_s = row.time_s = time.monotonic()
+        if index == 0:
+            row.stepped, row.step, row.epoch = True, round_.number, self._epoch
+            row.samples, row.contributors = weight, len(round_.contributors)
+            self._after_round(exchange, round_.number, round_.contributors)
+        if row.time_s - self._flushed_s > _FLUSH_S:
+            self.flush()
+
+    def _after_round(self, exchange: Exchange, number: int, contributors: tuple[int, ...]) -> None:
+        if exchange.asked_to_stop(contributors):
+            self._end(_INTERRUPTED, "interrupted")
+            raise KeyboardInterrupt
+        reason = self._stopping.after_round(number)
+        if reason is None and self._stopping.needs_loss and number % CHECK_ROUNDS == 0:
+            # Whoever is out of data has not seen this round: then nobody looks, so that all count the same looks.
+            if all(w in contributors or self._board.gone[w] for w in range(self._board.workers)):
+                total, samples = exchange.losses(contributors)
+                self._look = (0.0, 0.0)
+                reason = self._stopping.look(total / samples) if samples else None
+        if reason is not None:
+            self._end(_DONE, reason)
+
+    def log(self, loss: float | None, values: dict[str, float]) -> None:
+        """Record a loss of the batch in hand, and other values of the step."""
+        if self._ended != _TRAINING and not self._row.stepped:
+            return
+        if loss is not None:
+            weighted = loss * self._batch_samples
+            self._row.loss_sum += weighted
+            self._row.loss_samples += self._batch_samples
+            self._look = (self._look[0] + weighted, self._look[1] + self._batch_samples)
+        if values and self.rank == 0:
+            self._channel.send(messages.Logged(self.step_number, values))
+
+    # --- passes over loaders (data.loader.Passes) ---
+
+    def begin(self, loader: int, length: int | None) -> bool:
+        if loader in self._left:
+            self._left.discard(loader)
+            self._await_all(loader)
+        if self.step_number == 0:
+            self._step_done_s = time.monotonic()  # what came before the first batch is not training
+        self._drop_unstepped_losses()
+        self._pass_starts[loader] = self.step_number
+        self._evaluating[loader] = (self._samples, self._gradient_marks())
+        ghost = self._ended != _TRAINING and loader in self._training_loaders
+        if not ghost:
+            number = self._board.passes(loader)[self.rank]
+            if loader in self._training_loaders or not self._training_loaders:
+                self._epoch = number + 1
+            if self.rank == 0:
+                self._channel.send(messages.Pass(loader, number, length))
+        return not ghost
+
+    def drawn(self, samples: int) -> None:
+        if self._row.stepped:
+            self._close_row()
+        self._samples += samples
+        self._batch_samples = samples
+
+    def end(self, loader: int) -> None:
+        self._finish_pass(loader)
+        self.flush()
+        self._await_all(loader)
+
+    def leave(self, loader: int) -> None:
+        self._finish_pass(loader)
+        self._left.add(loader)
+
+    def _finish_pass(self, loader: int) -> None:
+        if self._row.stepped:
+            self._close_row()
+        self._drop_unstepped_losses()
+        if self.step_number > self._pass_starts.get(loader, 0):
+            self._training_loaders.add(loader)
+        elif self._evaluating[loader][1] == self._gradient_marks():
+            self._samples = self._evaluating[loader][0]  # no backward came of them: they weigh nothing
+        columns = self._board.looks(self._barriers)
+        columns[0][self.rank], columns[1][self.rank] = self._look
+        self._board.passes(loader)[self.rank] += 1
+        self._board.ring(self.rank)
+
+    def _gradient_marks(self) -> list[tuple[int, int]]:
+        """Changes whenever a backward pass has added to a gradient."""
+        gradients = [p.grad for exchange in self._exchanges for p in exchange.parameters]
+        return [(id(g), g._version) for g in gradients if g is not None]
+
+    def _await_all(self, loader: int) -> None:
+        """Stay parked until every worker has finished this pass; then all draw the same conclusions from it."""
+        board = self._board
+        number = board.passes(loader)[self.rank]
+        begun = time.monotonic()
+        board.parked[self.rank] = loader + 1
+        board.ring(self.rank)
+        board.wait(lambda: holding(loader, number, board) or number)
+        board.parked[self.rank] = NOT_PARKED
+        looks = board.looks(self._barriers)
+        self._barriers += 1
+        self._row.waiting_s += time.monotonic() - begun
+        self._step_done_s = time.monotonic()
+        if self._ended != _TRAINING:
+            return
+        ended = max(board.ended)
+        if ended:
+            self._end(ended, "")
+            if ended == _INTERRUPTED:
+                raise KeyboardInterrupt
+        elif self.step_number > self._pass_starts.get(loader, 0):
+            self._training_loaders.add(loader)
+            self._after_pass(number, sum(looks[0]), sum(looks[1]))
+
+    def _after_pass(self, number: int, loss: float, samples: float) -> None:
+        reason = self._stopping.after_pass(number)
+        if self._stopping.needs_loss and samples:
+            self._look = (0.0, 0.0)
+            reason = self._stopping.look(loss / samples) or reason
+        if reason is not None:
+            self._end(_DONE, reason)
+
+    # --- the end ---
+
+    def _end(self, how: int, reason: str) -> None:
+        self._ended, self._ended_s = how, time.monotonic()
+        self._board.ended[self.rank] = how
+        if reason and self.rank == 0:
+            self._channel.send(messages.Ended(reason))
+
+    def _idle(self) -> None:
+        """A step after the end of training does nothing; a script that never stops stepping is ended."""
+        self._idle_steps += 1
+        if self._idle_steps > _IDLE_STEPS and time.monotonic() - self._ended_s > _IDLE_S:
+            raise SystemExit(0)
+
+    def finish(self) -> None:
+        """The script has come to its end: say so to everybody."""
+        if self._row.stepped:
+            self._close_row()
+        self.flush()
+        self.go()
+        self._channel.send(messages.Finished())
+
+    def go(self) -> None:
+        """Leave: nobody waits for this worker any more."""
+        self._board.gone[self.rank] = 1
+        self._board.ring(self.rank)
+
+    def flush(self) -> None:
+        """Send the launcher what it has not seen of the rounds behind this worker."""
+        if self._rows:
+            try:
+                self._channel.send(messages.Steps(bytes(self._rows)))
+            except Closed:
+                raise Aborted("the launcher is gone") from None
+            self._rows.clear()
+        self._flushed_s = time.monotonic()
+
+    def _close_row(self) -> None:
+        self._rows += self._row.pack()
+        self._row = Row()
+
+    def _drop_unstepped_losses(self) -> None:
+        """Losses logged without a step (an evaluation) are not training's."""
+        if not self._row.stepped and self._row.loss_samples:
+            self._look = (self._look[0] - self._row.loss_sum, self._look[1] - self._row.loss_samples)
+            self._row.loss_sum = self._row.loss_samples = 0.0

@@ -1,0 +1,146 @@
+"""The table of an optimizer's parameters: which range of which flat vector each of them is.
+
+There is one flat vector per dtype. Every parameter starts at a multiple of ALIGN values and is padded to one,
+so that a piece of it never needs the scalar tail of a vector kernel. The table is plain data: it is
+compared between workers, sent to servers, and knows no tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import msgspec
+import torch
+from torch import nn
+
+from paceline.errors import ConfigError
+from paceline.protocol.partition import padded
+
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "complex64": torch.complex64,
+    "complex128": torch.complex128,
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "int16": torch.int16,
+    "int8": torch.int8,
+    "uint8": torch.uint8,
+    "bool": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """Parameter ``name``: ``size`` values from ``offset`` of its dtype's vector, laid out by ``stride``."""
+
+    name: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: str
+    group: int
+    offset: int
+    size: int
+
+
+class Table(msgspec.Struct, frozen=True):
+    """``sizes[dtype]`` is the length of that dtype's vector in values, padding included."""
+
+    entries: tuple[Entry, ...]
+    sizes: dict[str, int]
+
+    @property
+    def values(self) -> int:
+        return sum(entry.size for entry in self.entries)
+
+    def offsets_bytes(self) -> dict[str, int]:
+        """Where each dtype's vector begins when all are laid one after the other; "" is the end."""
+        place, offsets = 0, {}
+        for dtype, size in self.sizes.items():
+            offsets[dtype] = place
+            place += size * DTYPES[dtype].itemsize
+            place += -place % 64
+        return offsets | {"": place}
+
+    def view(self, entry: Entry, vector: torch.Tensor) -> torch.Tensor:
+        """The parameter's own shape over its range of ``vector`` (an alias)."""
+        return vector.as_strided(entry.shape, entry.stride, vector.storage_offset() + entry.offset)
+
+
+def dtype_name(dtype: torch.dtype, what: str) -> str:
+    name = _NAMES.get(dtype)
+    if name is None:
+        raise ConfigError(f"{what} has dtype {dtype}; it must be one of: {', '.join(DTYPES)}")
+    return name
+
+
+def tabulate(tensors: Iterable[tuple[str, int, torch.Tensor]]) -> Table:
+    """The table of ``(name, group, tensor)``s, in their order. Raises ConfigError for what cannot be shared."""
+    entries: list[Entry] = []
+    sizes: dict[str, int] = {}
+    storages: dict[int, str] = {}
+    for name, group, tensor in tensors:
+        dtype = dtype_name(tensor.dtype, f"parameter {name}")
+        if tensor.layout is not torch.strided:
+            raise ConfigError(f"parameter {name} has layout {tensor.layout}; it must be dense (torch.strided)")
+        if isinstance(tensor, nn.parameter.UninitializedParameter):
+            raise ConfigError(
+                f"parameter {name} is lazy and has no shape yet",
+                fix="run one forward pass with a batch before run.wrap",
+            )
+        start = tensor.data_ptr()
+        if tensor.numel() and start in storages:
+            raise ConfigError(
+                f"parameters {storages[start]} and {name} are two objects over one memory",
+                fix=f"tie them by assignment, so that they are one Parameter: b.weight = a.weight ({name})",
+            )
+        storages[start] = name
+        offset = sizes.get(dtype, 0)
+        shape, stride = tuple(tensor.shape), _dense_stride(tensor)
+        entries.append(Entry(name, shape, stride, dtype, group, offset, tensor.numel()))
+        sizes[dtype] = offset + padded(tensor.numel())
+    return Table(tuple(entries), sizes)
+
+
+def differences(mine: Table, other: Table, mine_is: str, other_is: str) -> str:
+    """The first difference of two tables in words, or "" if they agree."""
+    for a, b in zip(mine.entries, other.entries, strict=False):
+        if a != b:
+            return (
+                f"{a.name} {list(a.shape)} {a.dtype} in group {a.group} on {mine_is}, "
+                f"{b.name} {list(b.shape)} {b.dtype} in group {b.group} on {other_is}"
+            )
+    if len(mine.entries) != len(other.entries):
+        return f"{len(mine.entries)} parameters on {mine_is}, {len(other.entries)} on {other_is}"
+    return ""
+
+
+def names_of(tensors: Iterable[torch.Tensor], models: Iterable[nn.Module]) -> Mapping[int, str]:
+    """id -> name as in ``named_parameters`` of the models, for the tensors that have one."""
+    wanted = {id(tensor) for tensor in tensors}
+    names: dict[int, str] = {}
+    for model in models:
+        for name, parameter in model.named_parameters():
+            if id(parameter) in wanted:
+                names.setdefault(id(parameter), name)
+    return names
+
+
+def _dense_stride(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The tensor's own strides if it fills its memory without gaps (channels_last does), else contiguous ones."""
+    if tensor.numel() and not tensor.is_contiguous():
+        steps = sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1)
+        expected = 1
+        for step, length in steps:
+            if step != expected:
+                break
+            expected *= length
+        else:
+            return tuple(tensor.stride())
+    strides, step = [], 1
+    for length in reversed(tensor.shape):
+        strides.append(step)
+        step *= max(length, 1)
+    return tuple(reversed(strides))

@@ -1,0 +1,98 @@
+"""When does a round close, and when may a worker leave the end of an epoch: pure functions of the board.
+
+The laws
+  1. Round r closes when every worker that is neither parked nor gone has pushed r. Its *contributors* are
+     the workers that have pushed r.
+  2. A worker *parks* at the end of a pass over a loader and stays parked until every worker that is not
+     gone has finished that pass. A parked worker cannot push, so rounds need not wait for it.
+  3. Nobody pushes r+1 before every stepper of r has stepped r.
+
+Why all who ask get the same contributors, each at its own moment: a worker is excused from r only while
+somebody still in the data holds its barrier shut, and that somebody is waiting for round r itself. So an
+excused worker cannot come to push r before r is over, and "pushed" and "gone" never go back.
+
+Columns are read in the order pushed, gone, parked, passes. A column is anything indexable by rank: memory
+shared by processes, or a list in a test or a simulation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+Column = Sequence[int] | memoryview
+
+NOT_PARKED = 0
+
+
+class Board(Protocol):
+    """What the workers of a job have published of themselves; each column has one writer a cell.
+
+    ``parked[w]`` is 0, or 1 + the loader at whose end worker w waits; ``passes(l)[w]`` is how many passes over
+    loader l worker w has finished; ``gone[w]`` is 1 once w has left.
+    """
+
+    gone: Column
+    parked: Column
+
+    def passes(self, loader: int) -> Column: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """The round is closed; ``contributors`` pushed it, lowest rank first."""
+
+    contributors: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """Not yet, because of worker ``on``; ``reason`` finishes the sentence "I wait because"."""
+
+    on: int
+    reason: str
+
+
+def close_round(number: int, pushed: Column, board: Board) -> Closed | Waiting:
+    """Is round ``number`` closed, and with whom? ``pushed[w]`` is the last round worker w has pushed.
+
+    Must be asked by somebody who holds the round open: a contributor, or a server that has seen one.
+    """
+    contributors = []
+    missing = []
+    for worker in range(len(pushed)):
+        if pushed[worker] >= number:
+            contributors.append(worker)
+        else:
+            missing.append(worker)
+    for worker in missing:
+        if board.gone[worker]:
+            continue
+        loader = board.parked[worker] - 1
+        if loader < 0 or barrier_open(loader, board.passes(loader)[worker], board):
+            return Waiting(worker, f"worker {worker} has not pushed round {number}")
+    return Closed(tuple(contributors))
+
+
+def reached(number: int, column: Column, members: Sequence[int]) -> Closed | Waiting:
+    """Have all ``members`` (workers, then servers) come to round ``number`` in this column of theirs?"""
+    for member in members:
+        if column[member] < number:
+            return Waiting(member, f"member {member} is not done with round {number}")
+    return Closed(tuple(members))
+
+
+def barrier_open(loader: int, number: int, board: Board) -> bool:
+    """Have all workers that are not gone finished ``number`` passes over ``loader``?"""
+    return holding(loader, number, board) is None
+
+
+def holding(loader: int, number: int, board: Board) -> Waiting | None:
+    """The first worker that keeps the end of pass ``number`` shut, or None when it is open."""
+    passes = board.passes(loader)
+    for worker in range(len(passes)):
+        # gone is read last: a worker that finishes its pass and leaves between the two reads counts as done.
+        if passes[worker] < number and not board.gone[worker]:
+            return Waiting(worker, f"worker {worker} has not finished its part of the data")
+    return None

@@ -1,0 +1,1 @@
+"""What a user touches: init, wrap, log, launch, Trainer, fit."""

@@ -1,0 +1,208 @@
+"""``init`` and ``wrap``: the three lines that make a plain training script distributed.
+
+Alone (``python train.py``) nothing is changed: ``wrap`` returns what it was given. Inside a run, ``wrap`` moves the
+optimizer's parameters into memory shared by the workers, makes ``optimizer.step()`` the exchange, and gives the loader
+this worker's part of the data.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn, optim
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from paceline.config import Pace, Sync
+from paceline.data.loader import share
+from paceline.engine import context as contexts
+from paceline.engine.context import Context
+from paceline.engine.worker import Worker
+from paceline.errors import ConfigError, HostError, UsageError
+
+
+class Run:
+    """A worker's run. Made by ``init``; there is one a process."""
+
+    def __init__(self, context: Context | None) -> None:
+        self._context = context
+        self._worker = Worker(context) if context is not None else None
+        self._models: list[nn.Module] = []
+        self._wrapped: set[int] = set()
+        self._copied: set[int] = set()
+        self._directory: Path | None = None
+
+    @property
+    def rank(self) -> int:
+        """This worker's number, 0 to ``num_workers - 1``."""
+        return self._worker.rank if self._worker else 0
+
+    @property
+    def num_workers(self) -> int:
+        return self._context.job.workers if self._context else 1
+
+    @property
+    def is_main(self) -> bool:
+        """Is this worker 0, the one that prints and saves?"""
+        return self.rank == 0
+
+    @property
+    def step(self) -> int:
+        """Rounds finished; 0 when alone."""
+        return self._worker.step_number if self._worker else 0
+
+    @property
+    def pace(self) -> Pace:
+        return self._context.job.pace if self._context else Sync()
+
+    @property
+    def directory(self) -> Path:
+        """The run's directory, for pictures and checkpoints. Alone, one is made when first asked for."""
+        if self._context is not None:
+            return self._context.directory
+        if self._directory is None:
+            name = Path(sys.argv[0]).stem or "python"
+            self._directory = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}-alone"
+            (self._directory / "plots").mkdir(parents=True, exist_ok=True)
+        return self._directory
+
+    def wrap(
+        self, *objects: Any, share_parameters: bool = True, count: Callable[[Any], int] | None = None
+    ) -> Any:
+        """Share models, optimizers, schedulers and loaders with the other workers; returns them, in order.
+
+        Models, optimizers and schedulers are changed in place and come back as they are; loaders come back
+        rebuilt. One object comes back bare, several as a tuple. May be called again for more; every worker must
+        call it as often, in the same order. ``share_parameters=False`` gives each worker a copy of the
+        parameters instead of a view of the shared ones. ``count(batch)`` tells the samples of a batch that
+        paceline cannot count. Blocks until all workers have called it. Raises ConfigError.
+        """
+        if not objects:
+            raise UsageError("run.wrap needs something to wrap: a model, an optimizer, a loader, a scheduler")
+        if self._worker is None:
+            return objects[0] if len(objects) == 1 else objects
+        self._models += [item for item in objects if isinstance(item, nn.Module)]
+        for item in objects:
+            if isinstance(item, optim.Optimizer):
+                self._wrap_optimizer(item, share_parameters)
+        for item in objects:
+            if isinstance(item, nn.Module):
+                self._wrap_model(item)
+        wrapped = tuple(self._wrap_loader(item, count) for item in objects)
+        return wrapped[0] if len(wrapped) == 1 else wrapped
+
+    def log(self, loss: Any = None, **values: Any) -> None:
+        """Report this step's loss (a number or a tensor of one value), and other numbers, to the run.
+
+        The loss is averaged over workers by samples; of other values worker 0's are kept.
+        """
+        if self._worker is None:
+            return
+        numbers = {name: _number(name, value) for name, value in values.items()}
+        self._worker.log(None if loss is None else _number("loss", loss), numbers)
+
+    def _wrap_optimizer(self, optimizer: optim.Optimizer, share_parameters: bool) -> None:
+        assert self._worker is not None
+        if id(optimizer) in self._wrapped:
+            return
+        names = _names(self._models, optimizer)
+        exchange = self._worker.add_exchange(optimizer, names, share=share_parameters)
+        index = len(self._wrapped)
+        self._wrapped.add(id(optimizer))
+        self._copied.update(id(parameter) for parameter in exchange.parameters)
+        _replace_step(optimizer, self._worker, index)
+
+    def _wrap_model(self, model: nn.Module) -> None:
+        """Frozen parameters and buffers are each worker's own; they begin as worker 0's."""
+        assert self._worker is not None
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        fresh = [(name, tensor) for name, tensor in tensors if id(tensor) not in self._copied]
+        if fresh:
+            self._worker.copy_from_first(fresh)
+            self._copied.update(id(tensor) for _, tensor in fresh)
+        if self.rank and model not in self._models[:-1]:
+            # Dropout must differ between workers; what follows from here on is each worker's own stream.
+            torch.manual_seed(torch.initial_seed() + self.rank)
+
+    def _wrap_loader(self, item: Any, count: Callable[[Any], int] | None) -> Any:
+        assert self._worker is not None
+        if isinstance(item, nn.Module | optim.Optimizer | LRScheduler | ReduceLROnPlateau):
+            return item
+        return share(item, self._worker.next_loader(), self._worker.part, self._worker, count)
+
+
+_current: Run | None = None
+
+
+def init() -> Run:
+    """This process's run: as one of its workers inside ``paceline run``, else alone. The same one at each call."""
+    global _current
+    if contexts.importing_main:
+        raise UsageError(
+            "paceline.init() was called while a worker imported the main module",
+            fix="put what the program does under: if __name__ == '__main__':",
+        )
+    if _current is None:
+        if contexts.current is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise HostError(
+                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but this release does not run under torchrun or SLURM",
+                fix="paceline run SCRIPT --workers N",
+            )
+        _current = Run(contexts.current)
+    return _current
+
+
+def finish(context: Context) -> None:
+    """A worker's script is over; called by the engine."""
+    run = _current if _current is not None else Run(context)
+    if run._worker is not None:
+        run._worker.finish()
+
+
+def _replace_step(optimizer: optim.Optimizer, worker: Worker, index: int) -> None:
+    """Make ``optimizer.step()`` the exchange, for torch's schedulers and hooks the same method as before."""
+    before = optimizer.step
+
+    @wraps(before)
+    def step(closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for hook in list(optimizer._optimizer_step_pre_hooks.values()):
+            hook(optimizer, (), {})
+        worker.exchange(index)
+        optimizer._opt_called = True  # type: ignore[attr-defined]  # what schedulers look for
+        for hook in list(optimizer._optimizer_step_post_hooks.values()):
+            hook(optimizer, (), {})
+        return loss
+
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # a scheduler made before is not lost
+    optimizer.step = step  # type: ignore[method-assign]
+
+
+def _names(models: list[nn.Module], optimizer: optim.Optimizer) -> dict[int, str]:
+    """id -> the name of each of the optimizer's parameters, as far as a model knows one."""
+    wanted = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    names: dict[int, str] = {}
+    for model in models:
+        for name, parameter in model.named_parameters():
+            if id(parameter) in wanted:
+                names.setdefault(id(parameter), name)
+    return names
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value.detach() if isinstance(value, torch.Tensor) else value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ConfigError(
+            f"run.log got {name} of type {type(value).__name__}; it must be one number",
+            fix=f"log a scalar: run.log({name}={name}.mean())",
+        ) from None

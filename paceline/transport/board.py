@@ -1,0 +1,149 @@
+"""The board: what each process of a host has published of itself, in one small shared segment.
+
+Every cell has one writer and is an aligned 8-byte word, so a store is never seen half done. Behind the
+columns of ``protocol/rounds.py`` it holds, for every member, a count of its changes: the word others sleep
+on. Members are the workers by rank, then the servers. The launcher writes ``abort`` and ``interrupt``.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Callable
+from typing import TypeVar
+
+from paceline.protocol.rounds import Waiting
+from paceline.transport import futex, segment
+
+MAGIC = 0x31304C4341504C43
+MAX_LOADERS = 16
+_LINE = 8  # words in a cache line: members' change counts do not share one
+_WAIT_S = 0.5  # a sleeper looks for an abort at least this often, whoever forgot to wake it
+
+T = TypeVar("T")
+
+
+class Aborted(BaseException):
+    """The launcher has told everyone to stop; not an Exception, so that user code does not swallow it."""
+
+
+class Board:
+    """A view of the segment ``memory``; the first to make one passes its shape in ``create``."""
+
+    def __init__(self, memory: mmap.mmap) -> None:
+        self._memory = memory
+        self._words = memoryview(memory).cast("Q")
+        self._address = segment.address(memory)
+        assert self._words[0] == MAGIC, "not a board"
+        workers, servers = self._words[1], self._words[2]
+        self.workers, self.servers, self.members = workers, servers, workers + servers
+        offsets = _offsets(workers, servers)
+        self._events = offsets["events"]
+        self.gone = self._words[offsets["gone"] : offsets["gone"] + workers]
+        self.parked = self._words[offsets["parked"] : offsets["parked"] + workers]
+        self.ended = self._words[offsets["ended"] : offsets["ended"] + workers]
+        start = offsets["passes"]
+        self._passes = [
+            self._words[start + loader * workers : start + (loader + 1) * workers]
+            for loader in range(MAX_LOADERS)
+        ]
+        floats = memoryview(memory).cast("d")
+        start = offsets["looks"]
+        self._looks = [
+            [floats[start + k * workers : start + (k + 1) * workers] for k in (half, half + 1)] for half in (0, 2)
+        ]
+        # Sleeping costs a wake-up of 10 to 50 microseconds; looking again for a while costs a core. It pays
+        # only where every process has a core of its own.
+        self._spins = 40 if self.members <= len(os.sched_getaffinity(0)) else 0
+
+    @staticmethod
+    def create(workers: int, servers: int) -> int:
+        """A descriptor of a fresh board for this many processes. Raises HostError."""
+        fd = segment.create("the board", _offsets(workers, servers)["end"] * 8)
+        with segment.attach(fd) as memory:
+            words = memoryview(memory).cast("Q")
+            words[1], words[2], words[0] = workers, servers, MAGIC
+            words.release()
+        return fd
+
+    @property
+    def abort(self) -> bool:
+        return self._words[3] != 0
+
+    @property
+    def interrupt(self) -> bool:
+        """Has the user asked for an end (Ctrl-C)? Workers agree on the round in which to obey."""
+        return self._words[4] != 0
+
+    @property
+    def published(self) -> int:
+        """How many collectives' memory worker 0 has filled."""
+        return self._words[5]
+
+    def publish(self, number: int) -> None:
+        self._words[5] = number
+        self.ring(0)
+
+    def passes(self, loader: int) -> memoryview:
+        return self._passes[loader]
+
+    def looks(self, number: int) -> list[memoryview]:
+        """[sum of loss times samples, sum of samples] by worker for pass ``number``; two passes fit."""
+        return self._looks[number % 2]
+
+    def ring(self, member: int) -> None:
+        """Count a change of ``member``, published before this, and wake those who sleep on it."""
+        index = self._events + member * _LINE
+        self._words[index] += 1
+        futex.wake(self._address + index * 8)
+
+    def set_abort(self) -> None:
+        self._words[3] = 1
+        self.wake_all()
+
+    def set_interrupt(self) -> None:
+        self._words[4] = 1
+
+    def wake_all(self) -> None:
+        for member in range(self.members):
+            futex.wake(self._address + (self._events + member * _LINE) * 8)
+
+    def wait(self, ask: Callable[[], T | Waiting]) -> T:
+        """Ask until the answer is not Waiting; sleep in between on the member it names.
+
+        Raises Aborted when the run is being stopped.
+        """
+        answer = ask()
+        spins = self._spins
+        while isinstance(answer, Waiting):
+            if self._words[3]:
+                raise Aborted(answer.reason)
+            if spins:
+                spins -= 1
+                answer = ask()
+                continue
+            index = self._events + answer.on * _LINE
+            seen = self._words[index]
+            again = ask()
+            if isinstance(again, Waiting) and again.on == answer.on:
+                futex.wait(self._address + index * 8, seen & 0xFFFFFFFF, _WAIT_S)
+                again = ask()
+            answer = again
+        return answer
+
+
+def _offsets(workers: int, servers: int) -> dict[str, int]:
+    """Where each column begins, in words."""
+    place, offsets = 2 * _LINE, {}
+    columns = {
+        "events": (workers + servers) * _LINE,
+        "gone": workers,
+        "parked": workers,
+        "ended": workers,
+        "passes": workers * MAX_LOADERS,
+        "looks": workers * 4,
+    }
+    for name, words in columns.items():
+        offsets[name] = place
+        place += -(-words // _LINE) * _LINE
+    return offsets | {"end": place}

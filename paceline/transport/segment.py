@@ -1,0 +1,79 @@
+"""Memory shared by the processes of one host: sealed-size memfds, reserved before they are touched.
+
+``multiprocessing.shared_memory`` is not used: on CPython 3.11 its resource tracker unlinks a segment under
+its living creator when any attached process ends. A memfd has no name, so nothing is left behind by a crash.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from pathlib import Path
+
+from paceline.errors import HostError
+
+PAGE = 4096
+
+
+def page_up(size_bytes: int) -> int:
+    return -(-size_bytes // PAGE) * PAGE
+
+
+def create(name: str, size_bytes: int) -> int:
+    """A descriptor of a new zeroed segment, its memory reserved.
+
+    Reserving first turns "out of memory" into an error with a sentence; without it the first touch past
+    what the host has would be a SIGBUS. Raises HostError.
+    """
+    free = available_bytes()
+    if size_bytes > free:
+        raise HostError(
+            f"{name} needs {_mb(size_bytes)} of shared memory; this machine has {_mb(free)} left",
+            why="parameters and optimizer state are kept once, gradients once per worker",
+            fix="fewer workers, a smaller model, or an optimizer with less state",
+        )
+    fd = os.memfd_create(f"paceline-{name}", os.MFD_CLOEXEC)
+    try:
+        os.posix_fallocate(fd, 0, page_up(max(size_bytes, 1)))
+    except OSError as error:
+        os.close(fd)
+        raise HostError(
+            f"{name} needs {_mb(size_bytes)} of shared memory, which could not be reserved: {error.strerror}",
+            why="a memory limit of this container or user",
+            fix="raise the limit, or use fewer workers or a smaller model",
+        ) from None
+    return fd
+
+
+def attach(fd: int) -> mmap.mmap:
+    """Map the whole segment, readable and writable. The descriptor may be closed afterwards."""
+    return mmap.mmap(fd, os.fstat(fd).st_size)
+
+
+def address(memory: mmap.mmap) -> int:
+    """Where the mapping begins in this process, for futexes."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
+
+
+def available_bytes() -> int:
+    """What can still be allocated: the kernel's estimate, or less if a control group allows less."""
+    free = 2**62
+    for line in _read("/proc/meminfo").splitlines():
+        if line.startswith("MemAvailable:"):
+            free = int(line.split()[1]) * 1024
+    limit, used = _read("/sys/fs/cgroup/memory.max"), _read("/sys/fs/cgroup/memory.current")
+    if limit.strip().isdigit() and used.strip().isdigit():
+        free = min(free, int(limit) - int(used))
+    return max(free, 0)
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+def _mb(size_bytes: int) -> str:
+    return f"{size_bytes / 1e6:,.1f} MB"

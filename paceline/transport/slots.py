@@ -1,0 +1,147 @@
+"""The memory of one exchange: an optimizer's parameters, its state, and a slot for every worker.
+
+    words   pushed[worker], stepped[member], ready[member]: the round each has pushed, has stepped its shards
+            of, and has taken up moved shards for
+    state   the optimizer's state (params/state.py)
+    params  one flat vector a dtype: the parameters, once on this host
+    slots   by worker: a header (weight, loss sums, stop, settings, mask) and the flat gradient
+
+A worker writes its slot, then its ``pushed`` word: that store *is* the push. A slot has one writer; it is read
+between the closing of its round and the last ``stepped`` of it, and not written in that time.
+"""
+
+from __future__ import annotations
+
+import mmap
+
+import msgspec
+import torch
+
+from paceline.params.optimizers import StateItem
+from paceline.params.state import State, StatePlan
+from paceline.params.table import DTYPES, Table
+from paceline.transport.segment import PAGE, page_up
+
+_WORD = 8
+_HEADER_WORDS = 8
+
+
+class Spec(msgspec.Struct, frozen=True):
+    """All that must be equal in every process of an exchange; its bytes are compared and sent to servers.
+
+    ``settings`` is the groups' hyper-parameters as they are stepped, encoded; a slot has room for
+    ``settings_bytes`` of them. ``whole``: parameters are never cut.
+    """
+
+    table: Table
+    optimizer: str
+    whole: bool
+    settings: bytes
+    settings_bytes: int
+    state: tuple[StateItem, ...]
+    workers: int
+    servers: int
+
+
+class _Offsets:
+    def __init__(self, spec: Spec) -> None:
+        count = len(spec.table.entries)
+        vectors = spec.table.offsets_bytes()
+        self.plan = StatePlan(spec.table, spec.state)
+        self.words = 0
+        self.state = page_up((3 * spec.workers + 2 * spec.servers) * _WORD)
+        self.params = page_up(self.state + self.plan.size_bytes)
+        self.slots = page_up(self.params + vectors[""])
+        self.mask = _HEADER_WORDS * _WORD
+        self.settings = self.mask + -(-count // 64) * 64
+        self.gradient = page_up(self.settings + spec.settings_bytes)
+        self.slot_bytes = page_up(self.gradient + vectors[""])
+        self.end = self.slots + spec.workers * self.slot_bytes
+
+
+def size_bytes(spec: Spec) -> int:
+    """How large the segment of this exchange must be."""
+    return max(_Offsets(spec).end, PAGE)
+
+
+class Slot:
+    """One worker's slot. ``gradient`` is one flat vector a dtype, padded with zeros; ``mask`` one byte a parameter."""
+
+    def __init__(self, memory: mmap.mmap, start: int, offsets: _Offsets, spec: Spec) -> None:
+        self._words = memoryview(memory)[start : start + offsets.mask].cast("Q")
+        self._floats = memoryview(memory)[start : start + offsets.mask].cast("d")
+        count = len(spec.table.entries)
+        self.mask = memoryview(memory)[start + offsets.mask : start + offsets.mask + count]
+        self._settings = memoryview(memory)[start + offsets.settings : start + offsets.gradient]
+        self._settings_bytes = spec.settings_bytes
+        self.gradient = carve_vectors(memory, start + offsets.gradient, spec.table)
+
+    @property
+    def weight(self) -> float:
+        return self._floats[0]
+
+    @property
+    def loss(self) -> tuple[float, float]:
+        """Sum of loss times samples, and of samples, since the last look (protocol/stopping.py)."""
+        return self._floats[1], self._floats[2]
+
+    @property
+    def stop(self) -> bool:
+        """Does this worker ask that the round be the last?"""
+        return self._words[3] != 0
+
+    def write(self, weight: float, loss: tuple[float, float], stop: bool) -> None:
+        self._floats[0], self._floats[1], self._floats[2] = weight, *loss
+        self._words[3] = stop
+
+    @property
+    def settings_version(self) -> int:
+        return self._words[4]
+
+    @property
+    def settings(self) -> bytes:
+        return bytes(self._settings[: self._words[5]])
+
+    def write_settings(self, data: bytes) -> None:
+        assert len(data) <= self._settings_bytes, f"settings of {len(data)} bytes in room for {self._settings_bytes}"
+        self._settings[: len(data)] = data
+        self._words[5] = len(data)
+        self._words[4] += 1
+
+
+class ExchangeMemory:
+    """A view of an exchange's segment, laid out by ``spec``; equal in every process that maps it."""
+
+    def __init__(self, memory: mmap.mmap, spec: Spec) -> None:
+        offsets = _Offsets(spec)
+        assert len(memory) >= offsets.end, "the segment is smaller than its spec"
+        self._memory = memory
+        words = memoryview(memory)[: offsets.state].cast("Q")
+        self.pushed = words[: spec.workers]
+        members = spec.workers + spec.servers
+        self.stepped = words[spec.workers : spec.workers + members]
+        self.ready = words[spec.workers + members : spec.workers + 2 * members]
+        self.params = carve_vectors(memory, offsets.params, spec.table)
+        self.state = State(
+            spec.table,
+            offsets.plan,
+            lambda dtype, offset, count: _carve(memory, dtype, offsets.state + offset, count),
+        )
+        self.slots = [
+            Slot(memory, offsets.slots + worker * offsets.slot_bytes, offsets, spec)
+            for worker in range(spec.workers)
+        ]
+
+
+def carve_vectors(memory: mmap.mmap, start: int, table: Table) -> dict[str, torch.Tensor]:
+    """The table's flat vectors, by dtype, as aliases of ``memory`` from byte ``start``."""
+    places = table.offsets_bytes()
+    return {
+        dtype: _carve(memory, DTYPES[dtype], start + places[dtype], size) for dtype, size in table.sizes.items()
+    }
+
+
+def _carve(memory: mmap.mmap, dtype: torch.dtype, offset: int, count: int) -> torch.Tensor:
+    if count == 0:
+        return torch.zeros(0, dtype=dtype)
+    return torch.frombuffer(memory, dtype=dtype, offset=offset, count=count)

@@ -1,0 +1,19 @@
+"""What every test starts from: one thread a process, no screen, and nothing of the caller's environment."""
+
+import os
+
+from hypothesis import settings
+
+# Before anything imports torch or numpy: their thread pools are sized once. A test of N processes on two
+# cores is slow and uneven if each of them brings a pool of its own.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["MPLBACKEND"] = "Agg"
+
+# A test under `paceline run`, torchrun or SLURM, or with options in the environment, must see none of it.
+FOREIGN = ("PACELINE_", "SLURM_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "RAY_ADDRESS")
+for name in [name for name in os.environ if name.startswith(FOREIGN)]:
+    del os.environ[name]
+
+# No deadline: how long an example takes says nothing here. In CI the examples are the same every time.
+settings.register_profile("paceline", deadline=None, print_blob=True, derandomize="CI" in os.environ)
+settings.load_profile("paceline")

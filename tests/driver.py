@@ -1,0 +1,139 @@
+"""Workers and servers of one job as threads of this process: real board, real slots, real coordinator.
+
+Everything but the fork is what runs in production, and a job takes milliseconds, so that hypothesis can
+try many.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from paceline.config import Job
+from paceline.engine.context import Context
+from paceline.engine.server import serve
+from paceline.protocol import messages
+from paceline.protocol.coordinator import Abort, Allocate, Came, Coordinator, Died, Done
+from paceline.run.session import Run
+from paceline.transport import segment
+from paceline.transport.board import Aborted, Board
+from paceline.transport.channel import Channel, Closed
+
+
+class Failed(Exception):
+    """The job was aborted; ``failure`` is what the coordinator was told."""
+
+    def __init__(self, failure: messages.Failed) -> None:
+        super().__init__(failure.what)
+        self.failure = failure
+
+
+def run_job(body: Callable[[Run], Any], *, workers: int = 2, servers: int = 0, **options: Any) -> list[Any]:
+    """What ``body(run)`` returned in each worker, by rank. Raises what a worker raised first, or Failed."""
+    job = Job(name="test", workers=workers, servers=servers, **options)
+    board_fd = Board.create(workers, servers)
+    board = Board(segment.attach(board_fd))
+    events: list[tuple[str, int, Any]] = []
+    arrived = threading.Condition()
+    channels: dict[tuple[str, int], Channel] = {}
+    results: dict[int, Any] = {}
+    errors: list[BaseException] = []
+
+    def put(role: str, rank: int, event: Any) -> None:
+        with arrived:
+            events.append((role, rank, event))
+            arrived.notify()
+
+    def listen(role: str, rank: int) -> None:
+        channel = channels[role, rank]
+        try:
+            while True:
+                for message, _ in channel.drain():
+                    put(role, rank, message)
+        except Closed:
+            put(role, rank, None)
+
+    def live(role: str, rank: int, channel: Channel) -> None:
+        directory = Path(tempfile.gettempdir())
+        context = Context(job, role, rank, directory, channel, Board(segment.attach(board_fd)))
+        try:
+            if role == "server":
+                serve(context)
+            else:
+                run = Run(context)
+                results[rank] = body(run)
+                assert run._worker is not None
+                run._worker.finish()
+        except Aborted:
+            pass
+        except BaseException as error:  # noqa: BLE001  the outermost line of a thread that stands for a process
+            errors.append(error)
+            board.set_abort()
+        finally:
+            channel.close()
+
+    threads = []
+    for role, count in (("server", servers), ("worker", workers)):
+        for rank in range(count):
+            mine, its = Channel.pair()
+            channels[role, rank] = mine
+            threads.append(threading.Thread(target=listen, args=(role, rank), daemon=True))
+            threads.append(threading.Thread(target=live, args=(role, rank, its), daemon=True))
+    for thread in threads:
+        thread.start()
+
+    coordinator = Coordinator(workers, servers)
+    failure: messages.Failed | None = None
+    alive = workers + servers
+    while alive:
+        with arrived:
+            assert arrived.wait_for(lambda: events, timeout=60), "the job hangs"
+            role, rank, message = events.pop(0)
+        if message is None:
+            alive -= 1
+            effects = coordinator.handle(Died(role, rank, 0, 0)) if not errors else []
+        else:
+            effects = coordinator.handle(Came(role, rank, message))
+        for effect in effects:
+            match effect:
+                case Allocate(request=request, servers=to_servers):
+                    _give(channels, request, to_servers)
+                case Abort(failure=said):
+                    failure = said
+                    board.set_abort()
+                    _say_stop(channels, said.what)
+                case Done():
+                    _say_stop(channels, "done")
+        if errors:
+            _say_stop(channels, "failed")
+    for thread in threads:
+        thread.join(timeout=10)
+    for channel in channels.values():
+        channel.close()
+    os.close(board_fd)
+    if errors:
+        raise errors[0]
+    if failure is not None:
+        raise Failed(failure)
+    return [results[rank] for rank in range(workers)]
+
+
+def _give(channels: dict[tuple[str, int], Channel], request: messages.Wrap, servers: bool) -> None:
+    fd = segment.create(request.what, request.size_bytes)
+    memory = messages.Memory(request.number, request.size_bytes, request.kind, request.spec)
+    for (role, _), channel in channels.items():
+        if role == "worker" or servers:
+            channel.send(memory, (fd,))
+    os.close(fd)
+
+
+def _say_stop(channels: dict[tuple[str, int], Channel], reason: str) -> None:
+    for channel in channels.values():
+        try:
+            channel.send(messages.Stop(reason))
+        except (Closed, OSError):
+            continue
