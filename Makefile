@@ -67,5 +67,5 @@ $(READY): pyproject.toml constraints.txt
 	fi
 	@echo "setting up .venv (once, about a minute)"
 	@$(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear .venv
-	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,examples]'
+	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev,examples]'
 	@touch $@

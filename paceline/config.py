@@ -60,6 +60,7 @@ class Job:
     runs: Path = Path("runs")
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "runs", Path(self.runs))
         _within("workers", self.workers, 1, MAX_WORKERS)
         _within("servers", self.servers, 0, MAX_SERVERS)
         for name in ("threads", "steps", "epochs", "patience"):
@@ -77,6 +78,8 @@ class Job:
 
 
 def _within(name: str, value: int, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise UsageError(f"{name} is {value!r}; it must be a whole number")
     if not low <= value <= high:
         limit = f"{low} or more" if value < low else f"{high} or less"
         raise UsageError(f"{name} is {value}; it must be {limit}")

@@ -66,8 +66,8 @@ def run_job(body: Callable[[Run], Any], *, workers: int = 2, servers: int = 0, *
             else:
                 run = Run(context)
                 results[rank] = body(run)
-                assert run._worker is not None
-                run._worker.finish()
+                assert run.worker is not None
+                run.worker.finish()
         except Aborted:
             pass
         except BaseException as error:  # noqa: BLE001  the outermost line of a thread that stands for a process

@@ -10,9 +10,9 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "paceline"
 
 LAYERS = [
-    {"errors", "events", "config"},
-    {"params", "data", "codecs"},
+    {"errors", "events", "config", "config_file"},
     {"protocol"},
+    {"params", "data", "codecs"},
     {"transport"},
     {"layouts"},
     {"engine"},

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from paceline.cli import figures
+from paceline.cli.host import cores
 from paceline.cli.options import OPTIONS, Settings, ShowFlags, job_field
 from paceline.config import Job
 from paceline.engine.program import Script
@@ -67,7 +67,7 @@ def dry_run(job: Job, program: Script, settings: Settings, show: ShowFlags) -> i
         return 0
     ours = screen(show)
     ours.print(_table(job, settings))
-    threads = job.threads or max(1, len(os.sched_getaffinity(0)) // job.workers)
+    threads = job.threads or max(1, cores() // job.workers)
     processes = f"{figures.plural(job.workers, 'worker')} of {figures.plural(threads, 'thread')}"
     if job.servers:
         processes += f" and {figures.plural(job.servers, 'server')}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console as Screen
@@ -47,7 +48,7 @@ class Console:
         self._job, self._screen, self._output, self._quiet, self._now = job, screen, output, quiet, now
         self._live = live and not quiet
         self._same = screen.file is output or (screen.file.isatty() and output.isatty())
-        self._progress = Progress(job)
+        self.progress = Progress(job)
         self._due_s = now() + (REDRAW_S if live else PLAIN_LINE_S)
         self._drawn = ""  # the progress line as it stands on the screen
         self._held = ""  # a line that the script has not finished, while a progress line is on the screen
@@ -58,14 +59,15 @@ class Console:
     def __call__(self, record: Record) -> None:
         match record:
             case Metric():
-                self._progress.add(record)
+                self.progress.add(record)
                 self._tick()
             case Output():
                 self._print(record.text)
             case Epoch():
-                self._progress.epoch_begins(record)
+                self.progress.epoch_begins(record)
             case Started():
                 self.directory = record.directory
+                self.say(f"run {figures.shown(Path(record.directory))}")
             case Wrapped():
                 self.say(f"{self._job.name} · {model(record)}")
             case Notice():
@@ -105,13 +107,13 @@ class Console:
         if self._live:
             self._due_s = now + REDRAW_S
             with self._screen.capture() as capture:
-                self._screen.print(live_line(self._progress.look(), self._screen.width - 1), end="")
+                self._screen.print(live_line(self.progress.look(), self._screen.width - 1), end="")
             self._drawn = capture.get()
             self._screen.file.write(ERASE + self._drawn)
             self._screen.file.flush()
         elif self._at_start or not self._same:
             self._due_s = now + PLAIN_LINE_S
-            self._screen.print(plain_line(self._progress.look()), soft_wrap=True)
+            self._screen.print(plain_line(self.progress.look()), soft_wrap=True)
 
     def _print(self, text: str) -> None:
         """The script's text, unchanged. Below a live line only whole lines are printed."""
@@ -151,8 +153,11 @@ def model(record: Wrapped) -> str:
 
 
 def live_line(standing: Standing, width: int) -> Text:
-    """The progress line, at most ``width`` cells: the bar gives way first, then the end is cut."""
-    facts = "  ".join(_facts(standing))
+    """The progress line, at most ``width`` cells: the bar gives way first, then what was sent, then the end."""
+    parts = _facts(standing)
+    facts = "  ".join(parts)
+    if len(standing.label) + 2 + len(facts) > width:
+        facts = "  ".join(part for part in parts if not part.startswith("sent"))
     line = Text(no_wrap=True)
     line.append(standing.label, style="bold")
     cells = min(BAR_CELLS, width - len(standing.label) - len(facts) - 4)

@@ -10,15 +10,19 @@ from paceline.cli.figures import plural
 
 def machine() -> str:
     """``2 cores, no GPU``: the cores this process may use, the GPUs whose driver is loaded."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     gpus = _gpus()
-    return f"{plural(cores, 'core')}, {plural(gpus, 'GPU') if gpus else 'no GPU'}"
+    return f"{plural(cores(), 'core')}, {plural(gpus, 'GPU') if gpus else 'no GPU'}"
 
 
-def _gpus(proc: Path = Path("/proc"), sys: Path = Path("/sys")) -> int:
-    """NVIDIA's driver lists its cards in /proc; AMD's lists compute nodes, processors among them with 0 SIMDs."""
-    nvidia = len(list(proc.glob("driver/nvidia/gpus/*")))
-    amd = sum(_simds(node) > 0 for node in sys.glob("class/kfd/kfd/topology/nodes/*/properties"))
+def cores() -> int:
+    """The processors that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _gpus() -> int:
+    """NVIDIA's driver lists its cards; AMD's lists compute nodes, of which processors have no SIMD units."""
+    nvidia = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+    amd = sum(_simds(node) > 0 for node in Path("/sys/class/kfd/kfd/topology/nodes").glob("*/properties"))
     return nvidia + amd
 
 

@@ -41,14 +41,17 @@ class JobFlags:
     ] = None
     pace: Annotated[str | None, _option("PACE", f"{', '.join(PACES)} [default: sync]")] = None
     assign: Annotated[
-        str | None, _option("HOW", f"how samples are dealt out: {', '.join(ASSIGNMENTS)} [default: round_robin]")
+        str | None,
+        _option("HOW", f"how samples are dealt out: {', '.join(ASSIGNMENTS)} [default: round_robin]"),
     ] = None
     threads: Annotated[str | None, _option("N", "threads of each process [default: cores / workers]")] = None
     seed: Annotated[str | None, _option("N", "of everything random [default: 0]")] = None
     steps: Annotated[str | None, _option("N", "stop after so many rounds")] = None
     epochs: Annotated[str | None, _option("N", "stop after so many passes over the data")] = None
     until_loss: Annotated[str | None, _option("X", "stop when the loss is down to this")] = None
-    patience: Annotated[str | None, _option("N", "stop after so many looks (100 rounds or a pass) without a better loss")] = None
+    patience: Annotated[
+        str | None, _option("N", "stop after so many looks (100 rounds or a pass) without a better loss")
+    ] = None
     run_dir: Annotated[str | None, _option("DIR", "folder of the run directories [default: runs]")] = None
 
 

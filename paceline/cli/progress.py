@@ -13,6 +13,7 @@ from paceline.config import Job
 from paceline.events import Epoch, Metric
 
 WINDOW_S = 8.0  # rates are means over the last so many seconds
+WARM_UP_ROUNDS = 5  # memory is touched for the first time, code is compiled
 KEEP_LOSS = 0.95  # the shown loss remembers about 20 rounds
 
 
@@ -38,9 +39,12 @@ class Progress:
 
     def __init__(self, job: Job) -> None:
         self._epochs, self._last_step = job.epochs, job.steps
-        self._epoch, self._epoch_steps, self._done = 1, None, 0
+        self._epoch, self._done = 1, 0
+        self._epoch_steps: int | None = None
         self._time_s, self._step, self._samples, self._bytes = 0.0, 0, 0, 0
         self._loss, self._weight = 0.0, 0.0
+        self._first_s, self._steady_samples = 0.0, 0
+        self._rounds, self._round_s, self._overhead_s = 0, 0.0, 0.0
         self._looks: deque[tuple[float, int, int]] = deque()  # (time, samples, steps) at earlier looks
 
     def epoch_begins(self, record: Epoch) -> None:
@@ -51,6 +55,13 @@ class Progress:
         self._done += 1
         self._samples += metric.samples
         self._bytes += metric.bytes_sent
+        self._rounds += 1
+        if self._rounds <= WARM_UP_ROUNDS:
+            self._first_s = metric.time_s
+        else:
+            self._steady_samples += metric.samples
+        self._overhead_s += metric.waiting_s + metric.exchanging_s
+        self._round_s += metric.computing_s + metric.waiting_s + metric.exchanging_s
         if metric.loss is not None:
             self._loss = KEEP_LOSS * self._loss + (1 - KEEP_LOSS) * metric.loss
             self._weight = KEEP_LOSS * self._weight + (1 - KEEP_LOSS)
@@ -70,6 +81,17 @@ class Progress:
             self._looks.popleft()
         loss = self._loss / self._weight if self._weight else None
         return Standing(label, done, total, loss, samples_per_s, self._bytes, left)
+
+    @property
+    def steady_samples_per_s(self) -> float | None:
+        """Over all rounds but the first few; None while there are no more than those."""
+        seconds = self._time_s - self._first_s
+        return self._steady_samples / seconds if self._steady_samples and seconds > 0 else None
+
+    @property
+    def overhead(self) -> float:
+        """The share of the workers' time, 0 to 1, that was waiting and exchanging."""
+        return self._overhead_s / self._round_s if self._round_s > 0 else 0.0
 
     def _stretch(self) -> tuple[str, int, int | None]:
         """What the bar is a bar of: this epoch, or all steps where the loader's length is unknown."""

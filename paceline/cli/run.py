@@ -31,15 +31,20 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Ending:
-    """What a command adds to the end of a run: parts of the line, keys of the object, and what to try next."""
+    """What a command adds to a run's end: parts of the line, keys of the object, what to try next."""
 
     parts: tuple[str, ...] = ()
     keys: tuple[tuple[str, object], ...] = ()
-    next: str = ""
+    following: str = ""
 
 
 def run_script(
-    script: str | None, args: tuple[str, ...], flags: JobFlags, show: ShowFlags, config: str | None, engine: Engine
+    script: str | None,
+    args: tuple[str, ...],
+    flags: JobFlags,
+    show: ShowFlags,
+    config: str | None,
+    engine: Engine,
 ) -> int:
     """The command ``run``; returns the exit code."""
     settings = resolve(flags, os.environ, config)
@@ -73,7 +78,7 @@ def train(
     engine: Engine,
     *,
     before: Callable[[Console], None] | None = None,
-    ending: Callable[[Summary], Ending] | None = None,
+    ending: Callable[[Console], Ending] | None = None,
 ) -> int:
     """Runs the job and shows it. ``before`` is called under the header, ``ending`` when the run is done."""
     from paceline.cli.console import header
@@ -81,12 +86,12 @@ def train(
     console = answers.console(job, show)
     console.say(header(job))
     failure: PacelineError | None = None
-    more = Ending(next="")
+    more = Ending()
     try:
         if before is not None:
             before(console)
-        summary = engine(job, program, watch=console, argv=sys.argv)
-        more = ending(summary) if ending is not None else more
+        engine(job, program, watch=console, argv=sys.argv)
+        more = ending(console) if ending is not None else more
     except PacelineError as error:
         failure = _pointed_out(error, program)
     finally:
@@ -94,10 +99,10 @@ def train(
     plot = _tell(console, more)
     if show.json:
         console.end_line()
-        directory = figures.shown(Path(console.directory)) if console.directory else None
-        keys = {"directory": directory, "plot": plot, **dict(more.keys)}
+        keys = {"plot": plot, **dict(more.keys)}
         answers.print_json(answers.result(job, console.summary, failure, keys))
     if failure is not None:
+        console.end_line()
         report(failure, sys.stderr)
         return failure.exit_code
     return 0
@@ -118,7 +123,7 @@ def _tell(console: Console, more: Ending) -> str | None:
         console.say(f"  plot    {plot}")
     if console.summary.status != "done":
         console.say(f"  logs    {figures.shown(directory / 'logs')}")
-    console.say(f"  next    {more.next or f'paceline runs show {directory.name}'}")
+    console.say(f"  next    {more.following or f'paceline runs show {directory.name}'}")
     return plot
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -91,9 +91,7 @@ class SharedLoader(DataLoader[Any]):
     ``len`` is the same on all workers where batches are dealt in turn: ceil(batches / workers).
     """
 
-    def __init__(
-        self, source: DataLoader[Any], index: int, part: Part, passes: Passes, count: Count
-    ) -> None:
+    def __init__(self, source: DataLoader[Any], index: int, part: Part, passes: Passes, count: Count) -> None:
         self._index, self._passes, self._count, self._source, self._part = index, passes, count, source, part
         self._epoch = 0
         self._plan: _Plan | None = None
@@ -165,7 +163,7 @@ class SharedBatches:
 
     def _batches(self) -> Iterator[tuple[Any, int]]:
         epoch, self._epoch = self._epoch, self._epoch + 1
-        total = len(self._source) if hasattr(self._source, "__len__") else None
+        total = len(self._source) if isinstance(self._source, Sized) else None
         return _dealt(iter(self._source), self._part, epoch, total, self._count)
 
 
@@ -282,9 +280,7 @@ class _Plan:
 
 def _is_plain(sampler: RandomSampler) -> bool:
     """A shuffle with no generator of the user's: then the run's seed decides."""
-    return (
-        not sampler.replacement and sampler.generator is None and sampler.num_samples == len(sampler.data_source)
-    )
+    return not sampler.replacement and sampler.generator is None and sampler.num_samples == len(sampler.data_source)
 
 
 @contextmanager

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from paceline.config import Job
 from paceline.transport.board import Board
 from paceline.transport.channel import Channel
+
+if TYPE_CHECKING:
+    from paceline.engine.worker import Worker
 
 
 @dataclass(frozen=True)
@@ -23,4 +27,5 @@ class Context:
 
 
 current: Context | None = None
+worker: Worker | None = None  # once the script has called init
 importing_main = False  # true while a worker re-imports the user's main module (see run/launch.py)

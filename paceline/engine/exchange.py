@@ -172,9 +172,7 @@ class Exchange:
         optimizer, kind = self.optimizer, type(self.optimizer)
         groups = optimizer.param_groups
         numbered = ((g, p) for g, group in enumerate(groups) for p in group["params"])
-        table = tabulate(
-            (names.get(id(p), f"parameter {i}"), g, p.detach()) for i, (g, p) in enumerate(numbered)
-        )
+        table = tabulate((names.get(id(p), f"parameter {i}"), g, p.detach()) for i, (g, p) in enumerate(numbered))
         settings = optimizers.settings(optimizer)
         for group, plain in zip(groups, settings, strict=True):
             dtypes = [p.dtype for p in group["params"]]
@@ -221,11 +219,12 @@ class Exchange:
         if any(gradient is not None and gradient.is_sparse for gradient in gradients):
             gradients = [g.to_dense() if g is not None and g.is_sparse else g for g in gradients]
         with torch.no_grad():
-            if None not in gradients:
+            given = [gradient for gradient in gradients if gradient is not None]
+            if len(given) == len(gradients):
                 if self._mask != self._all:
                     self._mask = self._all
                     self._slot.mask[:] = self._mask
-                torch._foreach_copy_(self._slot_views, gradients)
+                torch._foreach_copy_(self._slot_views, given)
                 return
             mask = bytes(gradient is not None for gradient in gradients)
             for view, gradient, had in zip(self._slot_views, gradients, self._mask, strict=True):
@@ -267,4 +266,3 @@ def compare(mine: Spec, first: bytes, rank: int) -> None:
         f"workers do not train the same model: {told}",
         fix="build model and optimizer the same way on every worker; only data and random numbers may differ",
     )
-

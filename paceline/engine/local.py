@@ -151,7 +151,6 @@ class _Launcher:
         fd = os.memfd_create("paceline-call", os.MFD_CLOEXEC)
         with os.fdopen(os.dup(fd), "wb") as data:
             data.write(self._program.payload)
-        os.lseek(fd, 0, os.SEEK_SET)
         return fd
 
     # --- the loop ---
@@ -345,9 +344,7 @@ class _Launcher:
 def _error(failure: messages.Failed) -> errors.PacelineError:
     kind = getattr(errors, failure.kind, errors.PacelineError)
     if kind is errors.ScriptError:
-        return errors.ScriptError(
-            failure.what, why=failure.why, fix=failure.fix, traceback=failure.traceback
-        )
+        return errors.ScriptError(failure.what, why=failure.why, fix=failure.fix, traceback=failure.traceback)
     assert issubclass(kind, errors.PacelineError)
     return kind(failure.what, why=failure.why, fix=failure.fix)
 

@@ -1,7 +1,7 @@
 """Rows of what each worker's steps took, and their merging into one record a round.
 
-A row is ten float64: step, contributors to its round, epoch, time it ended (monotonic seconds of the host), sum of loss times samples, samples
-with a loss, samples, seconds computing, waiting, exchanging.
+A row is ten float64: step, contributors to its round, epoch, time it ended (monotonic seconds of the host), sum of
+loss times samples, samples with a loss, samples, seconds computing, waiting, exchanging.
 """
 
 from __future__ import annotations

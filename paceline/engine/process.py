@@ -24,6 +24,7 @@ import torch
 from paceline.engine import context as contexts
 from paceline.engine.context import Context
 from paceline.engine.setup import Setup, decode_job
+from paceline.engine.worker import Worker
 from paceline.errors import PacelineError
 from paceline.protocol import messages
 from paceline.transport import segment
@@ -57,7 +58,7 @@ def main(role: str, rank: int, setup: bytes, descriptors: tuple[int, ...], paren
         else:
             payload = descriptors[3] if len(descriptors) > 3 else None
             status = _guarded(context, lambda: _work(context, known, payload))
-    except BaseException:
+    except BaseException:  # noqa: BLE001  the outermost line
         traceback.print_exc()
     finally:
         with contextlib.suppress(BaseException):
@@ -67,8 +68,6 @@ def main(role: str, rank: int, setup: bytes, descriptors: tuple[int, ...], paren
 
 
 def _work(context: Context, known: Setup, payload: int | None) -> None:
-    from paceline.run import session
-
     torch.manual_seed(context.job.seed)  # a script that seeds nothing still starts alike on all workers
     try:
         if known.call is not None:
@@ -82,14 +81,17 @@ def _work(context: Context, known: Setup, payload: int | None) -> None:
     except SystemExit as end:
         if end.code not in (None, 0):
             if isinstance(end.code, str):
-                print(end.code, file=sys.stderr)
-            failure = messages.Failed(
-                "ScriptError", f"worker {context.rank}: the script exited with {end.code!r}"
-            )
+                sys.stderr.write(end.code + "\n")
+            failure = messages.Failed("ScriptError", f"worker {context.rank}: the script exited with {end.code!r}")
             context.channel.send(failure)
             raise
     _end_of_program()
-    session.finish(context)
+    _finish(context)
+
+
+def _finish(context: Context) -> None:
+    """Tell everybody that the script is over, also where it never called init."""
+    (contexts.worker or Worker(context)).finish()
 
 
 def _call(main: dict[str, Any], payload: int) -> None:
@@ -97,11 +99,11 @@ def _call(main: dict[str, Any], payload: int) -> None:
     from multiprocessing.reduction import ForkingPickler
 
     contexts.importing_main = True
-    multiprocessing.spawn.prepare(main)  # type: ignore[attr-defined]
+    multiprocessing.spawn.prepare(main)
     contexts.importing_main = False
-    with open(payload, "rb") as data:
-        # Written by this program's own parent into memory only its children have: see docs/decisions.
-        function, args = ForkingPickler.loads(data.read())
+    # Written by the launching program itself, into memory only its descendants have (docs/decisions/0003). All
+    # workers share the descriptor's position, hence pread.
+    function, args = ForkingPickler.loads(os.pread(payload, os.fstat(payload).st_size, 0))
     function(*args)
 
 
@@ -123,20 +125,16 @@ def _guarded(context: Context, body: Any) -> int:
         return 75
     except KeyboardInterrupt:
         with contextlib.suppress(Closed):
-            from paceline.run import session
-
-            session.finish(context)
+            _finish(context)
         return 0
     except SystemExit:
         return 1
     except PacelineError as error:
         failure = messages.Failed(type(error).__name__, str(error.what), error.why, error.fix)
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001  the outermost line of the user's script
         text = _user_traceback(error)
         last = traceback.format_exception_only(error)[-1].strip()
-        failure = messages.Failed(
-            "ScriptError", f"{context.role} {context.rank} raised {last}", traceback=text
-        )
+        failure = messages.Failed("ScriptError", f"{context.role} {context.rank} raised {last}", traceback=text)
     with contextlib.suppress(Closed):
         context.channel.send(failure)
     return 1

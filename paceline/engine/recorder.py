@@ -1,6 +1,6 @@
 """The run directory: every record of a run as a file, written as it happens.
 
-    run.json  config.toml  metrics.jsonl  events.jsonl  summary.json  logs/  plots/
+run.json  config.toml  metrics.jsonl  events.jsonl  summary.json  logs/  plots/
 """
 
 from __future__ import annotations
@@ -131,7 +131,8 @@ def _new_directory(job: Job) -> Path:
             return path
     except OSError as error:
         raise HostError(
-            f"cannot make a run directory in {job.runs}: {error.strerror}", fix="choose another with --run-dir"
+            f"cannot make a run directory in {job.runs}: {error.strerror}",
+            fix="choose another with --run-dir",
         ) from None
     raise HostError(f"{job.runs} holds 10,000 runs of this minute", fix="choose another with --run-dir")
 
@@ -145,9 +146,7 @@ def _replace(path: Path, data: bytes) -> None:
 
 def _commit() -> str | None:
     try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=2, check=False
-        )
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=2, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None

@@ -27,7 +27,7 @@ class _Served:
 
 
 def serve(context: Context) -> None:
-    """Serve until the launcher ends the run. Raises Aborted when the run is stopped, ConfigError for an unknown class."""
+    """Serve until the launcher ends the run. Raises Aborted when it is stopped, ConfigError for an unknown class."""
     board, channel = context.board, context.channel
     member = board.workers + context.rank
     servers = tuple(range(board.workers, board.members))

@@ -18,9 +18,7 @@ from paceline.transport.slots import ExchangeMemory, Slot, Spec
 class Stepper:
     """``source`` is the user's optimizer's attributes, or empty in a server; ``optimizer_class`` its class."""
 
-    def __init__(
-        self, spec: Spec, memory: ExchangeMemory, optimizer_class: type, source: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, spec: Spec, memory: ExchangeMemory, optimizer_class: type, source: Mapping[str, Any]) -> None:
         self._spec, self._memory, self._class, self._source = spec, memory, optimizer_class, source
         self._sizes = [entry.size for entry in spec.table.entries]
         self._all = bytes([1]) * len(self._sizes)
@@ -92,4 +90,3 @@ class Stepper:
         if all(mask == self._all for mask in masks):
             return None
         return bytes(max(column) for column in zip(*masks, strict=True))
-

@@ -170,12 +170,12 @@ class Worker:
             self._end(_INTERRUPTED, "interrupted")
             raise KeyboardInterrupt
         reason = self._stopping.after_round(number)
-        if reason is None and self._stopping.needs_loss and number % CHECK_ROUNDS == 0:
-            # Whoever is out of data has not seen this round: then nobody looks, so that all count the same looks.
-            if all(w in contributors or self._board.gone[w] for w in range(self._board.workers)):
-                total, samples = exchange.losses(contributors)
-                self._look = (0.0, 0.0)
-                reason = self._stopping.look(total / samples) if samples else None
+        look = reason is None and self._stopping.needs_loss and number % CHECK_ROUNDS == 0
+        # Whoever is out of data has not seen this round: then nobody looks, so that all count the same looks.
+        if look and all(w in contributors or self._board.gone[w] for w in range(self._board.workers)):
+            total, samples = exchange.losses(contributors)
+            self._look = (0.0, 0.0)
+            reason = self._stopping.look(total / samples) if samples else None
         if reason is not None:
             self._end(_DONE, reason)
 

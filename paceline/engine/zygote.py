@@ -7,6 +7,7 @@ must stay single-threaded and must not touch CUDA: neither survives a fork.
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import select
 import signal
@@ -30,11 +31,11 @@ def main(descriptor: int) -> None:
     children: dict[int, tuple[str, int]] = {}
     try:
         while True:
-            ready, _, _ = select.select([channel, wake], [], [])
+            ready, _, _ = select.select([channel.fileno(), wake], [], [])
             if wake in ready:
                 os.read(wake, 4096)
                 _report_exits(channel, children)
-            if channel in ready:
+            if channel.fileno() in ready:
                 for message, descriptors in channel.drain():
                     if isinstance(message, messages.Fork):
                         _fork(channel, message, descriptors, children)
@@ -50,9 +51,9 @@ def _import_everything() -> dict[str, str]:
     import numpy
     import torch
 
-    import paceline
-    import paceline.engine.process
-    import paceline.run.session  # noqa: F401
+    from paceline import __version__
+
+    importlib.import_module("paceline.run.session")  # what the scripts are going to import
 
     # The first step of an optimizer imports more of torch, 0.7 s of it; forked processes find it done.
     torch.set_num_threads(1)
@@ -61,7 +62,7 @@ def _import_everything() -> dict[str, str]:
     torch.optim.SGD([parameter]).step()
 
     return {
-        "paceline": paceline.__version__,
+        "paceline": __version__,
         "torch": str(torch.__version__),
         "numpy": str(numpy.__version__),
         "python": platform.python_version(),

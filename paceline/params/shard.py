@@ -120,7 +120,6 @@ class Shard:
                     self._state.save(piece, self._optimizer.state[tensor], whole=self._whole)
             self._saved = len(self._optimizer.state)
 
-
     def _begin_momentum(self) -> None:
         """torch's fused SGD wants momentum for all of its tensors or for none; a layer first used late has none.
 

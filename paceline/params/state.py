@@ -47,9 +47,7 @@ class State:
     def __init__(self, table: Table, plan: StatePlan, carve: Carve) -> None:
         self._table = table
         self.present = carve(torch.uint8, 0, max(len(table.entries), 1))
-        vectors = {
-            key: carve(DTYPES[key[1]], offset, count) for key, (offset, count) in plan.vectors.items()
-        }
+        vectors = {key: carve(DTYPES[key[1]], offset, count) for key, (offset, count) in plan.vectors.items()}
         self._items: dict[int, list[tuple[StateItem, torch.Tensor]]] = {}
         for item in plan.items:
             entry = table.entries[item.param]

@@ -114,6 +114,4 @@ class Ready(Message, frozen=True, tag=13):
     versions: dict[str, str]
 
 
-Any = (
-    Wrap | Memory | Steps | Logged | Pass | Ended | Failed | Finished | Stop | Fork | Forked | Exited | Ready
-)
+Any = Wrap | Memory | Steps | Logged | Pass | Ended | Failed | Finished | Stop | Fork | Forked | Exited | Ready

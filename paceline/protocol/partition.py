@@ -33,7 +33,7 @@ def partition(sizes: Sequence[int], parts: int, *, whole: bool = False) -> tuple
     Every padded value of every parameter is in exactly one piece; shares differ by at most ALIGN values,
     or, with ``whole`` (cuts between parameters only), by at most the largest parameter. A share may be empty.
     """
-    assert parts >= 1 and all(size >= 0 for size in sizes)
+    assert parts >= 1, "no parts to cut into"
     shares: list[list[Piece]] = [[] for _ in range(parts)]
     total = sum(padded(size) for size in sizes)
     if whole:

@@ -19,9 +19,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
-Column = Sequence[int] | memoryview
+Column: TypeAlias = "Sequence[int] | memoryview[int]"
 
 NOT_PARKED = 0
 
@@ -33,8 +33,11 @@ class Board(Protocol):
     loader l worker w has finished; ``gone[w]`` is 1 once w has left.
     """
 
-    gone: Column
-    parked: Column
+    @property
+    def gone(self) -> Column: ...
+
+    @property
+    def parked(self) -> Column: ...
 
     def passes(self, loader: int) -> Column: ...
 

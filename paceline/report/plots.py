@@ -77,10 +77,7 @@ def _draw_shares(axes: Axes, bins: list[Bin]) -> None:
         "exchanging": [bin.exchanging_s for bin in bins],
         "waiting": [bin.waiting_s for bin in bins],
     }
-    shares = [
-        smoothed([100 * part / total for part, total in zip(row, totals, strict=True)])
-        for row in rows.values()
-    ]
+    shares = [smoothed([100 * part / total for part, total in zip(row, totals, strict=True)]) for row in rows.values()]
     axes.stackplot([bin.step for bin in bins], *shares, colors=list(SHARES.values()), linewidth=0)
     axes.set_ylim(0, 100)
     axes.set_yticks([0, 100])

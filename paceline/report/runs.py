@@ -7,6 +7,7 @@ end within a line. Its figures then come from the last whole line.
 from __future__ import annotations
 
 import difflib
+import re
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,20 +65,16 @@ def read_run(directory: Path) -> RunFiles:
 
 def list_runs(folder: Path) -> list[RunFiles]:
     """The runs in a folder, the oldest first (their names begin with the time). No folder, no runs."""
-    if not folder.is_dir():
-        return []
-    return [read_run(path) for path in sorted(folder.iterdir()) if (path / "run.json").is_file()]
+    return [read_run(path) for path in _in_order(folder)]
 
 
 def find_run(folder: Path, wanted: str | None) -> RunFiles:
     """The run of that name, path or unique part of a name; the newest if ``wanted`` is None."""
     if wanted is not None and (Path(wanted) / "run.json").is_file():
         return read_run(Path(wanted))
-    paths = sorted(path.parent for path in folder.glob("*/run.json"))
+    paths = _in_order(folder)
     if not paths:
-        raise UsageError(
-            f"no runs in {str(folder)!r}", fix="paceline runs show --run-dir DIR names another folder"
-        )
+        raise UsageError(f"no runs in {str(folder)!r}", fix="paceline runs show --run-dir DIR names another folder")
     if wanted is None:
         return read_run(paths[-1])
     names = [path.name for path in paths]
@@ -85,9 +82,7 @@ def find_run(folder: Path, wanted: str | None) -> RunFiles:
     if len(matches) == 1:
         return read_run(folder / matches[0])
     if matches:
-        raise UsageError(
-            f"run {wanted!r} could be any of: {', '.join(matches[-5:])}", fix="give more of its name"
-        )
+        raise UsageError(f"run {wanted!r} could be any of: {', '.join(matches[-5:])}", fix="give more of its name")
     close = difflib.get_close_matches(wanted, names, n=1, cutoff=0.4)
     fix = f"did you mean {close[0]!r}?" if close else "paceline runs list"
     raise UsageError(f"run {wanted!r} is not in {str(folder)!r}", fix=fix)
@@ -96,6 +91,15 @@ def find_run(folder: Path, wanted: str | None) -> RunFiles:
 def last_notices(directory: Path, count: int) -> list[Notice]:
     """The last lines of events.jsonl, the oldest of them first."""
     return _tail(directory / "events.jsonl", Notice, count)
+
+
+def _in_order(folder: Path) -> list[Path]:
+    """The run directories by their names, in which the time comes first; numbers by value: -2 before -10."""
+    paths = [path.parent for path in folder.glob("*/run.json")]
+    return sorted(paths, key=lambda path: [int(part) if part.isdigit() else part for part in _PARTS(path.name)])
+
+
+_PARTS = re.compile(r"(\d+)", re.ASCII).split
 
 
 def _decoded(path: Path, kind: type[T]) -> T | None:

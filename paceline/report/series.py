@@ -107,7 +107,5 @@ def _exponential(values: list[float], keep: float) -> list[float]:
 def final_loss(bins: list[Bin]) -> float:
     """The mean over the last 5 % of the steps, at least one: what summary.json calls the loss of a run."""
     start = bins[-1].step - 0.05 * (bins[-1].step - bins[0].step)
-    last = [bin for bin in bins if bin.losses and bin.step > start] or [bin for bin in bins if bin.losses][
-        -1:
-    ]
+    last = [bin for bin in bins if bin.losses and bin.step > start] or [bin for bin in bins if bin.losses][-1:]
     return sum(bin.loss_sum for bin in last) / sum(bin.losses for bin in last)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copyreg
+import io
 import sys
 from collections.abc import Callable, Sequence
 from multiprocessing import spawn
@@ -13,7 +15,7 @@ from paceline.config import Job, Pace, parse_pace
 from paceline.engine import context as contexts
 from paceline.engine.local import run_local
 from paceline.engine.program import Call
-from paceline.errors import ConfigError, UsageError
+from paceline.errors import ConfigError, ScriptError, UsageError
 from paceline.events import Output, Record, Summary
 
 
@@ -41,7 +43,12 @@ def launch(
         )
     name = str(options.pop("name", getattr(fn, "__name__", "launch")).strip("_<>") or "launch")
     job = Job(name=name, workers=workers, pace=parse_pace(pace) if isinstance(pace, str) else pace, **options)
-    return run_local(job, encode(fn, tuple(args)), watch=watch or print_output, argv=sys.argv)
+    try:
+        return run_local(job, encode(fn, tuple(args)), watch=watch or print_output, argv=sys.argv)
+    except ScriptError as error:
+        if error.traceback:
+            error.add_note(f"in the worker:\n{error.traceback}")
+        raise
 
 
 def encode(fn: Callable[..., Any], args: tuple[Any, ...]) -> Call:
@@ -54,13 +61,17 @@ def encode(fn: Callable[..., Any], args: tuple[Any, ...]) -> Call:
             fix="put it in a file and import it from there",
         )
     try:
-        payload = bytes(ForkingPickler.dumps((fn, args)))
-    except Exception as error:  # whatever an object's own reduction raises
+        buffer = io.BytesIO()
+        pickler = ForkingPickler(buffer)
+        # By value: torch's own reductions would leave tensors behind with a thread of this process.
+        pickler.dispatch_table = copyreg.dispatch_table
+        pickler.dump((fn, args))
+    except Exception as error:  # noqa: BLE001  whatever an object's own reduction raises
         raise ConfigError(
             f"{name} and its arguments cannot be sent to workers: {error}",
             fix="define functions and classes at the top of a module, and pass plain data",
         ) from None
-    return Call(_main_module(), payload, name)
+    return Call(_main_module(), buffer.getvalue(), name)
 
 
 def print_output(record: Record) -> None:
@@ -72,7 +83,7 @@ def print_output(record: Record) -> None:
 
 def _main_module() -> dict[str, object]:
     """How a worker imports this program's main module: multiprocessing's own preparation data, as plain values."""
-    known = spawn.get_preparation_data("paceline-worker")  # type: ignore[attr-defined]
+    known = spawn.get_preparation_data("paceline-worker")
     keys = ("sys_path", "sys_argv", "orig_dir", "dir", "init_main_from_name", "init_main_from_path")
     plain = {key: known[key] for key in keys if key in known}
     plain["sys_path"] = [str(Path(entry)) if entry else "" for entry in known["sys_path"]]

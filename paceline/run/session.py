@@ -28,11 +28,11 @@ from paceline.errors import ConfigError, HostError, UsageError
 
 
 class Run:
-    """A worker's run. Made by ``init``; there is one a process."""
+    """A worker's run. Made by ``init``; there is one a process. ``worker`` is for the engine (None: alone)."""
 
     def __init__(self, context: Context | None) -> None:
         self._context = context
-        self._worker = Worker(context) if context is not None else None
+        self.worker = Worker(context) if context is not None else None
         self._models: list[nn.Module] = []
         self._wrapped: set[int] = set()
         self._copied: set[int] = set()
@@ -41,7 +41,7 @@ class Run:
     @property
     def rank(self) -> int:
         """This worker's number, 0 to ``num_workers - 1``."""
-        return self._worker.rank if self._worker else 0
+        return self.worker.rank if self.worker else 0
 
     @property
     def num_workers(self) -> int:
@@ -55,7 +55,7 @@ class Run:
     @property
     def step(self) -> int:
         """Rounds finished; 0 when alone."""
-        return self._worker.step_number if self._worker else 0
+        return self.worker.step_number if self.worker else 0
 
     @property
     def pace(self) -> Pace:
@@ -72,9 +72,7 @@ class Run:
             (self._directory / "plots").mkdir(parents=True, exist_ok=True)
         return self._directory
 
-    def wrap(
-        self, *objects: Any, share_parameters: bool = True, count: Callable[[Any], int] | None = None
-    ) -> Any:
+    def wrap(self, *objects: Any, share_parameters: bool = True, count: Callable[[Any], int] | None = None) -> Any:
         """Share models, optimizers, schedulers and loaders with the other workers; returns them, in order.
 
         Models, optimizers and schedulers are changed in place and come back as they are; loaders come back
@@ -85,7 +83,7 @@ class Run:
         """
         if not objects:
             raise UsageError("run.wrap needs something to wrap: a model, an optimizer, a loader, a scheduler")
-        if self._worker is None:
+        if self.worker is None:
             return objects[0] if len(objects) == 1 else objects
         self._models += [item for item in objects if isinstance(item, nn.Module)]
         for item in objects:
@@ -102,39 +100,39 @@ class Run:
 
         The loss is averaged over workers by samples; of other values worker 0's are kept.
         """
-        if self._worker is None:
+        if self.worker is None:
             return
         numbers = {name: _number(name, value) for name, value in values.items()}
-        self._worker.log(None if loss is None else _number("loss", loss), numbers)
+        self.worker.log(None if loss is None else _number("loss", loss), numbers)
 
     def _wrap_optimizer(self, optimizer: optim.Optimizer, share_parameters: bool) -> None:
-        assert self._worker is not None
+        assert self.worker is not None
         if id(optimizer) in self._wrapped:
             return
         names = _names(self._models, optimizer)
-        exchange = self._worker.add_exchange(optimizer, names, share=share_parameters)
+        exchange = self.worker.add_exchange(optimizer, names, share=share_parameters)
         index = len(self._wrapped)
         self._wrapped.add(id(optimizer))
         self._copied.update(id(parameter) for parameter in exchange.parameters)
-        _replace_step(optimizer, self._worker, index)
+        _replace_step(optimizer, self.worker, index)
 
     def _wrap_model(self, model: nn.Module) -> None:
         """Frozen parameters and buffers are each worker's own; they begin as worker 0's."""
-        assert self._worker is not None
+        assert self.worker is not None
         tensors = [*model.named_parameters(), *model.named_buffers()]
         fresh = [(name, tensor) for name, tensor in tensors if id(tensor) not in self._copied]
         if fresh:
-            self._worker.copy_from_first(fresh)
+            self.worker.copy_from_first(fresh)
             self._copied.update(id(tensor) for _, tensor in fresh)
         if self.rank and model not in self._models[:-1]:
             # Dropout must differ between workers; what follows from here on is each worker's own stream.
             torch.manual_seed(torch.initial_seed() + self.rank)
 
     def _wrap_loader(self, item: Any, count: Callable[[Any], int] | None) -> Any:
-        assert self._worker is not None
+        assert self.worker is not None
         if isinstance(item, nn.Module | optim.Optimizer | LRScheduler | ReduceLROnPlateau):
             return item
-        return share(item, self._worker.next_loader(), self._worker.part, self._worker, count)
+        return share(item, self.worker.next_loader(), self.worker.part, self.worker, count)
 
 
 _current: Run | None = None
@@ -155,14 +153,8 @@ def init() -> Run:
                 fix="paceline run SCRIPT --workers N",
             )
         _current = Run(contexts.current)
+        contexts.worker = _current.worker
     return _current
-
-
-def finish(context: Context) -> None:
-    """A worker's script is over; called by the engine."""
-    run = _current if _current is not None else Run(context)
-    if run._worker is not None:
-        run._worker.finish()
 
 
 def _replace_step(optimizer: optim.Optimizer, worker: Worker, index: int) -> None:

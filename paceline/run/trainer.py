@@ -68,9 +68,7 @@ class Trainer:
     def train(self) -> Trained:
         """Train to the end; blocks. The given model has the trained values then. Raises a PacelineError."""
         parts = (self.model, self._optimizer, self._loader, self._loss, self._epochs)
-        summary = launch(
-            _train, parts, workers=self._workers, pace=self._pace, watch=self._watch, **self._options
-        )
+        summary = launch(_train, parts, workers=self._workers, pace=self._pace, watch=self._watch, **self._options)
         directory = Path(summary.run)
         with torch.no_grad():
             self.model.load_state_dict(load_file(directory / _MODEL))
@@ -83,9 +81,7 @@ def fit(model: nn.Module, data: Any, **options: Any) -> Trained:
     return Trainer(model, data, **options).train()
 
 
-def _train(
-    model: nn.Module, optimizer: optim.Optimizer, loader: DataLoader[Any], loss_of: Loss, epochs: int
-) -> None:
+def _train(model: nn.Module, optimizer: optim.Optimizer, loader: DataLoader[Any], loss_of: Loss, epochs: int) -> None:
     """What each worker runs."""
     run = init()
     model, optimizer, loader = run.wrap(model, optimizer, loader)
@@ -99,7 +95,10 @@ def _train(
             run.log(loss=loss)
     if run.is_main:
         # Tied tensors are saved once each under every name, as load_state_dict wants them back.
-        save_file({k: v.detach().clone().contiguous() for k, v in model.state_dict().items()}, run.directory / _MODEL)
+        save_file(
+            {k: v.detach().clone().contiguous() for k, v in model.state_dict().items()},
+            run.directory / _MODEL,
+        )
 
 
 def _usual_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

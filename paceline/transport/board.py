@@ -44,8 +44,7 @@ class Board:
         self.ended = self._words[offsets["ended"] : offsets["ended"] + workers]
         start = offsets["passes"]
         self._passes = [
-            self._words[start + loader * workers : start + (loader + 1) * workers]
-            for loader in range(MAX_LOADERS)
+            self._words[start + loader * workers : start + (loader + 1) * workers] for loader in range(MAX_LOADERS)
         ]
         floats = memoryview(memory).cast("d")
         start = offsets["looks"]
@@ -84,10 +83,10 @@ class Board:
         self._words[5] = number
         self.ring(0)
 
-    def passes(self, loader: int) -> memoryview:
+    def passes(self, loader: int) -> memoryview[int]:
         return self._passes[loader]
 
-    def looks(self, number: int) -> list[memoryview]:
+    def looks(self, number: int) -> list[memoryview[float]]:
         """[sum of loss times samples, sum of samples] by worker for pass ``number``; two passes fit."""
         return self._looks[number % 2]
 

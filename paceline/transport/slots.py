@@ -128,17 +128,14 @@ class ExchangeMemory:
             lambda dtype, offset, count: _carve(memory, dtype, offsets.state + offset, count),
         )
         self.slots = [
-            Slot(memory, offsets.slots + worker * offsets.slot_bytes, offsets, spec)
-            for worker in range(spec.workers)
+            Slot(memory, offsets.slots + worker * offsets.slot_bytes, offsets, spec) for worker in range(spec.workers)
         ]
 
 
 def carve_vectors(memory: mmap.mmap, start: int, table: Table) -> dict[str, torch.Tensor]:
     """The table's flat vectors, by dtype, as aliases of ``memory`` from byte ``start``."""
     places = table.offsets_bytes()
-    return {
-        dtype: _carve(memory, DTYPES[dtype], start + places[dtype], size) for dtype, size in table.sizes.items()
-    }
+    return {dtype: _carve(memory, DTYPES[dtype], start + places[dtype], size) for dtype, size in table.sizes.items()}
 
 
 def _carve(memory: mmap.mmap, dtype: torch.dtype, offset: int, count: int) -> torch.Tensor:

@@ -134,9 +134,7 @@ def test_uneven_batches_are_weighted_by_their_samples(workers: int, servers: int
             optimizer.step()
         return [p.detach().clone() for p in own.parameters()]
 
-    results = run_job(
-        lambda run: train(run, copy.deepcopy(model), make, data), workers=workers, servers=servers
-    )
+    results = run_job(lambda run: train(run, copy.deepcopy(model), make, data), workers=workers, servers=servers)
     assert_close(results[0], oracle(weighted=True), 1e-11)
     with pytest.raises(AssertionError):
         assert_close(results[0], oracle(weighted=False), 1e-11)
@@ -145,8 +143,10 @@ def test_uneven_batches_are_weighted_by_their_samples(workers: int, servers: int
 
 
 def test_workers_seeded_differently_start_equal() -> None:
+    common = make_model()
+
     def body(run: Any) -> list[torch.Tensor]:
-        model = make_model()
+        model = copy.deepcopy(common)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter += run.rank
@@ -158,7 +158,7 @@ def test_workers_seeded_differently_start_equal() -> None:
         return [t.detach().clone() for t in (*model.parameters(), *model.buffers())]
 
     results = run_job(body, workers=3)
-    expected = [*make_model().parameters(), torch.zeros(3)]
+    expected = [*common.parameters(), torch.zeros(3)]
     for result in results:
         assert_same_bits(result, [t.detach() for t in expected])
 
@@ -204,7 +204,7 @@ class Odd(nn.Module):
 
     def forward(self, x: torch.Tensor, use: bool) -> torch.Tensor:
         x = torch.tanh(self.tied(torch.tanh(self.first(x))))
-        x = self.frozen(x) * self.scale @ self.turned + self.small.double()
+        x = self.frozen(x) * self.scale @ self.turned
         return self.sometimes(x) if use else x
 
 
@@ -277,7 +277,8 @@ def test_groups_schedulers_accumulation_and_odd_layers_together(
 
 
 def loss_of_odd(model: Odd, x: torch.Tensor, y: torch.Tensor, use: bool) -> torch.Tensor:
-    return (model(x, use) - y).pow(2).mean()
+    # the float32 parameter has a loss of its own: its rounding would show in the others' twelfth digit
+    return (model(x, use) - y).pow(2).mean() + (model.small - 1).pow(2).sum()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.complex128])

@@ -1,0 +1,154 @@
+"""The ways of training that are measured, and the life of one of their processes.
+
+    python -m benchmarks.rivals WAY JOB RANK SOCKET
+
+A process makes its model and its batches, connects to the benchmark's Unix socket, and then sleeps in a read until
+it is told to train a slice: JSON objects, one a line. The benchmark says ``{"at", "steps", "seconds"}`` (begin at
+that moment of CLOCK_MONOTONIC; so many steps, or for so long if steps is 0) and a worker answers
+``{"steps", "seconds"}``. When the benchmark closes the connection, the process ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn, optim
+
+from benchmarks.jobs import JOBS, Job, make_optimizer, make_step
+
+_FORGOTTEN_S = 3600.0  # a worker that hears nothing for so long ends by itself
+_GLOO_S = 120.0
+
+
+@dataclass(frozen=True)
+class Way:
+    """``started`` processes are started by the benchmark; they are the workers, but for paceline's launcher."""
+
+    name: str
+    told: str
+    kind: Literal["apart", "ddp", "paceline"]
+    workers: int = 2
+    servers: int = 0
+    fused: bool = False
+
+    @property
+    def together(self) -> bool:
+        """Do its workers wait for each other, so that all must take equally many steps?"""
+        return self.kind != "apart"
+
+    @property
+    def started(self) -> int:
+        return 1 if self.kind == "paceline" else self.workers
+
+
+WAYS = {
+    way.name: way
+    for way in (
+        Way("one", "one process", "apart", workers=1),
+        Way("ceiling", "two processes that share nothing", "apart"),
+        Way("ceiling_fused", "the same, AdamW(fused=True)", "apart", fused=True),
+        Way("ddp", "DistributedDataParallel, gloo", "ddp"),
+        Way("ddp_fused", "the same, AdamW(fused=True)", "ddp", fused=True),
+        Way("sync", "paceline sync", "paceline"),
+        Way("sync_server", "paceline sync, 1 server", "paceline", servers=1),
+    )
+}
+
+
+def main(way: Way, job: Job, rank: int, path: str) -> None:
+    torch.set_num_threads(1)
+    match way.kind:
+        case "apart":
+            model, optimizer = _make(way, job)
+            _answer(job, model, optimizer, rank, path)
+        case "ddp":
+            _train_ddp(way, job, rank, path)
+        case "paceline":
+            _launch_paceline(way, job, path)
+
+
+def _make(way: Way, job: Job) -> tuple[nn.Module, optim.Optimizer]:
+    torch.manual_seed(0)
+    model = job.model()
+    return model, make_optimizer(model, fused=way.fused)
+
+
+def _train_ddp(way: Way, job: Job, rank: int, path: str) -> None:
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    # GLOO_SOCKET_IFNAME=lo comes from the benchmark; the file only tells the ranks each other's address.
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{path}.store",
+        rank=rank,
+        world_size=way.workers,
+        timeout=timedelta(seconds=_GLOO_S),
+    )
+    model, optimizer = _make(way, job)
+    replica = DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=True)
+    _answer(job, replica, optimizer, rank, path)
+    dist.destroy_process_group()
+
+
+def _launch_paceline(way: Way, job: Job, path: str) -> None:
+    import paceline
+
+    paceline.launch(
+        _train_paceline,
+        (way.name, job.name, path),
+        workers=way.workers,
+        servers=way.servers,
+        threads=1,
+        runs=Path(f"{path}.runs"),
+        watch=lambda _: None,
+    )
+
+
+def _train_paceline(way: str, job: str, path: str) -> None:
+    """What each of paceline's workers runs."""
+    import paceline
+
+    run = paceline.init()
+    model, optimizer = run.wrap(*_make(WAYS[way], JOBS[job]))
+    _answer(JOBS[job], model, optimizer, run.rank, path)
+
+
+def _answer(job: Job, model: nn.Module, optimizer: optim.Optimizer, rank: int, path: str) -> None:
+    """Train slices as told until the benchmark closes the connection."""
+    step = make_step(job, model, optimizer, job.batches(seed=rank))
+    size_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(_FORGOTTEN_S)
+        connection.connect(path)
+        with connection.makefile("rw", encoding="utf-8") as lines:
+            print(json.dumps({"pid": os.getpid(), "parameter_bytes": size_bytes}), file=lines, flush=True)
+            for line in lines:
+                steps, seconds = _train_slice(step, **json.loads(line))
+                print(json.dumps({"steps": steps, "seconds": seconds}), file=lines, flush=True)
+
+
+def _train_slice(step: Callable[[], None], *, at: float, steps: int, seconds: float) -> tuple[int, float]:
+    """(steps taken, seconds they took)."""
+    time.sleep(max(at - time.monotonic(), 0.0))
+    begun = now = time.monotonic()
+    done = 0
+    while done < steps or (steps == 0 and now < at + seconds):
+        step()
+        done += 1
+        now = time.monotonic()
+    return done, now - begun
+
+
+if __name__ == "__main__":
+    main(WAYS[sys.argv[1]], JOBS[sys.argv[2]], int(sys.argv[3]), sys.argv[4])

@@ -1,0 +1,235 @@
+"""The command ``paceline``: what can be typed, and the way from a mistake to its exit code.
+
+Everything heavy is imported by the command that needs it: ``paceline --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+from cyclopts import App, CycloptsError, Parameter
+
+import paceline
+from paceline.cli.failure import misuse, report
+from paceline.cli.options import CONFIG, SHOWN, JobFlags, ShowFlags, flag, switched
+from paceline.errors import Interrupted, PacelineError
+
+VALUED = {*map(flag, JobFlags.__dataclass_fields__), "--config"}
+TRAINING = (["run"], ["demo"])  # the commands that take a script's arguments and print a run as JSON
+
+SCRIPT_ARGS = Parameter(
+    help="the script's own arguments, given to it untouched", metavar="ARGS", allow_leading_hyphen=True
+)
+FOLDER = Parameter(name="--run-dir", metavar="DIR", help="folder of the run directories [default: runs]")
+JSON = Parameter(name="--json", help="JSON instead of a table", negative="", show_default=False)
+
+app = App(
+    name="paceline",
+    help="Train one PyTorch model on many processes, at the pace they can keep.",
+    version=f"paceline {paceline.__version__}",
+    help_format="plaintext",
+    help_epilogue="""\
+Examples:
+  paceline demo                          see it work
+  paceline run --workers 4 train.py      train your script on 4 processes
+  paceline runs list                     what has been trained
+
+`paceline COMMAND --help` tells more.""",
+)
+runs = App(name="runs", help="List runs, and show what one of them did.", help_epilogue="")
+config = App(name="config", help="Show the options and where their values come from.", help_epilogue="")
+app.command(runs)
+app.command(config)
+
+
+@app.command(
+    usage="Usage: paceline run [OPTIONS] SCRIPT [ARGS]",
+    help_epilogue="""\
+What follows SCRIPT is the script's own: options of paceline come before it.
+Each can also be set in the environment, as PACELINE_WORKERS=4, or in a
+--config file. A flag wins over the environment, and that over the file.
+
+Examples:
+  paceline run train.py
+  paceline run --workers 4 --until-loss 0.1 train.py --lr 0.05
+  paceline run --workers 4 --servers 2 --dry-run train.py
+  paceline run --config runs/20260131-0900-train-sync/config.toml""",
+)
+def run(
+    script: Annotated[str | None, Parameter(help="a Python script that calls paceline.init()")] = None,
+    /,
+    *args: Annotated[str, SCRIPT_ARGS],
+    flags: JobFlags = JobFlags(),  # noqa: B008
+    show: ShowFlags = ShowFlags(),  # noqa: B008
+    config: Annotated[str | None, CONFIG] = None,
+) -> int:
+    """Train SCRIPT on many processes."""
+    from paceline.cli.run import run_script
+    from paceline.engine.local import run_local
+
+    return _refusable(show, lambda show: run_script(script, args, flags, show, config, run_local))
+
+
+@app.command(
+    usage="Usage: paceline demo [OPTIONS] [NAME] [ARGS]",
+    help_epilogue="""\
+NAME is text (a transformer learns to write Python; the default), linear
+(a line through points) or digits (handwritten ones, with scikit-learn).
+What follows NAME goes to the example's script.
+
+Examples:
+  paceline demo
+  paceline demo linear --method sgd
+  paceline demo --workers 3 --compare digits""",
+)
+def demo(
+    name: Annotated[str | None, Parameter(help="text, linear or digits", show_default=False)] = None,
+    /,
+    *args: Annotated[str, SCRIPT_ARGS],
+    flags: JobFlags = JobFlags(),  # noqa: B008
+    show: ShowFlags = ShowFlags(),  # noqa: B008
+    compare: Annotated[
+        bool,
+        Parameter(help="measure one process first (text always does)", negative="", show_default=False, group=SHOWN),
+    ] = False,
+) -> int:
+    """Train an example that comes with paceline."""
+    from paceline.cli.demo import run_demo
+    from paceline.engine.local import run_local
+
+    return _refusable(show, lambda show: run_demo(name, args, flags, show, compare, run_local))
+
+
+@runs.command(
+    name="list",
+    help_epilogue="""\
+Examples:
+  paceline runs list
+  paceline runs list --run-dir /data/runs --json""",
+)
+def runs_list(*, run_dir: Annotated[str | None, FOLDER] = None, json: Annotated[bool, JSON] = False) -> int:
+    """A line for every run: status, pace, workers, steps, loss, samples/s."""
+    from rich.console import Console as Screen
+
+    from paceline.cli.runs import show_list
+
+    return show_list(_folder(run_dir), json, Screen(highlight=False, markup=False))
+
+
+@runs.command(
+    name="show",
+    help_epilogue="""\
+Examples:
+  paceline runs show                     the newest
+  paceline runs show text                the one run with "text" in its name
+  paceline runs show runs/20260131-0900-train-sync --json""",
+)
+def runs_show(
+    run: Annotated[str | None, Parameter(help="a run's name, a part of it, or its path", show_default=False)] = None,
+    /,
+    *,
+    run_dir: Annotated[str | None, FOLDER] = None,
+    json: Annotated[bool, JSON] = False,
+) -> int:
+    """What one run was and did: command, speed, loss, events, files."""
+    from rich.console import Console as Screen
+
+    from paceline.cli.runs import show_run
+
+    return show_run(_folder(run_dir), run, json, Screen(highlight=False, markup=False))
+
+
+@config.command(
+    name="show",
+    help_epilogue="""\
+Examples:
+  paceline config show
+  paceline config show --workers 4 --config my.toml
+  PACELINE_WORKERS=4 paceline config show --json""",
+)
+def config_show(
+    *,
+    flags: JobFlags = JobFlags(),  # noqa: B008
+    config: Annotated[str | None, CONFIG] = None,
+    json: Annotated[bool, JSON] = False,
+) -> int:
+    """Every option, its value, and whether a flag, the environment, a file or nobody set it."""
+    from paceline.cli.answers import show_settings
+    from paceline.cli.options import resolve
+
+    return show_settings(resolve(flags, os.environ, config), ShowFlags(json=json))
+
+
+def main(tokens: Sequence[str] | None = None) -> NoReturn:
+    """The entry point: runs one command line and exits with its code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without our letters shows a ? and goes on
+    try:
+        code = answer(list(sys.argv[1:] if tokens is None else tokens))
+        sys.stdout.flush()
+    except BrokenPipeError:  # `paceline runs list | head`: whoever read has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code)
+
+
+def answer(tokens: list[str]) -> int:
+    """The exit code of one command line, everything said that there is to say."""
+    try:
+        result = app(fenced(tokens), exit_on_error=False, print_error=False, result_action="return_value")
+    except CycloptsError as error:
+        failure: PacelineError = misuse(error)
+        _refuse(failure, promised=tokens[:1] in TRAINING and "--json" in _ours(fenced(tokens)))
+    except PacelineError as error:
+        failure = error
+    except KeyboardInterrupt:
+        failure = Interrupted("interrupted")
+    else:
+        return result if isinstance(result, int) else 0
+    report(failure, sys.stderr)
+    return failure.exit_code
+
+
+def fenced(tokens: list[str]) -> list[str]:
+    """The tokens with ``--`` before the script or the demo's name: what follows is not ours to read."""
+    if tokens[:1] not in TRAINING:
+        return tokens
+    at = 1
+    while at < len(tokens):
+        if tokens[at] == "--":
+            return tokens
+        if not tokens[at].startswith("-"):
+            return [*tokens[:at], "--", *tokens[at:]]
+        at += 2 if tokens[at] in VALUED else 1
+    return tokens
+
+
+def _refusable(show: ShowFlags, command: Callable[[ShowFlags], int]) -> int:
+    """Runs a command that promises an object to --json, also where it is refused before there is a run."""
+    show = switched(show, os.environ)
+    try:
+        return command(show)
+    except PacelineError as error:
+        _refuse(error, promised=show.json)
+        raise
+
+
+def _refuse(error: PacelineError, *, promised: bool) -> None:
+    from paceline.cli.answers import print_json, result
+
+    if promised:
+        print_json(result(None, None, error, {}))
+
+
+def _ours(tokens: list[str]) -> list[str]:
+    return tokens[: tokens.index("--")] if "--" in tokens else tokens
+
+
+def _folder(run_dir: str | None) -> Path:
+    return Path(run_dir or os.environ.get("PACELINE_RUN_DIR") or "runs")
