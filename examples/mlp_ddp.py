@@ -52,4 +52,7 @@ if dist.get_rank() == 0:
     print("first weights:", *(f"{value:.12f}" for value in state["0.weight"].flatten()[:4].tolist()))
     if args.save:
         save_file({name: value.clone() for name, value in state.items()}, args.save)
+# The replica holds the group. With it alive, destroying leaves gloo's threads running into the interpreter's
+# end, where letting go of the last gradient aborted the process in 7 runs of 30; without it, in none of 40.
+del replica
 dist.destroy_process_group()

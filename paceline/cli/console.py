@@ -26,7 +26,8 @@ REDRAW_S = 0.1
 PLAIN_LINE_S = 10.0
 BAR_CELLS = 20
 ERASE = "\r\x1b[2K\x1b[0m"  # to the line's start, all of it away, and no colour that the script left on
-ROUTINE = {"join", "leave"}  # notices that every healthy run has
+SENT_WHERE, SENT = "sent 0 MB (shared memory)", "sent 0 MB"
+SILENT = {"join", "leave", "failed", "died"}  # what every healthy run has, and what the error block will say
 
 
 class Console:
@@ -71,7 +72,7 @@ class Console:
             case Wrapped():
                 self.say(f"{self._job.name} · {model(record)}")
             case Notice():
-                if record.kind not in ROUTINE:
+                if record.kind not in SILENT:
                     self.say(f"{figures.duration(record.time_s)}: {record.text}")
             case Summary():
                 self.summary = record
@@ -149,39 +150,42 @@ def header(job: Job) -> str:
 
 def model(record: Wrapped) -> str:
     size = figures.size(record.size_bytes)
-    return f"{figures.count(record.parameters)} parameters ({size}) · {record.optimizer}"
+    return f"{figures.count(record.parameters)} parameters · {record.optimizer} · {size} of shared memory"
 
 
 def live_line(standing: Standing, width: int) -> Text:
-    """The progress line, at most ``width`` cells: the bar gives way first, then what was sent, then the end."""
-    parts = _facts(standing)
-    facts = "  ".join(parts)
-    if len(standing.label) + 2 + len(facts) > width:
-        facts = "  ".join(part for part in parts if not part.startswith("sent"))
-    line = Text(no_wrap=True)
-    line.append(standing.label, style="bold")
-    cells = min(BAR_CELLS, width - len(standing.label) - len(facts) - 4)
-    if standing.share is not None and cells >= 5:
-        halves = round(standing.share * cells * 2)
-        full = "━" * (halves // 2) + "╸" * (halves % 2)
-        line.append(" ").append(full, style="cyan").append("━" * (cells - len(full)), style="bright_black")
-    line.append("  ").append(facts)
+    """The progress line, at most ``width`` cells, with as much said beside a bar as there is room for."""
+    fullest, shorter, shortest = ("  ".join(_facts(standing, sent)) for sent in (SENT_WHERE, SENT, ""))
+    line = Text(standing.label, style="bold", no_wrap=True)
+    room = width - len(standing.label) - 3
+    for facts in (fullest, shorter):
+        cells = min(BAR_CELLS, room - len(facts))
+        if standing.share is not None and cells >= BAR_CELLS // 2:
+            halves = round(standing.share * cells * 2)
+            full = "━" * (halves // 2) + "╸" * (halves % 2)
+            rest = "━" * (cells - len(full))
+            line.append(f" {full}", style="not bold cyan").append(rest, style="not bold bright_black")
+            break
+    else:
+        facts = next((facts for facts in (fullest, shorter) if len(facts) < room), shortest)
+    line.append(f"  {facts}", style="not bold")
     line.truncate(max(width, 1), overflow="ellipsis")
     return line
 
 
 def plain_line(standing: Standing) -> str:
-    return "  ".join([standing.label, *_facts(standing)])
+    return "  ".join([standing.label, *_facts(standing, SENT_WHERE)])
 
 
-def _facts(standing: Standing) -> list[str]:
+def _facts(standing: Standing, sent: str) -> list[str]:
+    """``sent`` is how to write that nothing left the host's memory; empty: say nothing of bytes."""
     share = standing.share
     facts = [f"{figures.percent(share):>5}" if share is not None else f"step {standing.done:,}"]
     if standing.loss is not None:
         facts.append(f"loss {figures.loss(standing.loss)}")
     facts.append(f"{figures.rate(standing.samples_per_s)} samples/s")
-    sent = standing.bytes_sent
-    facts.append(f"sent {figures.size(sent)}" if sent else "sent 0 MB (shared memory)")
+    if sent:
+        facts.append(f"sent {figures.size(standing.bytes_sent)}" if standing.bytes_sent else sent)
     if standing.left_s is not None:
         facts.append(f"ETA {figures.clock(standing.left_s)}")
     return facts
@@ -198,5 +202,5 @@ def ending(summary: Summary, *more: str) -> str:
         parts.append(f"{figures.rate(summary.samples_per_s)} samples/s")
         parts.append(f"waited {figures.percent(summary.waiting)} of the time")
     else:
-        parts.append("no step was taken")
+        parts.append("no step was recorded")
     return " · ".join(parts)

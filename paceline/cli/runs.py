@@ -94,7 +94,7 @@ def _details(run: RunFiles) -> list[tuple[str, str]]:
         exit_code = f" (exit code {summary.exit_code})" if summary.exit_code else ""
         lines[0] = ("status", f"{run.status}{exit_code}")
     if (info := run.info) is not None:
-        lines.append(("command", shlex.join([Path(info.argv[0]).name, *info.argv[1:]]) if info.argv else "-"))
+        lines.append(("command", _command(info.argv)))
         lines.append(("started", info.started or "-"))
         lines.append(("processes", _processes(info.workers, info.servers, info.pace, info.engine)))
         lines.append(("seed", str(info.seed)))
@@ -115,6 +115,12 @@ def _details(run: RunFiles) -> list[tuple[str, str]]:
         if (run.directory / part).exists():
             lines.append((key, figures.shown(run.directory / part)))
     return lines
+
+
+def _command(argv: list[str]) -> str:
+    """As it can be typed again: the program without the folder it was found in."""
+    program = Path(argv[0]).name if argv else "-"
+    return shlex.join(["paceline" if program == "__main__.py" else program, *argv[1:]])
 
 
 def _processes(workers: int, servers: int, pace: str, engine: str) -> str:

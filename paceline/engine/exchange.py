@@ -8,6 +8,7 @@ Parameters on the CPU are views of the shared memory, so there is nothing to pul
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ from paceline.errors import ConfigError
 from paceline.params import optimizers
 from paceline.params.table import differences, tabulate
 from paceline.protocol.partition import Piece, padded
-from paceline.protocol.rounds import close_round, reached
+from paceline.protocol.rounds import Closed, Waiting, close_round, reached
 from paceline.transport.board import Board
 from paceline.transport.slots import ExchangeMemory, Spec
 
@@ -159,6 +160,37 @@ class Exchange:
             self._pull()
         waiting = (closed - pushed) + (done - stepped)
         return Round(number, contributors, waiting, time.monotonic() - begun - waiting)
+
+    def norm(self, chosen: bytes, order: float, weight: float) -> float:
+        """The norm of the gradient as it will be folded, over the parameters ``chosen`` here or on another worker.
+
+        Every worker in the round must call it before its ``step``, equally often. Raises ConfigError if one has not.
+        """
+        board, memory = self._board, self._memory
+        number, round_ = max(memory.answered) + 1, max(memory.stepped) + 1
+        self._write_gradients()
+        self._slot.chosen[:] = chosen
+        self._slot.write(weight, (0.0, 0.0), False)
+        memory.asked[self._rank] = number
+        board.ring(self._rank)
+        contributors = board.wait(lambda: self._all_ask(number, round_)).contributors
+        self._slot.write_norm(self._stepper.norm(contributors, self._rank, order))
+        memory.answered[self._rank] = number
+        board.ring(self._rank)
+        board.wait(lambda: reached(number, memory.answered, contributors))
+        parts = [memory.slots[worker].norm for worker in contributors]
+        return max(parts) if order == math.inf else sum(parts) ** (1.0 / order)
+
+    def _all_ask(self, number: int, round_: int) -> Closed | Waiting:
+        memory = self._memory
+        for worker, pushed in enumerate(memory.pushed):
+            if pushed >= round_ and memory.asked[worker] < number:
+                raise ConfigError(
+                    f"worker {self._rank} clips its gradients in round {round_}, worker {worker} does not",
+                    why="the norm is that of all workers' gradient, so all must ask for it",
+                    fix="call clip_grad_norm_ on every worker, or on none",
+                )
+        return close_round(number, memory.asked, self._board)
 
     def losses(self, contributors: tuple[int, ...]) -> tuple[float, float]:
         """Sums over the contributors of the round just closed of (loss x samples, samples) since the last look."""

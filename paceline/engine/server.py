@@ -89,4 +89,6 @@ def _take(message: messages.Memory, descriptors: tuple[int, ...]) -> _Served:
 
 
 def _arrived(channel: int) -> bool:
-    return bool(select.select([channel], [], [], 0)[0])
+    poll = select.poll()
+    poll.register(channel, select.POLLIN)
+    return bool(poll.poll(0))

@@ -45,16 +45,29 @@ class Stepper:
     def step(self, contributors: tuple[int, ...]) -> None:
         """Fold the round of ``contributors`` and step the share taken up."""
         assert self._shard is not None, "step before take_up"
+        slots, weights = self._sources(contributors)
+        self._shard.fold([slot.gradient for slot in slots], weights)
+        self._shard.step(self._new_settings(contributors[0]), self._union([slot.mask for slot in slots]))
+
+    def norm(self, contributors: tuple[int, ...], me: int, order: float) -> float:
+        """Member ``me``'s part of the norm of the folded gradient: sum of |g|^order, or the maximum for infinity.
+
+        Over the parameters that any contributor has chosen. Steps nothing.
+        """
+        slots, weights = self._sources(contributors)
+        shard = self._find(contributors.index(me), len(contributors))
+        shard.fold([slot.gradient for slot in slots], weights)
+        return shard.norm(self._union([slot.chosen for slot in slots]), order)
+
+    def _sources(self, contributors: tuple[int, ...]) -> tuple[list[Slot], list[float]]:
+        """The slots that count, with their weights."""
         slots = [self._memory.slots[worker] for worker in contributors]
         weights = [slot.weight for slot in slots]
-        settings = self._new_settings(contributors[0])
         if not any(weights):
-            weights = [1.0] * len(slots)  # nobody counts samples: all count alike
-        elif not all(weights):
+            return slots, [1.0] * len(slots)  # nobody counts samples: all count alike
+        if not all(weights):
             slots = [slot for slot, weight in zip(slots, weights, strict=True) if weight]
-            weights = [weight for weight in weights if weight]
-        self._shard.fold([slot.gradient for slot in slots], weights)
-        self._shard.step(settings, self._mask(slots))
+        return slots, [weight for weight in weights if weight]
 
     def _find(self, part: int, parts: int) -> Shard:
         shard = self._shards.get((part, parts))
@@ -84,9 +97,8 @@ class Stepper:
         self._set_in.add(self._shard)
         return self._settings
 
-    def _mask(self, slots: list[Slot]) -> bytes | None:
-        """For each parameter, has anyone a gradient? None: all have."""
-        masks = [slot.mask for slot in slots]
+    def _union(self, masks: list[memoryview[int]]) -> bytes | None:
+        """For each parameter, does any mask have it? None: all have all."""
         if all(mask == self._all for mask in masks):
             return None
         return bytes(max(column) for column in zip(*masks, strict=True))

@@ -16,6 +16,7 @@ import torch
 from torch import optim
 
 from paceline.data.loader import Part
+from paceline.engine import clipping
 from paceline.engine.context import Context
 from paceline.engine.exchange import Exchange, Push, compare
 from paceline.engine.metrics import Row
@@ -67,6 +68,10 @@ class Worker:
         return self._exchanges[0].number if self._exchanges else 0
 
     @property
+    def exchanges(self) -> Sequence[Exchange]:
+        return self._exchanges
+
+    @property
     def over(self) -> bool:
         return self._ended != _TRAINING
 
@@ -109,6 +114,7 @@ class Worker:
         exchange.adopt()
         self._exchanges.append(exchange)
         self._samples_at_step.append(self._samples)
+        clipping.register(self)
         return exchange
 
     def next_loader(self) -> int:
@@ -178,6 +184,12 @@ class Worker:
             reason = self._stopping.look(total / samples) if samples else None
         if reason is not None:
             self._end(_DONE, reason)
+
+    def norm(self, exchange: Exchange, chosen: bytes, order: float) -> float:
+        """The norm of a gradient of this exchange over all workers; see engine/clipping.py."""
+        index = self._exchanges.index(exchange)
+        samples = self._samples - self._samples_at_step[index]
+        return exchange.norm(chosen, order, float(samples) if self._loaders else 1.0)
 
     def log(self, loss: float | None, values: dict[str, float]) -> None:
         """Record a loss of the batch in hand, and other values of the step."""

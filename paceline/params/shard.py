@@ -10,6 +10,7 @@ memory and tensors, not processes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ from paceline.params.table import DTYPES, Table
 from paceline.protocol.partition import Piece
 
 _WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}  # sums of 16-bit gradients run in these
+_NORM_DTYPE = _WIDE | {torch.float32: torch.float64}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,18 @@ class Shard:
                 run.sum.add_(source, alpha=share)
             if run.sum is not run.gradient:
                 run.gradient.copy_(run.sum)
+
+    def norm(self, chosen: bytes | None, order: float) -> float:
+        """Of what was folded: the sum of |g|^order over the chosen parameters, or the maximum for infinity."""
+        norms = [
+            torch.linalg.vector_norm(gradient, order, dtype=_NORM_DTYPE.get(gradient.dtype, gradient.dtype))
+            for piece, gradient in zip(self._pieces, self._gradients, strict=True)
+            if chosen is None or chosen[piece.param]
+        ]
+        values = [float(norm) for norm in norms]
+        if order == math.inf:
+            return max(values, default=0.0)
+        return math.fsum(value**order for value in values)
 
     def step(self, settings: Sequence[Group] | None, has_gradient: bytes | None) -> None:
         """One optimizer step with what was folded.

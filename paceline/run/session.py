@@ -36,6 +36,7 @@ class Run:
         self._models: list[nn.Module] = []
         self._wrapped: set[int] = set()
         self._copied: set[int] = set()
+        self._own_stream = False
         self._directory: Path | None = None
 
     @property
@@ -92,6 +93,10 @@ class Run:
         for item in objects:
             if isinstance(item, nn.Module):
                 self._wrap_model(item)
+        if self.rank and not self._own_stream:
+            # Models have been built alike; from here on dropout must differ between workers.
+            torch.manual_seed(torch.initial_seed() + self.rank)
+            self._own_stream = True
         wrapped = tuple(self._wrap_loader(item, count) for item in objects)
         return wrapped[0] if len(wrapped) == 1 else wrapped
 
@@ -124,9 +129,6 @@ class Run:
         if fresh:
             self.worker.copy_from_first(fresh)
             self._copied.update(id(tensor) for _, tensor in fresh)
-        if self.rank and model not in self._models[:-1]:
-            # Dropout must differ between workers; what follows from here on is each worker's own stream.
-            torch.manual_seed(torch.initial_seed() + self.rank)
 
     def _wrap_loader(self, item: Any, count: Callable[[Any], int] | None) -> Any:
         assert self.worker is not None

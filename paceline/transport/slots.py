@@ -1,7 +1,7 @@
 """The memory of one exchange: an optimizer's parameters, its state, and a slot for every worker.
 
     words   pushed[worker], stepped[member], ready[member]: the round each has pushed, has stepped its shards
-            of, and has taken up moved shards for
+            of, and has taken up moved shards for; asked[worker], answered[worker]: the same for norms
     state   the optimizer's state (params/state.py)
     params  one flat vector a dtype: the parameters, once on this host
     slots   by worker: a header (weight, loss sums, stop, settings, mask) and the flat gradient
@@ -49,11 +49,12 @@ class _Offsets:
         vectors = spec.table.offsets_bytes()
         self.plan = StatePlan(spec.table, spec.state)
         self.words = 0
-        self.state = page_up((3 * spec.workers + 2 * spec.servers) * _WORD)
+        self.state = page_up((5 * spec.workers + 2 * spec.servers) * _WORD)
         self.params = page_up(self.state + self.plan.size_bytes)
         self.slots = page_up(self.params + vectors[""])
         self.mask = _HEADER_WORDS * _WORD
-        self.settings = self.mask + -(-count // 64) * 64
+        self.chosen = self.mask + -(-count // 64) * 64
+        self.settings = self.chosen + -(-count // 64) * 64
         self.gradient = page_up(self.settings + spec.settings_bytes)
         self.slot_bytes = page_up(self.gradient + vectors[""])
         self.end = self.slots + spec.workers * self.slot_bytes
@@ -65,13 +66,15 @@ def size_bytes(spec: Spec) -> int:
 
 
 class Slot:
-    """One worker's slot. ``gradient`` is one flat vector a dtype, padded with zeros; ``mask`` one byte a parameter."""
+    """One worker's slot. ``gradient`` is one flat vector a dtype, padded with zeros; ``mask`` tells which
+    parameters have one, ``chosen`` which of them a norm is asked of: one byte a parameter."""
 
     def __init__(self, memory: mmap.mmap, start: int, offsets: _Offsets, spec: Spec) -> None:
         self._words = memoryview(memory)[start : start + offsets.mask].cast("Q")
         self._floats = memoryview(memory)[start : start + offsets.mask].cast("d")
         count = len(spec.table.entries)
         self.mask = memoryview(memory)[start + offsets.mask : start + offsets.mask + count]
+        self.chosen = memoryview(memory)[start + offsets.chosen : start + offsets.chosen + count]
         self._settings = memoryview(memory)[start + offsets.settings : start + offsets.gradient]
         self._settings_bytes = spec.settings_bytes
         self.gradient = carve_vectors(memory, start + offsets.gradient, spec.table)
@@ -93,6 +96,14 @@ class Slot:
     def write(self, weight: float, loss: tuple[float, float], stop: bool) -> None:
         self._floats[0], self._floats[1], self._floats[2] = weight, *loss
         self._words[3] = stop
+
+    @property
+    def norm(self) -> float:
+        """This worker's part of a norm."""
+        return self._floats[6]
+
+    def write_norm(self, value: float) -> None:
+        self._floats[6] = value
 
     @property
     def settings_version(self) -> int:
@@ -121,6 +132,9 @@ class ExchangeMemory:
         members = spec.workers + spec.servers
         self.stepped = words[spec.workers : spec.workers + members]
         self.ready = words[spec.workers + members : spec.workers + 2 * members]
+        norms = spec.workers + 2 * members
+        self.asked = words[norms : norms + spec.workers]
+        self.answered = words[norms + spec.workers : norms + 2 * spec.workers]
         self.params = carve_vectors(memory, offsets.params, spec.table)
         self.state = State(
             spec.table,

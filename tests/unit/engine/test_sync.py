@@ -11,6 +11,7 @@ import torch
 from torch import nn, optim
 from torch.utils.data import DataLoader, TensorDataset
 
+from paceline.errors import ConfigError
 from tests.driver import run_job
 
 ROUNDS = 6
@@ -364,3 +365,45 @@ def test_several_optimizers_have_rounds_of_their_own() -> None:
 
     for servers in (0, 1):
         assert run_job(body, servers=servers) == [(-9.0, -45.0)] * 2
+
+
+@pytest.mark.parametrize("order", [2.0, 1.0, float("inf")])
+@pytest.mark.parametrize(("workers", "servers"), [(1, 0), (2, 0), (3, 0), (2, 1)])
+def test_clipping_in_the_loop_is_by_the_norm_of_the_whole_gradient(workers: int, servers: int, order: float) -> None:
+    samples = BATCH * workers * 4 + BATCH + 2
+    data, common = make_data(samples), make_model()
+
+    def steps(model: nn.Module, loader: Any, optimizer: optim.Optimizer, norms: list[float]) -> list[torch.Tensor]:
+        for x, y in loader:
+            optimizer.zero_grad()
+            loss_of(model, x, y).backward()
+            norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), 0.05, order)))
+            optimizer.step()
+        return [p.detach().clone() for p in model.parameters()]
+
+    def body(run: Any) -> tuple[list[torch.Tensor], list[float]]:
+        model, norms = copy.deepcopy(common), list[float]()
+        wrapped = run.wrap(model, OPTIMIZERS["momentum"](model.parameters()), DataLoader(data, batch_size=BATCH))
+        return steps(model, wrapped[2], wrapped[1], norms), norms
+
+    results = run_job(body, workers=workers, servers=servers)
+    model, norms = copy.deepcopy(common), list[float]()
+    whole = DataLoader(data, batch_size=BATCH * workers)
+    expected = steps(model, whole, OPTIMIZERS["momentum"](model.parameters()), norms)
+    assert_close(results[0][0], expected, 1e-11)
+    torch.testing.assert_close(results[0][1], norms, rtol=1e-11, atol=0)
+    for result in results[1:]:
+        assert_same_bits(result[0], results[0][0])
+
+
+def test_clipping_on_some_workers_only_is_an_error() -> None:
+    def body(run: Any) -> None:
+        weight = nn.Parameter(torch.zeros(3))
+        optimizer = run.wrap(optim.SGD([weight], lr=1.0))
+        weight.grad = torch.ones(3)
+        if run.is_main:
+            nn.utils.clip_grad_norm_([weight], 1.0)
+        optimizer.step()
+
+    with pytest.raises(ConfigError, match="worker 0 clips its gradients in round 1, worker 1 does not"):
+        run_job(body)

@@ -1,0 +1,68 @@
+"""``clip_grad_norm_`` of the user's loop, made to mean the global norm.
+
+Clipped by the norm of its own batch, each worker's gradient would be scaled by another factor, and n workers would not
+be one process on the whole batch. All of torch's clipping asks ``torch.nn.utils.clip_grad._get_total_norm`` for the
+norm; a worker answers there with the norm of the folded gradient. Scaling the local gradients by the same factor
+everywhere then scales the fold by it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch.nn.utils import clip_grad
+
+from paceline.engine.exchange import Exchange
+from paceline.errors import ConfigError
+
+
+class Asked(Protocol):
+    """Who can tell the norm of all workers' gradient: a worker."""
+
+    @property
+    def exchanges(self) -> Sequence[Exchange]: ...
+
+    def norm(self, exchange: Exchange, chosen: bytes, order: float) -> float: ...
+
+
+_workers: weakref.WeakSet[Asked] = weakref.WeakSet()
+_local_norm = clip_grad._get_total_norm
+
+
+def register(worker: Asked) -> None:
+    """From now on norms of gradients of this worker's exchanges are those of all workers'."""
+    _workers.add(worker)
+    clip_grad._get_total_norm = _total_norm
+
+
+def _total_norm(
+    tensors: torch.Tensor | Iterable[torch.Tensor],
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> torch.Tensor:
+    gradients = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
+    asked = {id(gradient) for gradient in gradients}
+    order = float(norm_type)
+    parts, found = [], 0
+    for worker, exchange in [(one, exchange) for one in list(_workers) for exchange in one.exchanges]:
+        chosen = bytes(p.grad is not None and id(p.grad) in asked for p in exchange.parameters)
+        if any(chosen):
+            found += sum(chosen)
+            parts.append(worker.norm(exchange, chosen, order))
+    if not found:
+        local: torch.Tensor = _local_norm(gradients, norm_type, error_if_nonfinite, foreach)
+        return local
+    if found != len(asked):
+        raise ConfigError(
+            f"clip_grad_norm_ got {len(asked)} gradients, {found} of them of wrapped parameters",
+            why="the others are this worker's own, so there is no norm of all",
+            fix="clip wrapped and other parameters in two calls",
+        )
+    total: Any = torch.linalg.vector_norm(torch.tensor(parts, dtype=torch.float64), order)
+    if error_if_nonfinite and not torch.isfinite(total):
+        raise RuntimeError(f"the total norm of order {norm_type} of the gradients is {float(total)}")
+    return torch.as_tensor(total, dtype=gradients[0].dtype, device=gradients[0].device)
