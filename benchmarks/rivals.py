@@ -10,8 +10,10 @@ that moment of CLOCK_MONOTONIC; so many steps, or for so long if steps is 0) and
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import socket
 import sys
 import time
@@ -28,6 +30,7 @@ from benchmarks.jobs import JOBS, Job, make_optimizer, make_step
 
 _FORGOTTEN_S = 3600.0  # a worker that hears nothing for so long ends by itself
 _GLOO_S = 120.0
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,8 @@ WAYS = {
 
 
 def main(way: Way, job: Job, rank: int, path: str) -> None:
+    # Be killed when the benchmark is: a stopped process would not see the connection close.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     torch.set_num_threads(1)
     match way.kind:
         case "apart":

@@ -60,7 +60,6 @@ class Exchange:
             raise ConfigError("the optimizer has no parameters")
         self._shared = [share and p.device.type == "cpu" for p in self._parameters]
         self._spec = self._describe(names)
-        self._number = 0
 
     @property
     def spec(self) -> Spec:
@@ -84,6 +83,9 @@ class Exchange:
         self._views = [table.view(e, memory.params[e.dtype]) for e in table.entries]
         self._stepper = Stepper(self._spec, memory, type(self.optimizer), vars(self.optimizer))
         self._sent_settings: list[optimizers.Group] = []
+        self._seen: list[list[object]] = []
+        groups = self.optimizer.param_groups
+        self._tensor_settings = any(isinstance(v, torch.Tensor) for group in groups for v in group.values())
         self._mask = bytes(len(table.entries))
         self._all = bytes([1]) * len(table.entries)
         self._servers = tuple(range(self._spec.workers, self._spec.workers + self._spec.servers))
@@ -269,7 +271,12 @@ class Exchange:
 
     def _write_settings(self) -> None:
         """Schedulers change hyper-parameters between steps; they travel only when they have changed."""
+        raw = [[*group.values()] for group in self.optimizer.param_groups]
+        # Equal objects may be one tensor that was changed in place; everything else that is equal is unchanged.
+        if raw == self._seen and not self._tensor_settings:
+            return
         settings = optimizers.settings(self.optimizer)
+        self._seen = raw
         if settings == self._sent_settings:
             return
         self._sent_settings = settings

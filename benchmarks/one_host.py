@@ -1,0 +1,243 @@
+"""How much of two cores does training with two workers get, next to two processes that share nothing?
+
+    python benchmarks/one_host.py
+    python benchmarks/one_host.py --jobs mlp,gpt --rows ddp,sync --rounds 3 --picture share.png --json
+
+For every job, every way of training has its processes started once. They sleep while another way is measured. A round
+gives each way a slice of a second or two, one after the other, so that what disturbs the machine for a while falls
+on all alike, and every figure is a ratio of two slices of one round. Reported are the ratios' median, lower
+quartile and range over the rounds. The ceiling is two processes that share nothing, which is all that two cores can
+do with that script; it steps AdamW as torch does unless told, and a way that steps cheaper can pass it.
+
+Every process has one thread; all of them together have two cores. Rates count both workers' samples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+from benchmarks.jobs import JOBS
+from benchmarks.rivals import WAYS
+from benchmarks.teams import Team, TeamError
+
+_CORES = 2
+_CEILING, _RIVALS = "ceiling", ("ddp", "ddp_fused")
+_INK, _GREY, _OURS = "#22272e", "#7a828c", "#1f5fa8"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Ratios over the rounds, in one number, its lower quartile, and its range."""
+
+    median: float
+    lower_quartile: float
+    min: float
+    max: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way on one job. ``ratios`` are to the ceiling's slice, and each rival's, of the same round.
+
+    Memory is proportional set size without pages of files, of the workers and of all the way's processes.
+    """
+
+    samples_per_s: list[float]
+    ratios: dict[str, Spread]
+    workers_mb: float
+    all_mb: float
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = _parse(argv)
+    cores = _cores()
+    if len(cores) < _CORES:
+        print(f"error: {len(cores)} core is available; the benchmark needs {_CORES}", file=sys.stderr)
+        return 2
+    os.sched_setaffinity(0, cores)  # what is started from here on inherits it
+    machine = {
+        "cpu": _cpu(),
+        "cores": cores,
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "rounds": options.rounds,
+        "seconds": options.seconds,
+    }
+    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    results: dict[str, dict[str, Row]] = {}
+    try:
+        for job in options.jobs:
+            size, results[job] = _measure(job, options.rows, options.rounds, options.seconds)
+            print(f"\n{job}: {JOBS[job].told}; {size / 1e6:.1f} MB of parameters")
+            print("\n".join(_table(results[job])), flush=True)
+    except TeamError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if options.picture:
+        _draw(results, options.picture)
+        print(f"\npicture {options.picture}")
+    if options.json:
+        rows = {job: {way: asdict(row) for way, row in ways.items()} for job, ways in results.items()}
+        print(json.dumps({"machine": machine, "jobs": rows}))
+    return 0
+
+
+def _parse(argv: Sequence[str] | None) -> Any:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--jobs", type=_names(JOBS), default=list(JOBS), help=f"of {','.join(JOBS)}")
+    parser.add_argument("--rows", type=_names(WAYS), default=list(WAYS), help=f"ways, of {','.join(WAYS)}")
+    parser.add_argument("--rounds", type=_positive(int), default=7, help="slices of each way (default 7)")
+    parser.add_argument("--seconds", type=_positive(float), default=1.5, help="of a slice (default 1.5)")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the shares of the ceiling")
+    parser.add_argument("--json", action="store_true", help="everything as one JSON object in the last line")
+    options = parser.parse_args(argv)
+    # The ceiling is measured whether asked for or not: nothing means much without it.
+    options.rows = [way for way in WAYS if way in options.rows or way == _CEILING]
+    return options
+
+
+def _names(known: Iterable[str]) -> Callable[[str], list[str]]:
+    def read(text: str) -> list[str]:
+        chosen = [name.strip() for name in text.split(",")]
+        strangers = [name for name in chosen if name not in known]
+        if strangers:
+            raise argparse.ArgumentTypeError(f"{strangers[0]!r} is none of {', '.join(known)}")
+        return list(dict.fromkeys(chosen))
+
+    return read
+
+
+def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        value = kind(text)
+        if not 0 < value < 10_000:
+            raise argparse.ArgumentTypeError(f"{text} must be above 0 and below 10,000")
+        return value
+
+    read.__name__ = kind.__name__  # what argparse calls it when kind() refuses
+    return read
+
+
+def _measure(job: str, ways: list[str], rounds: int, seconds: float) -> tuple[int, dict[str, Row]]:
+    """(bytes of parameters, the rows). Raises TeamError."""
+    rates: dict[str, list[float]] = {way: [] for way in ways}
+    with tempfile.TemporaryDirectory(prefix="one-host-") as directory, ExitStack() as stack:
+        _progress(f"{job}: starting {len(ways)} ways")
+        teams = [stack.enter_context(Team(WAYS[way], job, Path(directory))) for way in ways]
+        for team in teams:
+            team.ready()
+        for team in teams:
+            _progress(f"{job}: warming up {team.way.name}")
+            team.warm_up(seconds)
+        for number in range(rounds):
+            _progress(f"{job}: round {number + 1} of {rounds}")
+            # Each round begins with another way, so that none is always behind the same one.
+            first = number % len(teams)
+            for team in teams[first:] + teams[:first]:
+                rates[team.way.name].append(team.slice(seconds) * JOBS[job].samples)
+        _progress("")
+        bases = [way for way in (_CEILING, *_RIVALS) if way in rates]
+        rows = {}
+        for team in teams:
+            own = rates[team.way.name]
+            ratios = {base: _spread(own, rates[base]) for base in bases}
+            rows[team.way.name] = Row([round(rate, 2) for rate in own], ratios, *team.memory_mb())
+        return teams[0].parameter_bytes, rows
+
+
+def _spread(rates: list[float], bases: list[float]) -> Spread:
+    ratios = [rate / base for rate, base in zip(rates, bases, strict=True)]
+    lower = quantiles(ratios, n=4, method="inclusive")[0] if len(ratios) > 1 else ratios[0]
+    numbers = (median(ratios), lower, min(ratios), max(ratios))
+    return Spread(*(round(number, 4) for number in numbers))
+
+
+def _table(rows: dict[str, Row]) -> list[str]:
+    lines = [
+        f"{'':47}{'samples/s':>11}{'% of ceiling':>15}{'':14}{'x ddp':>14}{'x ddp_fused':>14}{'memory, MB':>14}",
+        f"{'':47}{'median':>11}{'median':>9}{'lower':>6}{'range':>14}"
+        f"{'median':>8}{'lower':>6}{'median':>8}{'lower':>6}{'workers':>8}{'all':>6}",
+    ]
+    for way, row in rows.items():
+        share = row.ratios[_CEILING]
+        line = f"{way:14}{WAYS[way].told:33}{median(row.samples_per_s):11,.0f}"
+        line += f"{share.median:9.1%}{share.lower_quartile:6.0%}{f'{share.min:.0%}..{share.max:.0%}':>14}"
+        for rival in _RIVALS:
+            ratio = row.ratios.get(rival)
+            line += f"{ratio.median:8.2f}{ratio.lower_quartile:6.2f}" if ratio else f"{'-':>8}{'-':>6}"
+        lines.append(f"{line}{row.workers_mb:8,.0f}{row.all_mb:6,.0f}")
+    return lines
+
+
+def _draw(results: dict[str, dict[str, Row]], path: Path) -> None:
+    """A panel for each job: each way's median share of the ceiling, and a line from its lowest to its highest."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.0 + 2.6 * len(results), 3.4), dpi=144, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
+    for axes, (job, rows) in zip(panels, results.items(), strict=True):
+        ways = [way for way in rows if way != _CEILING]
+        for place, way in enumerate(ways):
+            share, color = rows[way].ratios[_CEILING], _OURS if WAYS[way].kind == "paceline" else _GREY
+            axes.plot([100 * share.min, 100 * share.max], [place, place], color=color, linewidth=1.5)
+            axes.plot(100 * share.median, place, "o", color=color, markersize=7)
+            at = (100 * share.median, place)
+            axes.annotate(
+                f"{share.median:.0%}", at, (0, 7), textcoords="offset points", ha="center", fontsize=8, color=_INK
+            )
+        axes.axvline(100, color=_INK, linewidth=0.8, linestyle=":")
+        axes.set_title(job, loc="left", fontsize=10, color=_INK)
+        axes.set_xlim(left=0)
+        axes.set_yticks(range(len(ways)), labels=ways)
+        axes.set_ylim(len(ways) - 0.5, -0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(_GREY)
+        axes.tick_params(colors=_GREY, labelcolor=_INK, labelsize=9)
+    figure.supxlabel("samples a second, % of two processes that share nothing", fontsize=9, color=_INK)
+    figure.savefig(path)
+
+
+def _cores() -> list[int]:
+    """The first cores this process may run on; the hardware threads of one core count as one if there are enough."""
+    allowed = sorted(os.sched_getaffinity(0))
+    first = {_siblings(cpu): cpu for cpu in reversed(allowed)}
+    apart = sorted(first.values())
+    return (apart if len(apart) >= _CORES else allowed)[:_CORES]
+
+
+def _siblings(cpu: int) -> str:
+    try:
+        return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text()
+    except OSError:
+        return str(cpu)
+
+
+def _cpu() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def _progress(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
