@@ -40,7 +40,9 @@ class Job:
 
 def make_optimizer(model: nn.Module, *, fused: bool) -> optim.Optimizer:
     """AdamW as most scripts have it, without a word on how it steps, or fused."""
-    return optim.AdamW(model.parameters(), lr=_LR, **({"fused": True} if fused else {}))
+    if fused:
+        return optim.AdamW(model.parameters(), lr=_LR, fused=True)
+    return optim.AdamW(model.parameters(), lr=_LR)
 
 
 def make_step(job: Job, model: nn.Module, optimizer: optim.Optimizer, batches: list[Batch]) -> Callable[[], None]:
@@ -124,7 +126,8 @@ class _Block(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         seen = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(seen.transpose(1, 2).reshape(x.shape))
-        return x + self.mlp(self.before_mlp(x))
+        x = x + self.mlp(self.before_mlp(x))
+        return x
 
 
 class _Gpt(nn.Module):

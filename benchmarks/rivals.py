@@ -120,13 +120,13 @@ def _launch_paceline(way: Way, job: Job, path: str) -> None:
     )
 
 
-def _train_paceline(way: str, job: str, path: str) -> None:
+def _train_paceline(rank: int, way: str, job: str, path: str) -> None:
     """What each of paceline's workers runs."""
     import paceline
 
     run = paceline.init()
     model, optimizer = run.wrap(*_make(WAYS[way], JOBS[job]))
-    _answer(JOBS[job], model, optimizer, run.rank, path)
+    _answer(JOBS[job], model, optimizer, rank, path)
 
 
 def _answer(job: Job, model: nn.Module, optimizer: optim.Optimizer, rank: int, path: str) -> None:

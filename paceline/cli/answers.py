@@ -19,6 +19,7 @@ from paceline.events import Summary
 
 if TYPE_CHECKING:
     from rich.console import Console as Screen
+    from rich.table import Table
 
     from paceline.cli.console import Console
 
@@ -35,7 +36,13 @@ def console(job: Job, show: ShowFlags) -> Console:
 
     ours = screen(show)
     still = any(os.environ.get(name) for name in ("CI", "NO_COLOR")) or ours.is_dumb_terminal
-    return Console(job, ours, sys.stdout, live=ours.is_terminal and not still, quiet=show.quiet)
+    return Console(job, ours, sys.stdout, live=ours.file.isatty() and not still, quiet=show.quiet)
+
+
+def print_whole(table: Table, screen: Screen) -> None:
+    """A narrow terminal, or none, gets long lines and not folded ones: names and paths are there to be copied."""
+    screen.width = max(screen.width, screen.measure(table, options=screen.options.update(width=10_000)).maximum)
+    screen.print(table, crop=False)
 
 
 def print_json(value: object) -> None:
@@ -66,7 +73,7 @@ def dry_run(job: Job, program: Script, settings: Settings, show: ShowFlags) -> i
         print_json({"status": "dry-run", **command, "job": plain(job), "sources": dict(settings.sources)})
         return 0
     ours = screen(show)
-    ours.print(_table(job, settings))
+    print_whole(_table(job, settings), ours)
     threads = job.threads or max(1, cores() // job.workers)
     processes = f"{figures.plural(job.workers, 'worker')} of {figures.plural(threads, 'thread')}"
     if job.servers:
@@ -86,7 +93,7 @@ def show_settings(settings: Settings, show: ShowFlags) -> int:
         sources = settings.sources
         print_json({key: {"value": values[key], "source": sources[key]} for key in sources})
     else:
-        screen(show).print(_table(job, settings))
+        print_whole(_table(job, settings), screen(show))
     return 0
 
 
@@ -96,7 +103,7 @@ def plain(job: Job) -> dict[str, Any]:
     return {key: str(value) if key in ("pace", "runs") else value for key, value in values.items()}
 
 
-def _table(job: Job, settings: Settings) -> object:
+def _table(job: Job, settings: Settings) -> Table:
     from rich.table import Table
 
     table = Table("key", "value", "from", box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")

@@ -157,9 +157,9 @@ def live_line(standing: Standing, width: int) -> Text:
     """The progress line, at most ``width`` cells, with as much said beside a bar as there is room for."""
     fullest, shorter, shortest = ("  ".join(_facts(standing, sent)) for sent in (SENT_WHERE, SENT, ""))
     line = Text(standing.label, style="bold", no_wrap=True)
-    room = width - len(standing.label) - 3
+    room = width - len(standing.label) - 2
     for facts in (fullest, shorter):
-        cells = min(BAR_CELLS, room - len(facts))
+        cells = min(BAR_CELLS, room - 1 - len(facts))
         if standing.share is not None and cells >= BAR_CELLS // 2:
             halves = round(standing.share * cells * 2)
             full = "━" * (halves // 2) + "╸" * (halves % 2)
@@ -167,7 +167,7 @@ def live_line(standing: Standing, width: int) -> Text:
             line.append(f" {full}", style="not bold cyan").append(rest, style="not bold bright_black")
             break
     else:
-        facts = next((facts for facts in (fullest, shorter) if len(facts) < room), shortest)
+        facts = next((facts for facts in (fullest, shorter) if len(facts) <= room), shortest)
     line.append(f"  {facts}", style="not bold")
     line.truncate(max(width, 1), overflow="ellipsis")
     return line

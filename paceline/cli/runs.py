@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from paceline.cli import figures
-from paceline.cli.answers import print_json
+from paceline.cli.answers import print_json, print_whole
 from paceline.errors import UsageError
 from paceline.report.runs import RunFiles, find_run, last_notices, list_runs
 from paceline.report.series import read_series
@@ -47,8 +47,7 @@ def show_list(folder: Path, json: bool, screen: Screen) -> int:
             figures.loss(row["loss"]),
             figures.rate(row["samples_per_s"] or 0.0),
         )
-    # A narrow or absent terminal gets long lines, not cut ones: names are there to be copied.
-    screen.print(table, width=max(screen.width, screen.measure(table).maximum), crop=False)
+    print_whole(table, screen)
     return 0
 
 
@@ -68,7 +67,7 @@ def show_run(folder: Path, wanted: str | None, json: bool, screen: Screen) -> in
     for key, value in _details(run):
         table.add_row(key, value)
     screen.print(run.name, style="bold", soft_wrap=True)
-    screen.print(table, width=max(screen.width, screen.measure(table).maximum), crop=False)
+    print_whole(table, screen)
     return 0
 
 

@@ -35,7 +35,7 @@ from paceline.transport.channel import Channel, Closed
 _TICK_S = 0.05
 _GRACE_S = 2.0  # between telling processes to stop and killing them
 _INTERRUPT_S = 10.0  # between Ctrl-C and the same
-_ZYGOTE = "import sys; sys.path.insert(0, {root!r}); from paceline.engine.zygote import main; main({fd})"
+_ZYGOTE = "import sys; sys.path.append({root!r}); from paceline.engine.zygote import main; main({fd})"
 
 
 def run_local(

@@ -72,7 +72,7 @@ def _work(context: Context, known: Setup, payload: int | None) -> None:
     try:
         if known.call is not None:
             assert payload is not None
-            _call(known.call, payload)
+            _call(context.rank, known.call, payload)
         else:
             script = Path(known.script)
             sys.argv = [known.script, *known.args]
@@ -94,7 +94,7 @@ def _finish(context: Context) -> None:
     (contexts.worker or Worker(context)).finish()
 
 
-def _call(main: dict[str, Any], payload: int) -> None:
+def _call(rank: int, main: dict[str, Any], payload: int) -> None:
     """Import the launching program's main module as multiprocessing's spawn does, then call its function."""
     from multiprocessing.reduction import ForkingPickler
 
@@ -104,7 +104,7 @@ def _call(main: dict[str, Any], payload: int) -> None:
     # Written by the launching program itself, into memory only its descendants have (docs/decisions/0003). All
     # workers share the descriptor's position, hence pread.
     function, args = ForkingPickler.loads(os.pread(payload, os.fstat(payload).st_size, 0))
-    function(*args)
+    function(rank, *args)
 
 
 def _end_of_program() -> None:

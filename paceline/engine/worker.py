@@ -219,8 +219,8 @@ class Worker:
             number = self._board.passes(loader)[self.rank]
             if loader in self._training_loaders or not self._training_loaders:
                 self._epoch = number + 1
-            if self.rank == 0:
-                self._channel.send(messages.Pass(loader, number, length))
+                if self.rank == 0:
+                    self._channel.send(messages.Pass(loader, number, length))
         return not ghost
 
     def drawn(self, samples: int) -> None:

@@ -76,6 +76,7 @@ class Coordinator:
         self._finished: set[int] = set()
         self._ended_workers: set[int] = set()
         self._failed = False
+        self._wraps = 0
         self.reason = ""
 
     def handle(self, event: Event) -> list[Effect]:
@@ -95,6 +96,7 @@ class Coordinator:
         return []
 
     def _wrap(self, rank: int, request: messages.Wrap) -> list[Effect]:
+        self._wraps += 1
         asked = self._asked.setdefault(request.number, {})
         asked[rank] = request
         if len(asked) < self._workers:
@@ -133,7 +135,9 @@ class Coordinator:
             self._ended_workers.add(rank)
         if clean and status == 0:
             done = role == "worker" and len(self._ended_workers) == self._workers
-            return [Done()] if done else []
+            if not done:
+                return []
+            return [Done()] if self._wraps else [Tell("warning", _NEVER_WRAPPED), Done()]
         if self._failed:
             return []
         failure = messages.Failed(
@@ -146,6 +150,12 @@ class Coordinator:
             Tell("died", failure.what, role, rank),
             *self._fail(role, rank, failure),
         ]
+
+
+_NEVER_WRAPPED = (
+    "the script never called run.wrap, so its workers trained each on its own; "
+    "it takes two lines: run = paceline.init(); model, optimizer, loader = run.wrap(model, optimizer, loader)"
+)
 
 
 def _not_alike(rank: int, its: messages.Wrap, first: messages.Wrap) -> messages.Failed:

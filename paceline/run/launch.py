@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copyreg
+import inspect
 import io
 import sys
 from collections.abc import Callable, Sequence
@@ -28,7 +29,7 @@ def launch(
     watch: Callable[[Record], None] | None = None,
     **options: Any,
 ) -> Summary:
-    """Run ``fn(*args)`` in ``workers`` processes; blocks until all have ended. Inside, ``paceline.init()`` is the run.
+    """Run ``fn(rank, *args)`` in ``workers`` processes; blocks until all have ended. In it, ``init()`` is the run.
 
     ``fn`` must be importable (defined at the top of a module), ``args`` must be picklable: each worker imports the
     main module anew, which is why a program needs ``if __name__ == "__main__":``. ``options`` are the other fields of
@@ -43,6 +44,13 @@ def launch(
         )
     name = str(options.pop("name", getattr(fn, "__name__", "launch")).strip("_<>") or "launch")
     job = Job(name=name, workers=workers, pace=parse_pace(pace) if isinstance(pace, str) else pace, **options)
+    try:
+        inspect.signature(fn).bind(0, *args)
+    except TypeError as error:
+        raise UsageError(
+            f"{job.name} cannot be called as {job.name}(rank, *args) with {len(args)} args: {error}",
+            fix=f"def {job.name}(rank, ...): the first parameter is the worker's number, as in mp.spawn",
+        ) from None
     try:
         return run_local(job, encode(fn, tuple(args)), watch=watch or print_output, argv=sys.argv)
     except ScriptError as error:

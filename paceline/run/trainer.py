@@ -81,8 +81,10 @@ def fit(model: nn.Module, data: Any, **options: Any) -> Trained:
     return Trainer(model, data, **options).train()
 
 
-def _train(model: nn.Module, optimizer: optim.Optimizer, loader: DataLoader[Any], loss_of: Loss, epochs: int) -> None:
-    """What each worker runs."""
+def _train(
+    rank: int, model: nn.Module, optimizer: optim.Optimizer, loader: DataLoader[Any], loss_of: Loss, epochs: int
+) -> None:
+    """What worker ``rank`` runs."""
     run = init()
     model, optimizer, loader = run.wrap(model, optimizer, loader)
     model.train()

@@ -81,8 +81,8 @@ class Played:
         rounds = [metric(step, samples=self.speeds.get(job.workers, 32)) for step in range(1, self.steps + 1)]
         lines = b"".join(msgspec.json.encode(each) + b"\n" for each in rounds)
         (directory / "metrics.jsonl").write_bytes(lines)
-        for record in [Started(str(directory), []), Wrapped(0.0, 1_600_000, 6_400_000, "AdamW")]:
-            watch(record)
+        watch(Started(str(directory), []))
+        watch(Wrapped(0.0, 1_600_000, 6_400_000, "AdamW"))
         watch(Epoch(0.0, 1, self.steps))
         for each in rounds:
             watch(each)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console as Screen
 
-from paceline.cli.console import Console, ending, header, live_line, plain_line
+from paceline.cli.console import Console, ending, header, live_line
 from paceline.cli.progress import Standing
 from paceline.config import Job
 from paceline.events import Epoch, Notice, Output, Started, Summary, Wrapped
@@ -142,7 +142,7 @@ def test_a_narrow_live_line_says_less_and_keeps_what_matters() -> None:
     standing = Standing("epoch 1/1", 5, 10, 2.41, 3900, 0, 21)
     ending = "   50 %  loss 2.41  3,900 samples/s  "
     assert live_line(standing, 110).plain == f"epoch 1/1 {'━' * 20}{ending}sent 0 MB (shared memory)  ETA 0:21"
-    assert live_line(standing, 79).plain == f"epoch 1/1 {'━' * 16}{ending}sent 0 MB  ETA 0:21"
+    assert live_line(standing, 79).plain == f"epoch 1/1 {'━' * 6}╸{'━' * 6}{ending}sent 0 MB  ETA 0:21"
     assert live_line(standing, 66).plain == f"epoch 1/1{ending}sent 0 MB  ETA 0:21"
     assert live_line(standing, 55).plain == f"epoch 1/1{ending}ETA 0:21"
 

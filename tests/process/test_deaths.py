@@ -1,0 +1,174 @@
+"""Any process of a run may be killed at any moment: the run ends with a sentence, and nobody is left behind."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from tests.process.runner import Ended, Runner, await_death, open_pids
+
+# Dies in a state that is told on its command line. Worker 1 has fewer batches than worker 0 in every pass.
+DYING = """
+import ctypes
+import json
+import os
+import signal
+import sys
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import paceline
+
+state, victims = sys.argv[1], sys.argv[2].split(",")
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def pid_of(role, rank):
+    # Known once all processes exist; that was long ago or will be at once.
+    while True:
+        info = json.loads((run.directory / "run.json").read_text())
+        if info["status"] == "running":
+            return next(p["pid"] for p in info["processes"] if (p["role"], p["rank"]) == (role, rank))
+
+
+rank = paceline.engine.context.current.rank  # there is no run to ask yet
+mine = str(rank) in victims
+if mine and state == "before init":
+    die()
+run = paceline.init()
+model = nn.Sequential(nn.Linear(5, 30), nn.Linear(30, 1))
+optimizer = torch.optim.AdamW(model.parameters())
+loader = DataLoader(TensorDataset(torch.randn(52, 5), torch.randn(52, 1)), batch_size=4)
+if mine and state == "before wrap":
+    die()
+if state == "waiting in wrap" and run.is_main:
+    os.kill(pid_of("worker", 1), signal.SIGKILL)
+model, optimizer = run.wrap(model, optimizer)
+if mine and state == "between wraps":
+    die()
+loader = run.wrap(loader)
+if mine and state == "in backward":
+    model[1].weight.register_hook(lambda gradient: die() if run.step == 3 else None)
+if mine and state == "in a step's hook":
+    optimizer.register_step_post_hook(lambda *_: die() if run.step == 3 else None)
+print("training", flush=True)
+for epoch in range(1_000_000 if state == "until killed" else 2):
+    for batch, (x, y) in enumerate(loader):
+        loss = (model(x) - y).pow(2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        if epoch == 1 and batch == 2:
+            match state:
+                case "in a pass" if mine:
+                    die()
+                case "segfault" if mine:
+                    ctypes.string_at(0)
+                case "exit" if mine:
+                    os._exit(3)
+                case "others stuck" if mine:
+                    die()
+                case "others stuck":
+                    print("stuck", flush=True)
+                    while True:
+                        pass
+                case "server" if run.is_main:
+                    os.kill(pid_of("server", 1), signal.SIGKILL)
+                case "zygote" if run.is_main:
+                    os.kill(os.getppid(), signal.SIGKILL)
+        if state == "parked" and run.is_main and batch == 6:
+            # Worker 1 has come to the end of its pass, or is about to, and waits there.
+            os.kill(pid_of("worker", 1), signal.SIGKILL)
+        optimizer.step()
+if mine and state == "after training":
+    die()
+print("the end")
+"""
+
+STATES = [
+    "before init",
+    "before wrap",
+    "waiting in wrap",
+    "between wraps",
+    "in a pass",
+    "in backward",
+    "in a step's hook",
+    "parked",
+    "after training",
+]
+
+
+def check(ended: Ended, role: str, rank: int, how: str, code: int = 5) -> None:
+    """The run has failed, and says in all places that this process was lost."""
+    what = f"{role} {rank} (pid {ended.pid(role, rank)}) {how}"
+    assert ended.code == code, ended.err
+    assert f"error: {what}\n" in ended.err
+    assert "Traceback" not in ended.err
+    assert ended.answer["error"] == what
+    assert (ended.answer["status"], ended.answer["exit_code"]) == ("failed", code)
+    assert (ended.summary["status"], ended.summary["exit_code"]) == ("failed", code)
+    assert (ended.info["status"], ended.info["exit_code"]) == ("failed", code)
+    assert ("died", role, rank) in [(e.get("kind"), e.get("role"), e.get("rank")) for e in ended.events]
+    await_death(open_pids(process["pid"] for process in ended.info["processes"]))
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_a_worker_killed_in_any_state_ends_the_run_with_a_sentence(state: str, runner: Runner) -> None:
+    ended = runner.run(DYING, args=[state, "1"])
+    check(ended, "worker", 1, "was killed by SIGKILL")
+    assert "logs/worker-1.log" in ended.error
+
+
+@pytest.mark.parametrize(("state", "servers"), [("between wraps", "0"), ("in a pass", "1")])
+def test_worker_0_may_be_the_one(state: str, servers: str, runner: Runner) -> None:
+    check(runner.run(DYING, "--servers", servers, args=[state, "0"]), "worker", 0, "was killed by SIGKILL")
+
+
+def test_a_server_that_is_killed_is_named(runner: Runner) -> None:
+    ended = runner.run(DYING, "--servers", "2", args=["server", ""])
+    check(ended, "server", 1, "was killed by SIGKILL")
+
+
+def test_several_workers_that_die_at_once_leave_nobody_behind(runner: Runner) -> None:
+    ended = runner.run(DYING, "--workers", "4", "--servers", "1", args=["in a pass", "1,2,3"])
+    named = next(rank for rank in (1, 2, 3) if f"worker {rank} " in ended.answer["error"])
+    check(ended, "worker", named, "was killed by SIGKILL")
+
+
+@pytest.mark.parametrize(
+    ("state", "how"),
+    [("segfault", "was killed by SIGSEGV"), ("exit", "exited with status 3 in the middle of the run")],
+)
+def test_other_sudden_deaths_are_named(state: str, how: str, runner: Runner) -> None:
+    check(runner.run(DYING, args=[state, "1"]), "worker", 1, how)
+
+
+def test_survivors_that_never_come_back_to_us_are_ended_too(runner: Runner) -> None:
+    ended = runner.run(DYING, args=["others stuck", "1"])
+    assert "stuck" in ended.out.splitlines()
+    check(ended, "worker", 1, "was killed by SIGKILL")
+
+
+def test_the_zygotes_death_ends_the_run(runner: Runner) -> None:
+    ended = runner.run(DYING, "--servers", "1", args=["zygote", ""])
+    assert ended.code == 4, ended.err
+    assert "error: the process that forks workers" in ended.err
+    assert "SIGKILL" in ended.error
+    assert "Traceback" not in ended.err
+    assert (ended.summary["status"], ended.summary["exit_code"]) == ("failed", 4)
+    await_death(open_pids(process["pid"] for process in ended.info["processes"]))
+
+
+def test_nobody_outlives_a_killed_launcher(runner: Runner) -> None:
+    running = runner.start_run(DYING, "--servers", "1", args=["until killed", ""])
+    running.until("training\n")
+    others = open_pids(running.others())
+    assert len(others) == 4  # zygote, server, two workers
+    running.signal(signal.SIGKILL)
+    await_death(others)
+    assert running.end().code == -signal.SIGKILL

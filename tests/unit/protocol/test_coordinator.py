@@ -1,0 +1,198 @@
+"""What the coordinator does about what happens, as tables of events and effects."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from paceline.protocol import messages
+from paceline.protocol.coordinator import Abort, Allocate, Came, Coordinator, Died, Done, Effect, Event, Tell
+
+SAID = messages.Failed("ScriptError", "worker 1 raised ValueError: no", traceback="Traceback ...")
+
+
+def wrap(rank: int, number: int = 1, kind: str = "exchange", what: str = "SGD over 7 parameters") -> Came:
+    return Came("worker", rank, messages.Wrap(number, kind, f"spec of {rank}".encode(), 100 + rank, what))
+
+
+def finished(rank: int) -> Came:
+    return Came("worker", rank, messages.Finished())
+
+
+def died(rank: int, status: int = 0, role: str = "worker", pid: int = 4321) -> Died:
+    return Died(role, rank, pid, status)
+
+
+def effects(coordinator: Coordinator, *events: Event) -> list[Effect]:
+    return [effect for event in events for effect in coordinator.handle(event)]
+
+
+def aborts(found: list[Effect]) -> list[Abort]:
+    return [effect for effect in found if isinstance(effect, Abort)]
+
+
+def the_abort(found: list[Effect]) -> Abort:
+    (abort,) = aborts(found)
+    return abort
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+def test_memory_is_given_once_when_the_last_worker_asks(order: tuple[int, ...]) -> None:
+    coordinator = Coordinator(3, 0)
+    assert effects(coordinator, *(wrap(rank) for rank in order[:2])) == []
+    (given_,) = coordinator.handle(wrap(order[2]))
+    assert given_ == Allocate(messages.Wrap(1, "exchange", b"spec of 0", 100, "SGD over 7 parameters"), servers=False)
+
+
+@pytest.mark.parametrize(("kind", "servers", "to_servers"), [("exchange", 2, True), ("copy", 2, False), ("copy", 0, False)])
+def test_servers_get_exchanges_and_no_copies(kind: str, servers: int, to_servers: bool) -> None:
+    (given_,) = effects(Coordinator(2, servers), wrap(0, kind=kind), wrap(1, kind=kind))
+    assert isinstance(given_, Allocate)
+    assert given_.servers is to_servers
+
+
+def test_one_worker_gets_its_memory_at_once() -> None:
+    assert len(Coordinator(1, 0).handle(wrap(0))) == 1
+
+
+def test_collectives_of_different_numbers_are_kept_apart() -> None:
+    coordinator = Coordinator(2, 0)
+    assert effects(coordinator, wrap(0, 1), wrap(1, 1)) == [Allocate(wrap(0, 1).message, servers=False)]
+    assert coordinator.handle(wrap(1, 2)) == []
+    assert coordinator.handle(wrap(0, 2)) == [Allocate(wrap(0, 2).message, servers=False)]
+
+
+def test_kinds_that_differ_abort_and_name_the_worker() -> None:
+    found = effects(
+        Coordinator(3, 0), wrap(0), wrap(2, kind="copy", what="4 tensors"), wrap(1)
+    )  # worker 2 wraps a model where the others wrap an optimizer
+    abort = the_abort(found)
+    assert (abort.role, abort.rank, abort.failure.kind) == ("worker", 2, "ConfigError")
+    assert abort.failure.what == "worker 2 wraps 4 tensors where worker 0 wraps SGD over 7 parameters"
+    assert not any(isinstance(effect, Allocate) for effect in found)
+
+
+@pytest.mark.parametrize("finished_first", [True, False])
+def test_a_worker_that_ended_while_others_wait_in_a_wrap_aborts(finished_first: bool) -> None:
+    events: list[Event] = [finished(1), wrap(0)] if finished_first else [wrap(0), finished(1)]
+    abort = the_abort(effects(Coordinator(2, 0), *events))
+    assert (abort.rank, abort.failure.kind) == (1, "ConfigError")
+    assert abort.failure.what == (
+        "worker 1 ended without the run.wrap that worker 0 waits in (SGD over 7 parameters, call 1)"
+    )
+    assert "run.is_main" in abort.failure.fix
+
+
+def test_a_worker_that_ended_while_nobody_waits_is_no_failure() -> None:
+    coordinator = Coordinator(2, 0)
+    found = effects(coordinator, wrap(0), wrap(1), finished(1))
+    assert aborts(found) == []
+    assert found[-1] == Tell("leave", "worker 1 has finished", "worker", 1)
+
+
+@pytest.mark.parametrize(
+    ("status", "how", "why"),
+    [
+        (-9, "worker 1 (pid 4321) was killed by SIGKILL", "when memory runs out"),
+        (-11, "worker 1 (pid 4321) was killed by SIGSEGV", "native code"),
+        (-7, "worker 1 (pid 4321) was killed by SIGBUS", "memory that could not be had"),
+        (-15, "worker 1 (pid 4321) was killed by SIGTERM", ""),
+        (-63, "worker 1 (pid 4321) was killed by signal 63", ""),
+        (3, "worker 1 (pid 4321) exited with status 3 in the middle of the run", ""),
+        (0, "worker 1 (pid 4321) exited with status 0 in the middle of the run", ""),
+    ],
+)
+def test_a_death_is_told_with_worker_pid_and_signal(status: int, how: str, why: str) -> None:
+    found = effects(Coordinator(2, 0), wrap(0), wrap(1), died(1, status))
+    abort = the_abort(found)
+    assert (abort.role, abort.rank, abort.failure.kind) == ("worker", 1, "WorkersLost")
+    assert abort.failure.what == how
+    assert why in abort.failure.why
+    assert "logs/worker-1.log" in abort.failure.fix
+    assert Tell("died", how, "worker", 1) in found
+
+
+def test_a_failure_said_by_a_worker_is_passed_on_as_it_is() -> None:
+    found = Coordinator(2, 0).handle(Came("worker", 1, SAID))
+    assert found == [Tell("failed", f"worker 1: {SAID.what}", "worker", 1), Abort("worker", 1, SAID)]
+
+
+@pytest.mark.parametrize(
+    "later",
+    [
+        Came("worker", 0, messages.Failed("ConfigError", "another")),
+        died(1, 1),
+        died(0, -9),
+        died(0, 75),
+        Died("server", 0, 99, 75),
+        wrap(0),
+        finished(0),
+    ],
+)
+def test_only_the_first_failure_is_reported(later: Event) -> None:
+    coordinator = Coordinator(2, 1)
+    assert len(aborts(coordinator.handle(Came("worker", 1, SAID)))) == 1
+    assert aborts(coordinator.handle(later)) == []
+
+
+def test_the_run_is_done_when_all_workers_have_ended() -> None:
+    coordinator = Coordinator(2, 1)
+    assert Done() not in effects(coordinator, wrap(0), wrap(1), finished(0), finished(1), died(1))
+    assert coordinator.handle(died(0)) == [Done()]
+
+
+def test_a_worker_that_fails_after_its_end_is_still_a_failure() -> None:
+    """Finished was said, then an exit function crashed."""
+    found = effects(Coordinator(1, 0), finished(0), died(0, -11))
+    assert the_abort(found).failure.what == "worker 0 (pid 4321) was killed by SIGSEGV"
+    assert Done() not in found
+
+
+def test_a_server_that_dies_in_the_middle_aborts() -> None:
+    abort = the_abort(effects(Coordinator(2, 2), wrap(0), wrap(1), died(1, -9, "server")))
+    assert (abort.role, abort.rank) == ("server", 1)
+    assert abort.failure.what == "server 1 (pid 4321) was killed by SIGKILL"
+    assert "logs/server-1.log" in abort.failure.fix
+
+
+def test_a_server_may_not_even_exit_cleanly_before_the_workers() -> None:
+    assert aborts(effects(Coordinator(1, 1), died(0, 0, "server")))
+
+
+def test_a_server_that_ends_after_the_workers_is_no_failure() -> None:
+    coordinator = Coordinator(2, 1)
+    effects(coordinator, finished(0), finished(1), died(0), died(1))
+    assert coordinator.handle(died(0, 0, "server")) == []
+
+
+def test_the_reason_of_the_end_is_kept_and_told() -> None:
+    coordinator = Coordinator(1, 0)
+    found = coordinator.handle(Came("worker", 0, messages.Ended("7 steps done")))
+    assert found == [Tell("stop", "training is over: 7 steps done")]
+    assert coordinator.reason == "7 steps done"
+
+
+@pytest.mark.parametrize(
+    "message", [messages.Steps(b""), messages.Logged(1, {"a": 1.0}), messages.Pass(0, 0, 3), messages.Ready({})]
+)
+def test_what_is_not_its_business_has_no_effect(message: messages.Any) -> None:
+    assert Coordinator(1, 0).handle(Came("worker", 0, message)) == []
+
+
+RANKS = st.integers(0, 2)
+EVENTS = st.one_of(
+    st.builds(wrap, RANKS, st.integers(1, 3), st.sampled_from(["exchange", "copy"])),
+    st.builds(finished, RANKS),
+    st.builds(died, RANKS, st.sampled_from([0, 1, -9])),
+    st.builds(lambda rank: Died("server", rank, 5, 0), st.integers(0, 1)),
+    st.builds(lambda rank: Came("worker", rank, SAID), RANKS),
+)
+
+
+@given(st.lists(EVENTS, max_size=25))
+def test_whatever_happens_at_most_one_failure_is_told(events: list[Event]) -> None:
+    found = effects(Coordinator(3, 2), *events)
+    assert len(aborts(found)) <= 1
+    told = [effect for effect in found if isinstance(effect, Tell) and effect.kind == "failed"]
+    assert len(told) == len(aborts(found))

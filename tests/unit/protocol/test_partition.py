@@ -1,0 +1,93 @@
+"""The cut of parameters into shares: complete, in order, aligned and even."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from paceline.protocol.partition import ALIGN, Piece, padded, partition
+
+SIZES = st.lists(st.one_of(st.integers(0, 3), st.integers(0, 5 * ALIGN), st.integers(0, 10**12)), max_size=12)
+PARTS = st.integers(1, 40)
+
+
+def flat(shares: Sequence[Sequence[Piece]]) -> list[Piece]:
+    return [piece for share in shares for piece in share]
+
+
+def values(share: Sequence[Piece]) -> int:
+    return sum(piece.stop - piece.start for piece in share)
+
+
+@given(SIZES, PARTS, st.booleans())
+def test_every_padded_value_is_in_exactly_one_piece_in_order(sizes: list[int], parts: int, whole: bool) -> None:
+    shares = partition(sizes, parts, whole=whole)
+    assert len(shares) == parts
+    place = {param: 0 for param, size in enumerate(sizes) if size}
+    last = -1
+    for piece in flat(shares):
+        assert piece.param >= last
+        assert piece.start == place[piece.param] < piece.stop
+        last, place[piece.param] = piece.param, piece.stop
+    assert place == {param: padded(size) for param, size in enumerate(sizes) if size}
+
+
+@given(SIZES, PARTS)
+def test_cuts_fall_on_multiples_of_align_and_shares_differ_by_one_line(sizes: list[int], parts: int) -> None:
+    shares = partition(sizes, parts)
+    assert all(piece.start % ALIGN == 0 == piece.stop % ALIGN for piece in flat(shares))
+    lengths = [values(share) for share in shares]
+    assert max(lengths) - min(lengths) <= ALIGN
+
+
+@given(SIZES, PARTS)
+def test_whole_cuts_no_parameter(sizes: list[int], parts: int) -> None:
+    pieces = flat(partition(sizes, parts, whole=True))
+    assert pieces == [Piece(param, 0, padded(size)) for param, size in enumerate(sizes) if size]
+
+
+@given(SIZES, PARTS)
+def test_whole_shares_differ_from_even_ones_by_less_than_the_largest_parameter(sizes: list[int], parts: int) -> None:
+    lengths = [values(share) for share in partition(sizes, parts, whole=True)]
+    largest = max((padded(size) for size in sizes), default=0)
+    even = sum(lengths) / parts
+    assert all(abs(length - even) <= largest for length in lengths)
+
+
+@given(st.lists(st.integers(1, 4 * ALIGN), min_size=1, max_size=5), st.integers(6, 60))
+def test_more_parts_than_lines_leave_parts_empty_and_no_value_out(sizes: list[int], parts: int) -> None:
+    shares = partition(sizes, parts)
+    assert sum(map(values, shares)) == sum(map(padded, sizes))
+    lines = sum(map(padded, sizes)) // ALIGN
+    assert sum(1 for share in shares if share) == min(parts, lines)
+
+
+@given(SIZES, PARTS, st.booleans())
+def test_the_cut_depends_on_nothing_but_its_arguments(sizes: list[int], parts: int, whole: bool) -> None:
+    assert partition(sizes, parts, whole=whole) == partition(tuple(sizes), parts, whole=whole)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "parts", "expected"),
+    [
+        ([], 3, [[], [], []]),
+        ([0, 0], 2, [[], []]),
+        ([1], 1, [[Piece(0, 0, 64)]]),
+        ([1], 3, [[], [], [Piece(0, 0, 64)]]),
+        ([1, 0, 1], 2, [[Piece(0, 0, 64)], [Piece(2, 0, 64)]]),
+        ([65], 2, [[Piece(0, 0, 64)], [Piece(0, 64, 128)]]),
+        ([64, 128], 2, [[Piece(0, 0, 64)], [Piece(1, 0, 128)]]),
+        ([192, 64], 2, [[Piece(0, 0, 128)], [Piece(0, 128, 192), Piece(1, 0, 64)]]),
+    ],
+)
+def test_examples(sizes: list[int], parts: int, expected: list[list[Piece]]) -> None:
+    assert [list(share) for share in partition(sizes, parts)] == expected
+
+
+@given(st.integers(0, 10**15))
+def test_padding_is_the_next_multiple(size: int) -> None:
+    assert padded(size) % ALIGN == 0
+    assert 0 <= padded(size) - size < ALIGN

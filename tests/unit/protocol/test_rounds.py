@@ -1,0 +1,97 @@
+"""Examples of when a round closes and when the end of a pass opens; test_rounds_simulated.py has the laws."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from paceline.protocol.rounds import Closed, Waiting, barrier_open, close_round, holding, reached
+
+
+@dataclass
+class Lists:
+    """A board of plain lists, for two loaders."""
+
+    gone: list[int]
+    parked: list[int]
+    finished: dict[int, list[int]] = field(default_factory=dict)
+
+    def passes(self, loader: int) -> list[int]:
+        return self.finished.get(loader, [0] * len(self.gone))
+
+
+def board(gone: str, parked: str, **finished: str) -> Lists:
+    """Columns as digits, one a worker; ``loader0="110"`` are the passes over loader 0."""
+    columns = {int(name.removeprefix("loader")): [int(d) for d in digits] for name, digits in finished.items()}
+    return Lists([int(d) for d in gone], [int(d) for d in parked], columns)
+
+
+@pytest.mark.parametrize(
+    ("pushed", "where", "contributors"),
+    [
+        pytest.param("3", board("0", "0"), (0,), id="alone"),
+        pytest.param("333", board("000", "000"), (0, 1, 2), id="all have pushed"),
+        pytest.param("323", board("010", "000"), (0, 2), id="one is gone"),
+        pytest.param("303", board("010", "010", loader0="000"), (0, 2), id="one is gone while parked"),
+        pytest.param("323", board("000", "010", loader0="010"), (0, 2), id="one is parked, held by the others"),
+        pytest.param("322", board("000", "011", loader0="011"), (0,), id="two are parked, held by the one that pushed"),
+        pytest.param("322", board("000", "012", loader0="010", loader1="001"), (0,), id="parked at different loaders"),
+        pytest.param("232", board("001", "100", loader0="100"), (1,), id="one gone, one parked"),
+        pytest.param("343", board("000", "000"), (0, 1, 2), id="a push is never taken back"),
+    ],
+)
+def test_a_round_closes_with_those_who_pushed_it(pushed: str, where: Lists, contributors: tuple[int, ...]) -> None:
+    assert close_round(3, [int(d) for d in pushed], where) == Closed(contributors)
+
+
+@pytest.mark.parametrize(
+    ("pushed", "where", "on"),
+    [
+        pytest.param("323", board("000", "000"), 1, id="one computes"),
+        pytest.param("322", board("000", "000"), 1, id="two compute: the first is named"),
+        pytest.param("322", board("010", "000"), 2, id="one is gone, one computes"),
+        pytest.param("323", board("000", "010", loader0="111"), 1, id="parked where all have finished: it comes back"),
+        pytest.param("323", board("100", "010", loader0="011"), 1, id="the one that held it has left"),
+        pytest.param("322", board("000", "012", loader0="010", loader1="111"), 2, id="only one of two is held"),
+    ],
+)
+def test_a_round_waits_for_whoever_can_still_push_it(pushed: str, where: Lists, on: int) -> None:
+    answer = close_round(3, [int(d) for d in pushed], where)
+    assert answer == Waiting(on, f"worker {on} has not pushed round 3")
+
+
+@pytest.mark.parametrize(
+    ("number", "where", "on"),
+    [
+        pytest.param(1, board("000", "000", loader0="111"), None, id="all have finished"),
+        pytest.param(1, board("000", "000", loader0="211"), None, id="one is further"),
+        pytest.param(1, board("010", "000", loader0="101"), None, id="the only one that has not is gone"),
+        pytest.param(2, board("000", "000", loader0="212"), 1, id="one has not"),
+        pytest.param(2, board("100", "000", loader0="011"), 1, id="one is gone, one has not"),
+        pytest.param(0, board("000", "000"), None, id="nothing to wait for"),
+    ],
+)
+def test_the_end_of_a_pass_opens_when_all_that_are_left_finished_it(number: int, where: Lists, on: int | None) -> None:
+    answer = holding(0, number, where)
+    assert (answer.on if answer else None) == on
+    assert barrier_open(0, number, where) is (on is None)
+
+
+def test_passes_over_other_loaders_do_not_count() -> None:
+    where = board("00", "00", loader0="11", loader1="10")
+    assert barrier_open(0, 1, where)
+    assert not barrier_open(1, 1, where)
+
+
+@pytest.mark.parametrize(
+    ("members", "answer"),
+    [
+        ((0, 2), Closed((0, 2))),
+        ((0, 1, 2), Waiting(1, "member 1 is not done with round 5")),
+        ((3,), Waiting(3, "member 3 is not done with round 5")),
+        ((), Closed(())),
+    ],
+)
+def test_reached_looks_at_the_members_alone(members: tuple[int, ...], answer: Closed | Waiting) -> None:
+    assert reached(5, [5, 4, 6, 0], members) == answer

@@ -1,0 +1,382 @@
+"""The laws of rounds under every interleaving that a seeded scheduler thinks of.
+
+Workers and servers are coroutines over plain columns. One turn of a coroutine reads or writes one cell, also within
+``close_round``, ``holding`` and ``reached``: those are run again from their first read with what was read before, until
+they come to a cell they have not seen, which is then read a turn later. Sleepers wake only when the member they
+sleep on rings, so a lost wake-up is a deadlock here.
+
+A failing seed is named in the failure; to replay it with a trace of its turns:
+
+    PYTHONPATH=. python tests/unit/protocol/test_rounds_simulated.py SEED
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import pytest
+
+from paceline.protocol.rounds import Closed, Waiting, close_round, holding, reached
+
+SEEDS = 2000
+TURNS = 200_000  # far more than any of these runs needs: a run that takes them all is a livelock
+TRAIN, EVALUATE = 0, 1  # the loaders
+
+T = TypeVar("T")
+Steps = Generator[None, None, T]  # a yield is the end of a turn
+Batch = tuple[int, int, int]  # worker, pass, place in it
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one worker's script does. ``batches[p]`` is how many it has in pass p."""
+
+    batches: tuple[int, ...]
+    breaks_after: tuple[int | None, ...]  # in pass p, leave after so many batches
+    steps_after_break: tuple[bool, ...]  # step once more outside of the loader
+    accumulate: tuple[int, ...]
+    evaluates: tuple[bool, ...]  # the same on all workers
+    ends_in: int | None  # the script ends in this pass: after its break, or after its end
+
+
+@dataclass
+class World:
+    """The shared memory, and what the claims are checked against."""
+
+    workers: int
+    servers: int
+    pushed: list[int] = field(init=False)
+    stepped: list[int] = field(init=False)
+    ready: list[int] = field(init=False)
+    gone: list[int] = field(init=False)
+    parked: list[int] = field(init=False)
+    passes: list[list[int]] = field(init=False)
+    events: list[int] = field(init=False)
+    slots: list[tuple[Batch, ...]] = field(init=False)
+    rounds: dict[int, dict[int, tuple[int, ...]]] = field(default_factory=dict)  # round -> stepper -> contributors
+    told: dict[int, dict[int, tuple[int, ...]]] = field(default_factory=dict)  # round -> worker -> contributors
+    folded: dict[int, dict[int, dict[int, tuple[Batch, ...]]]] = field(default_factory=dict)  # by round, by stepper
+    drawn: list[Batch] = field(default_factory=list)
+    left_over: list[Batch] = field(default_factory=list)  # behind a worker's last step
+
+    def __post_init__(self) -> None:
+        members = self.workers + self.servers
+        self.pushed, self.gone, self.parked = [0] * self.workers, [0] * self.workers, [0] * self.workers
+        self.stepped, self.ready, self.events = [0] * members, [0] * members, [0] * members
+        self.passes = [[0] * self.workers for _ in (TRAIN, EVALUATE)]
+        self.slots = [()] * self.workers
+
+
+# --- one cell a turn ---
+
+
+class _Unread(BaseException):
+    def __init__(self, cells: Sequence[int], index: int) -> None:
+        self.cells, self.index = cells, index
+
+
+class _Cells(Sequence[int]):
+    """A column of which reads are answered from ``known``, in the order they come, then refused."""
+
+    def __init__(self, cells: list[int], known: Iterator[int]) -> None:
+        self._cells, self._known = cells, known
+
+    def __len__(self) -> int:
+        return len(self._cells)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def, override]  # a column is never sliced
+        if index >= len(self._cells):
+            raise IndexError(index)  # how ``for`` and ``max`` find the end
+        for value in self._known:
+            return value
+        raise _Unread(self._cells, index)
+
+
+class _Reading:
+    """The columns of the world, read a cell a turn."""
+
+    def __init__(self, world: World, known: Iterator[int]) -> None:
+        self.pushed, self.stepped, self.ready, self.gone, self.parked, self.events = (
+            _Cells(column, known)
+            for column in (world.pushed, world.stepped, world.ready, world.gone, world.parked, world.events)
+        )
+        self._passes = [_Cells(column, known) for column in world.passes]
+
+    def passes(self, loader: int) -> _Cells:
+        return self._passes[loader]
+
+
+def ask(world: World, question: Callable[[_Reading], T]) -> Steps[T]:
+    """The answer to a question about the world, each of whose reads is a turn of its own."""
+    known: list[int] = []
+    while True:
+        try:
+            return question(_Reading(world, iter(known)))
+        except _Unread as unread:
+            yield
+            known.append(unread.cells[unread.index])
+
+
+def put(column: list[int], index: int, value: int) -> Steps[None]:
+    yield
+    column[index] = value
+
+
+def ring(world: World, member: int) -> Steps[None]:
+    yield
+    world.events[member] += 1
+
+
+class Asleep:
+    """Yielded by a sleeper until ``events[on]`` is no longer what it saw."""
+
+    def __init__(self, on: int, seen: int, reason: str) -> None:
+        self.on, self.seen, self.reason = on, seen, reason
+
+
+def wait(world: World, question: Callable[[_Reading], T | Waiting]) -> Generator[Asleep | None, None, T]:
+    """As transport/board.py waits: look, note the count of changes, look again, sleep while the count is the same."""
+    answer = yield from ask(world, question)
+    while isinstance(answer, Waiting):
+        yield
+        seen = world.events[answer.on]
+        again = yield from ask(world, question)
+        if isinstance(again, Waiting) and again.on == answer.on:
+            yield Asleep(answer.on, seen, answer.reason)
+            again = yield from ask(world, question)
+        answer = again
+    return answer
+
+
+# --- what workers and servers do ---
+
+
+def take_part(
+    world: World, member: int, number: int, steppers: tuple[int, ...], contributors: tuple[int, ...], last: list[object]
+) -> Steps[None]:
+    """Fold and step a share, as engine/stepper.py does; ``last`` is whom the shares were divided among."""
+    agreed = world.rounds.setdefault(number, {})
+    agreed[member] = contributors
+    assert len(set(agreed.values())) == 1, f"steppers of round {number} disagree on its contributors: {agreed}"
+    if last[0] != (steppers, number - 1):
+        yield from put(world.ready, member, number)
+        yield from ring(world, member)
+        yield from wait(world, lambda columns: reached(number, columns.ready, steppers))
+    last[0] = (steppers, number)
+    for contributor in contributors:
+        yield
+        assert world.pushed[contributor] == number, (
+            f"member {member} folds round {number} while worker {contributor} is at {world.pushed[contributor]}"
+        )
+        world.folded.setdefault(number, {}).setdefault(member, {})[contributor] = world.slots[contributor]
+    yield from put(world.stepped, member, number)
+    yield from ring(world, member)
+
+
+def exchange(world: World, me: int, batches: tuple[Batch, ...], last: list[object]) -> Steps[None]:
+    """``optimizer.step()``, as engine/exchange.py does it."""
+    number = (yield from ask(world, lambda columns: max(columns.stepped))) + 1
+    yield
+    world.slots[me] = batches
+    # Nobody may be folding the slot, and nobody may have been left behind in the round before.
+    steppers = world.rounds.get(number - 1, {})
+    assert all(world.stepped[member] >= number - 1 for member in steppers), (
+        f"worker {me} pushes round {number} before all of {sorted(steppers)} stepped round {number - 1}"
+    )
+    assert number not in world.rounds, f"worker {me} pushes round {number}, which was closed without it"
+    yield from put(world.pushed, me, number)
+    yield from ring(world, me)
+    if world.servers:
+        servers = tuple(range(world.workers, world.workers + world.servers))
+        yield from wait(world, lambda columns: reached(number, columns.stepped, servers))
+        pushed = yield from ask(world, lambda columns: list(columns.pushed))
+        contributors = tuple(worker for worker, at in enumerate(pushed) if at >= number)
+    else:
+        closed = yield from wait(world, lambda columns: close_round(number, columns.pushed, columns))
+        contributors = closed.contributors
+        yield from take_part(world, me, number, contributors, contributors, last)
+        yield from wait(world, lambda columns: reached(number, columns.stepped, contributors))
+    world.told.setdefault(number, {})[me] = contributors
+
+
+def finish_pass(world: World, me: int, loader: int) -> Steps[None]:
+    yield from put(world.passes[loader], me, world.passes[loader][me] + 1)
+    yield from ring(world, me)
+
+
+def await_all(world: World, me: int, loader: int) -> Steps[None]:
+    """The barrier at the end of a pass, as engine/worker.py keeps it."""
+    number = world.passes[loader][me]
+    yield from put(world.parked, me, loader + 1)
+    yield from ring(world, me)
+    yield from wait(world, lambda columns: holding(loader, number, columns) or number)
+    yield from put(world.parked, me, 0)
+
+
+def work(world: World, me: int, plan: Plan) -> Steps[None]:
+    """A training script: passes with rounds, evaluations without, breaks, and an end."""
+    last: list[object] = [((), -1)]
+    pending: tuple[Batch, ...] = ()
+    left = False
+    for number, count in enumerate(plan.batches):
+        if left:
+            yield from await_all(world, me, TRAIN)
+        left = plan.breaks_after[number] is not None and plan.breaks_after[number] < count
+        for place in range(plan.breaks_after[number] if left else count):
+            world.drawn.append((me, number, place))
+            pending += ((me, number, place),)
+            if len(pending) >= plan.accumulate[number]:
+                yield from exchange(world, me, pending, last)
+                pending = ()
+        yield from finish_pass(world, me, TRAIN)
+        if not left:
+            yield from await_all(world, me, TRAIN)
+        elif plan.steps_after_break[number]:
+            yield from exchange(world, me, pending, last)
+            pending = ()
+        if plan.ends_in == number:
+            break
+        if plan.evaluates[number]:
+            yield from finish_pass(world, me, EVALUATE)
+            yield from await_all(world, me, EVALUATE)
+    world.left_over += pending
+    yield from put(world.gone, me, 1)
+    yield from ring(world, me)
+
+
+def serve(world: World, member: int) -> Steps[None]:
+    """engine/server.py: close every round that somebody has pushed, until everyone is gone."""
+    last: list[object] = [((), -1)]
+    servers = tuple(range(world.workers, world.workers + world.servers))
+    while True:
+        number = world.stepped[member] + 1
+
+        def next_round(columns: _Reading, number: int = number) -> Closed | Waiting | None:
+            if any(pushed >= number for pushed in columns.pushed):
+                return close_round(number, columns.pushed, columns)
+            present = [worker for worker in range(world.workers) if not columns.gone[worker]]
+            if not present:
+                return None
+            training = [worker for worker in present if not columns.parked[worker]]
+            return Waiting((training or present)[0], "no round has begun")
+
+        closed = yield from wait(world, next_round)
+        if closed is None:
+            return
+        yield from take_part(world, member, number, servers, closed.contributors, last)
+
+
+# --- one run ---
+
+
+def plans(random_: random.Random, workers: int) -> list[Plan]:
+    passes = random_.randint(1, 3)
+    evaluates = tuple(random_.random() < 0.4 for _ in range(passes))
+    some = random_.choice((0.0, 0.2, 0.5))  # how often anything unusual happens in this run
+    found = []
+    for _ in range(workers):
+        batches = tuple(random_.randint(0, 3) for _ in range(passes))
+        breaks = tuple(random_.randint(0, 2) if random_.random() < some else None for _ in range(passes))
+        found.append(
+            Plan(
+                batches=batches,
+                breaks_after=breaks,
+                steps_after_break=tuple(random_.random() < some for _ in range(passes)),
+                accumulate=tuple(random_.choice((1, 1, 2)) for _ in range(passes)),
+                evaluates=evaluates,
+                ends_in=random_.randrange(passes) if random_.random() < some else None,
+            )
+        )
+    return found
+
+
+def simulate(seed: int, trace: Callable[[str], None] | None = None) -> World:
+    """One run to its end. Raises AssertionError when a law is broken or nobody can go on."""
+    random_ = random.Random(seed)
+    workers, servers = random_.randint(1, 4), random_.choice((0, 0, 0, 1, 2))
+    world = World(workers, servers)
+    scripts = plans(random_, workers)
+    alive: dict[int, Generator[Asleep | None, None, None]] = {
+        member: work(world, member, scripts[member]) if member < workers else serve(world, member)
+        for member in range(workers + servers)
+    }
+    asleep: dict[int, Asleep] = {}
+    # Some runs are fair, in others one member is much slower or faster than the others.
+    weight = {member: random_.choice((1, 1, 1, 20)) for member in alive}
+    if trace:
+        trace(f"{workers} workers, {servers} servers")
+        for rank, script in enumerate(scripts):
+            trace(f"worker {rank}: {script}")
+    for _ in range(TURNS):
+        awake = [m for m in alive if m not in asleep or world.events[asleep[m].on] != asleep[m].seen]
+        if not awake:
+            assert not alive, "deadlock: " + "; ".join(f"{m} waits: {asleep[m].reason}" for m in alive)
+            return world
+        member = random_.choices(awake, [weight[m] for m in awake])[0] if len(awake) > 1 else awake[0]
+        asleep.pop(member, None)
+        try:
+            slept = next(alive[member])
+        except StopIteration:
+            del alive[member]
+            slept = None
+        if slept is not None:
+            asleep[member] = slept
+        if trace:
+            what = f"sleeps: {slept.reason}" if slept else "" if member in alive else "has ended"
+            trace(f"{member:2} {what:50} {world.pushed} {world.stepped} {world.parked} {world.passes} {world.gone}")
+    raise AssertionError(f"no end after {TURNS} turns")
+
+
+def check(world: World) -> None:
+    """What must be true once everyone has ended."""
+    assert sorted(world.rounds) == list(range(1, len(world.rounds) + 1)), "a round is missing"
+    counted: list[Batch] = []
+    for number, by_stepper in world.folded.items():
+        contributors = next(iter(world.rounds[number].values()))
+        expected = set(contributors) if not world.servers else set(range(world.workers, len(world.stepped)))
+        assert set(by_stepper) == expected, f"round {number} was stepped by {sorted(by_stepper)}"
+        first = next(iter(by_stepper.values()))
+        assert all(other == first for other in by_stepper.values()), f"round {number}: steppers folded other gradients"
+        assert all(told == contributors for told in world.told[number].values()), (
+            f"round {number} was {contributors}; the workers take it for {world.told[number]}"
+        )
+        counted += [batch for batches in first.values() for batch in batches]
+    assert sorted(counted + world.left_over) == sorted(world.drawn), "a batch was lost, or counted twice"
+    assert len(set(world.drawn)) == len(world.drawn)
+
+
+def run(seed: int) -> None:
+    try:
+        check(simulate(seed))
+    except AssertionError as error:
+        error.add_note(f"seed {seed}; replay: PYTHONPATH=. python {sys.modules[__name__].__file__} {seed}")
+        raise
+
+
+BLOCK = 200
+
+
+@pytest.mark.parametrize("first", range(0, SEEDS, BLOCK))
+def test_the_laws_hold_under_any_schedule(first: int) -> None:
+    for seed in range(first, first + BLOCK):
+        run(seed)
+
+
+def test_a_run_reaches_what_the_claims_are_about() -> None:
+    """The claims are about something: rounds without a worker, moved shares, breaks, early ends, servers, leftovers."""
+    worlds = [simulate(seed) for seed in range(100)]
+    rounds = [(world, contributors) for world in worlds for by in world.rounds.values() for contributors in by.values()]
+    assert any(len(contributors) < world.workers for world, contributors in rounds)
+    assert any(len(contributors) == world.workers == 4 for world, contributors in rounds)
+    assert any(world.servers == 2 for world, _ in rounds)
+    assert any(world.left_over for world in worlds)
+    assert any(max(world.ready) > 1 for world in worlds)
+    assert any(len({column[worker] for worker in range(world.workers)}) > 1 for world in worlds for column in world.passes)
+
+
+if __name__ == "__main__":
+    check(simulate(int(sys.argv[1]), trace=print))
