@@ -105,7 +105,7 @@ class Notice(msgspec.Struct, frozen=True, tag="notice"):
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True, tag="summary"):
-    """summary.json, and the object that ``--json`` prints.
+    """summary.json, and the object that ``--json`` prints. ``run`` is the run directory's path.
 
     ``seconds`` is the time from the first batch to the last step; ``waiting`` the share of it (0 to 1)
     that workers spent waiting for others; ``loss`` the mean over the last 5 % of the steps, at least one.

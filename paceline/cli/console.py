@@ -53,6 +53,7 @@ class Console:
         self._due_s = now() + (REDRAW_S if live else PLAIN_LINE_S)
         self._drawn = ""  # the progress line as it stands on the screen
         self._held = ""  # a line that the script has not finished, while a progress line is on the screen
+        self._stale = False  # whether rounds came that the progress line does not show
         self._at_start = True  # whether the last character that the script printed ended a line
         self.summary: Summary | None = None
         self.directory: str | None = None
@@ -61,9 +62,12 @@ class Console:
         match record:
             case Metric():
                 self.progress.add(record)
+                self._stale = True
                 self._tick()
             case Output():
                 self._print(record.text)
+                if self._live and self._stale:
+                    self._tick()  # the last round may have come too soon after the one before to be drawn
             case Epoch():
                 self.progress.epoch_begins(record)
             case Started():
@@ -105,6 +109,7 @@ class Console:
         now = self._now()
         if now < self._due_s or self._quiet:
             return
+        self._stale = False
         if self._live:
             self._due_s = now + REDRAW_S
             with self._screen.capture() as capture:

@@ -75,12 +75,21 @@ class _Launcher:
         board_fd = Board.create(self._job.workers, self._job.servers)
         self._board = Board(segment.attach(board_fd))
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        script = self._program if isinstance(self._program, Script) else None
+        self._recorder.write_config(
+            config_file.dump(self._job, str(script.path) if script else None, script.args if script else ())
+        )
         try:
             for number in before if _in_main_thread() else ():
                 signal.signal(number, self._interrupted)
             self._start(board_fd)
             while self._alive or self._expected:
                 self._turn()
+        except BaseException as error:
+            # Not the run's fault but the watcher's (a closed pipe, say): nobody is left behind all the same.
+            self._kill_all()
+            self._recorder.abandon(repr(error))
+            raise
         finally:
             for number, handler in before.items() if _in_main_thread() else ():
                 signal.signal(number, handler)
@@ -105,10 +114,6 @@ class _Launcher:
         its.close()
         self._channels["zygote", 0] = mine
         self._selector.register(mine, selectors.EVENT_READ, ("zygote", 0))
-        script = self._program if isinstance(self._program, Script) else None
-        self._recorder.write_config(
-            config_file.dump(self._job, str(script.path) if script else None, script.args if script else ())
-        )
         self._setup = msgspec.msgpack.encode(self._describe(threads))
         self._board_fd = board_fd
 

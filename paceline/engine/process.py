@@ -115,13 +115,12 @@ def _end_of_program() -> None:
 
 
 def _guarded(context: Context, body: Any) -> int:
-    """Run ``body``; whatever ends it, tell the launcher why. The exit status."""
+    """Run ``body``; whatever ends it, tell the launcher what was done and why it ended. The exit status."""
     try:
         body()
         return 0
-    except Aborted:
-        return 75
-    except Closed:
+    except (Aborted, Closed):
+        _tell_rest()
         return 75
     except KeyboardInterrupt:
         with contextlib.suppress(Closed):
@@ -135,9 +134,17 @@ def _guarded(context: Context, body: Any) -> int:
         text = _user_traceback(error)
         last = traceback.format_exception_only(error)[-1].strip()
         failure = messages.Failed("ScriptError", f"{context.role} {context.rank} raised {last}", traceback=text)
+    _tell_rest()
     with contextlib.suppress(Closed):
         context.channel.send(failure)
     return 1
+
+
+def _tell_rest() -> None:
+    """The rounds behind a worker count, also when it is stopped."""
+    with contextlib.suppress(Aborted):
+        if contexts.worker is not None:
+            contexts.worker.close()
 
 
 def _user_traceback(error: BaseException) -> str:

@@ -106,6 +106,11 @@ class Recorder:
         self._events.close()
         return summary
 
+    def abandon(self, reason: str) -> None:
+        """The launcher itself cannot go on: leave files that say so, and tell no watcher."""
+        self._watch = lambda record: None
+        self.close("failed", reason, 1, 0.0)
+
     def _count(self, metric: events.Metric) -> None:
         self._steps += 1
         self._samples += metric.samples

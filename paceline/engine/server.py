@@ -11,7 +11,7 @@ from paceline.engine.context import Context
 from paceline.engine.stepper import Stepper
 from paceline.params.optimizers import find_class
 from paceline.protocol import messages
-from paceline.protocol.rounds import Closed, Waiting, close_round, reached
+from paceline.protocol.rounds import Closed, Waiting, close_round, next_to_act, reached
 from paceline.transport import segment
 from paceline.transport.board import Board
 from paceline.transport.slots import ExchangeMemory, Spec
@@ -73,11 +73,8 @@ def _next(
             return closed
     if _arrived(channel):
         return "message"
-    present = [worker for worker in range(board.workers) if not board.gone[worker]]
-    if not present:
-        return None
-    training = [worker for worker in present if not board.parked[worker]]
-    return Waiting((training or present)[0], "no round has begun")
+    awaited = next_to_act(board)
+    return None if awaited is None else Waiting(awaited, "no round has begun")
 
 
 def _take(message: messages.Memory, descriptors: tuple[int, ...]) -> _Served:

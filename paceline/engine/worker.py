@@ -302,11 +302,15 @@ class Worker:
         if self._idle_steps > _IDLE_STEPS and time.monotonic() - self._ended_s > _IDLE_S:
             raise SystemExit(0)
 
-    def finish(self) -> None:
-        """The script has come to its end: say so to everybody."""
+    def close(self) -> None:
+        """Tell the launcher of every round not told yet."""
         if self._row.stepped:
             self._close_row()
         self.flush()
+
+    def finish(self) -> None:
+        """The script has come to its end: say so to everybody."""
+        self.close()
         self.go()
         self._channel.send(messages.Finished())
 

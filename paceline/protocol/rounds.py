@@ -70,12 +70,24 @@ def close_round(number: int, pushed: Column, board: Board) -> Closed | Waiting:
         else:
             missing.append(worker)
     for worker in missing:
-        if board.gone[worker]:
-            continue
-        loader = board.parked[worker] - 1
-        if loader < 0 or barrier_open(loader, board.passes(loader)[worker], board):
+        if not board.gone[worker] and not _excused(worker, board):
             return Waiting(worker, f"worker {worker} has not pushed round {number}")
     return Closed(tuple(contributors))
+
+
+def _excused(worker: int, board: Board) -> bool:
+    """Is the worker parked behind a barrier that is still shut? If it is open, the worker is only slow to leave."""
+    loader = board.parked[worker] - 1
+    return loader >= 0 and not barrier_open(loader, board.passes(loader)[worker], board)
+
+
+def next_to_act(board: Board) -> int | None:
+    """A worker without whose next word no round can begin; None when all are gone. For servers with nothing to do."""
+    present = [worker for worker in range(len(board.gone)) if not board.gone[worker]]
+    for worker in present:
+        if not _excused(worker, board):
+            return worker
+    return present[0] if present else None
 
 
 def reached(number: int, column: Column, members: Sequence[int]) -> Closed | Waiting:

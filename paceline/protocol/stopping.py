@@ -30,13 +30,13 @@ class Stopping:
     def after_round(self, number: int) -> str | None:
         """The reason to end after round ``number``, or None."""
         if self.steps is not None and number >= self.steps:
-            return f"{number} steps done"
+            return f"{number} {'step' if number == 1 else 'steps'} done"
         return None
 
     def after_pass(self, number: int) -> str | None:
         """The reason to end after pass ``number`` over the training loader, or None."""
         if self.epochs is not None and number >= self.epochs:
-            return f"{number} epochs done"
+            return f"{number} {'epoch' if number == 1 else 'epochs'} done"
         return None
 
     def look(self, loss: float) -> str | None:

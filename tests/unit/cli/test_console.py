@@ -90,6 +90,17 @@ def test_the_scripts_output_stands_above_the_live_line_unharmed() -> None:
     assert terminal.lines()[-1].startswith("epoch 1/1 ━━━")
 
 
+def test_the_last_round_is_drawn_when_the_script_goes_on_to_something_else() -> None:
+    terminal = Terminal()
+    console = live(terminal, tick_s=0.06)  # every second look is due
+    console(Epoch(0.0, 1, 5))
+    for step in range(1, 6):
+        console(metric(step))
+    drawn = "100 %" in terminal.lines()[-1]
+    console(Output("evaluating\n"))
+    assert (drawn, "100 %" in terminal.lines()[-1]) == (False, True)
+
+
 def test_half_a_line_waits_for_its_end_below_a_live_line() -> None:
     terminal = Terminal()
     console = live(terminal)

@@ -16,11 +16,14 @@ import random
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from types import SimpleNamespace
+from typing import Any, TypeVar
 
 import pytest
 
-from paceline.protocol.rounds import Closed, Waiting, close_round, holding, reached
+from paceline.engine.server import _next
+from paceline.protocol.rounds import Waiting, close_round, holding, reached
+from paceline.transport.channel import Channel
 
 SEEDS = 2000
 TURNS = 200_000  # far more than any of these runs needs: a run that takes them all is a livelock
@@ -58,7 +61,6 @@ class World:
     events: list[int] = field(init=False)
     slots: list[tuple[Batch, ...]] = field(init=False)
     rounds: dict[int, dict[int, tuple[int, ...]]] = field(default_factory=dict)  # round -> stepper -> contributors
-    told: dict[int, dict[int, tuple[int, ...]]] = field(default_factory=dict)  # round -> worker -> contributors
     folded: dict[int, dict[int, dict[int, tuple[Batch, ...]]]] = field(default_factory=dict)  # by round, by stepper
     drawn: list[Batch] = field(default_factory=list)
     left_over: list[Batch] = field(default_factory=list)  # behind a worker's last step
@@ -97,9 +99,12 @@ class _Cells(Sequence[int]):
 
 
 class _Reading:
-    """The columns of the world, read a cell a turn."""
+    """The columns of the world, read a cell a turn; a board and an exchange's memory in one."""
+
+    published = 1
 
     def __init__(self, world: World, known: Iterator[int]) -> None:
+        self.workers = world.workers
         self.pushed, self.stepped, self.ready, self.gone, self.parked, self.events = (
             _Cells(column, known)
             for column in (world.pushed, world.stepped, world.ready, world.gone, world.parked, world.events)
@@ -193,14 +198,10 @@ def exchange(world: World, me: int, batches: tuple[Batch, ...], last: list[objec
     if world.servers:
         servers = tuple(range(world.workers, world.workers + world.servers))
         yield from wait(world, lambda columns: reached(number, columns.stepped, servers))
-        pushed = yield from ask(world, lambda columns: list(columns.pushed))
-        contributors = tuple(worker for worker, at in enumerate(pushed) if at >= number)
-    else:
-        closed = yield from wait(world, lambda columns: close_round(number, columns.pushed, columns))
-        contributors = closed.contributors
-        yield from take_part(world, me, number, contributors, contributors, last)
-        yield from wait(world, lambda columns: reached(number, columns.stepped, contributors))
-    world.told.setdefault(number, {})[me] = contributors
+        return
+    closed = yield from wait(world, lambda columns: close_round(number, columns.pushed, columns))
+    yield from take_part(world, me, number, closed.contributors, closed.contributors, last)
+    yield from wait(world, lambda columns: reached(number, columns.stepped, closed.contributors))
 
 
 def finish_pass(world: World, me: int, loader: int) -> Steps[None]:
@@ -248,26 +249,20 @@ def work(world: World, me: int, plan: Plan) -> Steps[None]:
     yield from ring(world, me)
 
 
-def serve(world: World, member: int) -> Steps[None]:
-    """engine/server.py: close every round that somebody has pushed, until everyone is gone."""
+def serve(world: World, member: int, nothing: Channel) -> Steps[None]:
+    """engine/server.py, with its own question: which round is closed, or on whom does it hang?"""
     last: list[object] = [((), -1)]
     servers = tuple(range(world.workers, world.workers + world.servers))
+
+    def question(columns: _Reading) -> Any:
+        return _next(columns, [SimpleNamespace(memory=columns, published_as=0)], member, nothing.fileno())
+
     while True:
-        number = world.stepped[member] + 1
-
-        def next_round(columns: _Reading, number: int = number) -> Closed | Waiting | None:
-            if any(pushed >= number for pushed in columns.pushed):
-                return close_round(number, columns.pushed, columns)
-            present = [worker for worker in range(world.workers) if not columns.gone[worker]]
-            if not present:
-                return None
-            training = [worker for worker in present if not columns.parked[worker]]
-            return Waiting((training or present)[0], "no round has begun")
-
-        closed = yield from wait(world, next_round)
-        if closed is None:
+        answer = yield from wait(world, question)
+        if answer is None:
             return
-        yield from take_part(world, member, number, servers, closed.contributors, last)
+        _, number, contributors = answer
+        yield from take_part(world, member, number, servers, contributors, last)
 
 
 # --- one run ---
@@ -296,21 +291,29 @@ def plans(random_: random.Random, workers: int) -> list[Plan]:
 
 def simulate(seed: int, trace: Callable[[str], None] | None = None) -> World:
     """One run to its end. Raises AssertionError when a law is broken or nobody can go on."""
+    nothing, other_end = Channel.pair()  # the servers' way to a launcher that has nothing to say
+    try:
+        return _simulate(seed, nothing, trace or (lambda line: None))
+    finally:
+        nothing.close()
+        other_end.close()
+
+
+def _simulate(seed: int, nothing: Channel, trace: Callable[[str], None]) -> World:
     random_ = random.Random(seed)
     workers, servers = random_.randint(1, 4), random_.choice((0, 0, 0, 1, 2))
     world = World(workers, servers)
     scripts = plans(random_, workers)
     alive: dict[int, Generator[Asleep | None, None, None]] = {
-        member: work(world, member, scripts[member]) if member < workers else serve(world, member)
+        member: work(world, member, scripts[member]) if member < workers else serve(world, member, nothing)
         for member in range(workers + servers)
     }
     asleep: dict[int, Asleep] = {}
     # Some runs are fair, in others one member is much slower or faster than the others.
     weight = {member: random_.choice((1, 1, 1, 20)) for member in alive}
-    if trace:
-        trace(f"{workers} workers, {servers} servers")
-        for rank, script in enumerate(scripts):
-            trace(f"worker {rank}: {script}")
+    trace(f"{workers} workers, {servers} servers")
+    for rank, script in enumerate(scripts):
+        trace(f"worker {rank}: {script}")
     for _ in range(TURNS):
         awake = [m for m in alive if m not in asleep or world.events[asleep[m].on] != asleep[m].seen]
         if not awake:
@@ -325,9 +328,8 @@ def simulate(seed: int, trace: Callable[[str], None] | None = None) -> World:
             slept = None
         if slept is not None:
             asleep[member] = slept
-        if trace:
-            what = f"sleeps: {slept.reason}" if slept else "" if member in alive else "has ended"
-            trace(f"{member:2} {what:50} {world.pushed} {world.stepped} {world.parked} {world.passes} {world.gone}")
+        what = f"sleeps: {slept.reason}" if slept else "" if member in alive else "has ended"
+        trace(f"{member:2} {what:50} {world.pushed} {world.stepped} {world.parked} {world.passes} {world.gone}")
     raise AssertionError(f"no end after {TURNS} turns")
 
 
@@ -341,9 +343,6 @@ def check(world: World) -> None:
         assert set(by_stepper) == expected, f"round {number} was stepped by {sorted(by_stepper)}"
         first = next(iter(by_stepper.values()))
         assert all(other == first for other in by_stepper.values()), f"round {number}: steppers folded other gradients"
-        assert all(told == contributors for told in world.told[number].values()), (
-            f"round {number} was {contributors}; the workers take it for {world.told[number]}"
-        )
         counted += [batch for batches in first.values() for batch in batches]
     assert sorted(counted + world.left_over) == sorted(world.drawn), "a batch was lost, or counted twice"
     assert len(set(world.drawn)) == len(world.drawn)
