@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from paceline.config import Job
 from paceline.transport.board import Board
 from paceline.transport.channel import Channel
-
-if TYPE_CHECKING:
-    from paceline.engine.worker import Worker
 
 
 @dataclass(frozen=True)
@@ -26,6 +23,14 @@ class Context:
     board: Board
 
 
+class Ending(Protocol):
+    """What a process must do with its worker at the end."""
+
+    def finish(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
 current: Context | None = None
-worker: Worker | None = None  # once the script has called init
+worker: Ending | None = None  # once the script has called init
 importing_main = False  # true while a worker re-imports the user's main module (see run/launch.py)

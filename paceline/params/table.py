@@ -7,7 +7,7 @@ compared between workers, sent to servers, and knows no tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import msgspec
 import torch
@@ -117,7 +117,7 @@ def differences(mine: Table, other: Table, mine_is: str, other_is: str) -> str:
     return ""
 
 
-def names_of(tensors: Iterable[torch.Tensor], models: Iterable[nn.Module]) -> Mapping[int, str]:
+def names_of(tensors: Iterable[torch.Tensor], models: Iterable[nn.Module]) -> dict[int, str]:
     """id -> name as in ``named_parameters`` of the models, for the tensors that have one."""
     wanted = {id(tensor) for tensor in tensors}
     names: dict[int, str] = {}

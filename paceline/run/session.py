@@ -25,6 +25,7 @@ from paceline.engine import context as contexts
 from paceline.engine.context import Context
 from paceline.engine.worker import Worker
 from paceline.errors import ConfigError, HostError, UsageError
+from paceline.params.table import names_of
 
 
 class Run:
@@ -114,7 +115,8 @@ class Run:
         assert self.worker is not None
         if id(optimizer) in self._wrapped:
             return
-        names = _names(self._models, optimizer)
+        wanted = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        names = names_of(wanted, self._models)
         exchange = self.worker.add_exchange(optimizer, names, share=share_parameters)
         index = len(self._wrapped)
         self._wrapped.add(id(optimizer))
@@ -179,17 +181,6 @@ def _replace_step(optimizer: optim.Optimizer, worker: Worker, index: int) -> Non
 
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # a scheduler made before is not lost
     optimizer.step = step  # type: ignore[method-assign]
-
-
-def _names(models: list[nn.Module], optimizer: optim.Optimizer) -> dict[int, str]:
-    """id -> the name of each of the optimizer's parameters, as far as a model knows one."""
-    wanted = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    names: dict[int, str] = {}
-    for model in models:
-        for name, parameter in model.named_parameters():
-            if id(parameter) in wanted:
-                names.setdefault(id(parameter), name)
-    return names
 
 
 def _number(name: str, value: Any) -> float:

@@ -179,7 +179,7 @@ def test_a_wrong_command_line_starts_nothing(what: str, runner: Runner) -> None:
 
 
 def test_launch_without_a_main_guard_is_named(runner: Runner) -> None:
-    path = runner.write("main.py", "import paceline\n\n\ndef work():\n    pass\n\n\npaceline.launch(work)\n")
+    path = runner.write("main.py", "import paceline\n\n\ndef work(rank):\n    pass\n\n\npaceline.launch(work)\n")
     ended = runner.python(str(path))
     assert ended.code == 1
     assert "UsageError: launch of work was reached inside a worker" in ended.err
@@ -188,13 +188,13 @@ def test_launch_without_a_main_guard_is_named(runner: Runner) -> None:
 
 def test_launch_names_what_cannot_be_sent_to_workers(runner: Runner) -> None:
     lines = "def work(*things):\n    pass\n\n\nif __name__ == '__main__':\n    import paceline\n\n    paceline.launch"
-    for call in ("(work, (lambda: 1,))", "(lambda: 1)"):
+    for call in ("(work, (lambda: 1,))", "(lambda rank: 1)"):
         ended = runner.python(str(runner.write("main.py", f"{lines}{call}\n")))
         assert ended.code == 1
         name = "work" if call.startswith("(work") else "<lambda>"
         assert f"ConfigError: {name} and its arguments cannot be sent to workers: " in ended.err
         assert "<lambda>" in ended.err
         assert "fix:   define functions and classes at the top of a module" in ended.err
-    ended = runner.python("-c", "import paceline\ndef work(): pass\npaceline.launch(work)")
+    ended = runner.python("-c", "import paceline\ndef work(rank): pass\npaceline.launch(work)")
     assert "ConfigError: work is defined in an interactive session, where workers cannot import it" in ended.err
     assert not (runner.folder / "runs").exists()

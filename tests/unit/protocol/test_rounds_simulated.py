@@ -293,13 +293,13 @@ def simulate(seed: int, trace: Callable[[str], None] | None = None) -> World:
     """One run to its end. Raises AssertionError when a law is broken or nobody can go on."""
     nothing, other_end = Channel.pair()  # the servers' way to a launcher that has nothing to say
     try:
-        return _simulate(seed, nothing, trace or (lambda line: None))
+        return _simulate(seed, nothing, trace)
     finally:
         nothing.close()
         other_end.close()
 
 
-def _simulate(seed: int, nothing: Channel, trace: Callable[[str], None]) -> World:
+def _simulate(seed: int, nothing: Channel, trace: Callable[[str], None] | None) -> World:
     random_ = random.Random(seed)
     workers, servers = random_.randint(1, 4), random_.choice((0, 0, 0, 1, 2))
     world = World(workers, servers)
@@ -309,17 +309,22 @@ def _simulate(seed: int, nothing: Channel, trace: Callable[[str], None]) -> Worl
         for member in range(workers + servers)
     }
     asleep: dict[int, Asleep] = {}
-    # Some runs are fair, in others one member is much slower or faster than the others.
+    # Fair runs; runs in which some are much faster; runs in which one goes on alone until its luck turns.
     weight = {member: random_.choice((1, 1, 1, 20)) for member in alive}
-    trace(f"{workers} workers, {servers} servers")
-    for rank, script in enumerate(scripts):
-        trace(f"worker {rank}: {script}")
+    turns_of_luck = random_.choice((1.0, 0.1, 0.02))
+    favourite = -1
+    if trace:
+        trace(f"{workers} workers, {servers} servers")
+        for rank, script in enumerate(scripts):
+            trace(f"worker {rank}: {script}")
     for _ in range(TURNS):
         awake = [m for m in alive if m not in asleep or world.events[asleep[m].on] != asleep[m].seen]
         if not awake:
             assert not alive, "deadlock: " + "; ".join(f"{m} waits: {asleep[m].reason}" for m in alive)
             return world
-        member = random_.choices(awake, [weight[m] for m in awake])[0] if len(awake) > 1 else awake[0]
+        if favourite not in awake or random_.random() < turns_of_luck:
+            favourite = random_.choices(awake, [weight[m] for m in awake])[0]
+        member = favourite
         asleep.pop(member, None)
         try:
             slept = next(alive[member])
@@ -328,8 +333,9 @@ def _simulate(seed: int, nothing: Channel, trace: Callable[[str], None]) -> Worl
             slept = None
         if slept is not None:
             asleep[member] = slept
-        what = f"sleeps: {slept.reason}" if slept else "" if member in alive else "has ended"
-        trace(f"{member:2} {what:50} {world.pushed} {world.stepped} {world.parked} {world.passes} {world.gone}")
+        if trace:
+            what = f"sleeps: {slept.reason}" if slept else "" if member in alive else "has ended"
+            trace(f"{member:2} {what:50} {world.pushed} {world.stepped} {world.parked} {world.passes} {world.gone}")
     raise AssertionError(f"no end after {TURNS} turns")
 
 
