@@ -20,6 +20,7 @@ import os
 import platform
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -34,6 +35,7 @@ from benchmarks.teams import Team, TeamError
 
 _CORES = 2
 _CEILING, _RIVALS = "ceiling", ("ddp", "ddp_fused")
+_QUIET = 0.05  # with more than this share of the cores used by others, the figures come with a warning
 _INK, _GREY, _OURS = "#22272e", "#7a828c", "#1f5fa8"
 
 
@@ -60,6 +62,15 @@ class Row:
     all_mb: float
 
 
+@dataclass(frozen=True)
+class Table:
+    """One job. ``others`` is the share of the cores that other programs took while it was measured."""
+
+    parameters_mb: float
+    others: float
+    rows: dict[str, Row]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parse(argv)
     cores = _cores()
@@ -77,12 +88,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "seconds": options.seconds,
     }
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
-    results: dict[str, dict[str, Row]] = {}
+    results: dict[str, Table] = {}
     try:
         for job in options.jobs:
-            size, results[job] = _measure(job, options.rows, options.rounds, options.seconds)
-            print(f"\n{job}: {JOBS[job].told}; {size / 1e6:.1f} MB of parameters")
-            print("\n".join(_table(results[job])), flush=True)
+            table = results[job] = _measure(job, options.rows, options.rounds, options.seconds, cores)
+            print(f"\n{job}: {JOBS[job].told}; {table.parameters_mb:.1f} MB of parameters")
+            print("\n".join(_lines(table.rows)), flush=True)
+            if table.others > _QUIET:
+                print(f"not to be trusted: other programs took {table.others:.0%} of the cores", flush=True)
     except TeamError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -90,8 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _draw(results, options.picture)
         print(f"\npicture {options.picture}")
     if options.json:
-        rows = {job: {way: asdict(row) for way, row in ways.items()} for job, ways in results.items()}
-        print(json.dumps({"machine": machine, "jobs": rows}))
+        print(json.dumps({"machine": machine, "jobs": {job: asdict(table) for job, table in results.items()}}))
     return 0
 
 
@@ -131,8 +143,8 @@ def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
     return read
 
 
-def _measure(job: str, ways: list[str], rounds: int, seconds: float) -> tuple[int, dict[str, Row]]:
-    """(bytes of parameters, the rows). Raises TeamError."""
+def _measure(job: str, ways: list[str], rounds: int, seconds: float, cores: list[int]) -> Table:
+    """Raises TeamError."""
     rates: dict[str, list[float]] = {way: [] for way in ways}
     with tempfile.TemporaryDirectory(prefix="one-host-") as directory, ExitStack() as stack:
         _progress(f"{job}: starting {len(ways)} ways")
@@ -142,12 +154,15 @@ def _measure(job: str, ways: list[str], rounds: int, seconds: float) -> tuple[in
         for team in teams:
             _progress(f"{job}: warming up {team.way.name}")
             team.warm_up(seconds)
+        begun = (time.monotonic(), _busy_s(cores), sum(team.cpu_s() for team in teams))
         for number in range(rounds):
             _progress(f"{job}: round {number + 1} of {rounds}")
             # Each round begins with another way, so that none is always behind the same one.
             first = number % len(teams)
             for team in teams[first:] + teams[:first]:
                 rates[team.way.name].append(team.slice(seconds) * JOBS[job].samples)
+        ended = (time.monotonic(), _busy_s(cores), sum(team.cpu_s() for team in teams))
+        took_s, busy_s, ours_s = (after - before for before, after in zip(begun, ended, strict=True))
         _progress("")
         bases = [way for way in (_CEILING, *_RIVALS) if way in rates]
         rows = {}
@@ -155,7 +170,8 @@ def _measure(job: str, ways: list[str], rounds: int, seconds: float) -> tuple[in
             own = rates[team.way.name]
             ratios = {base: _spread(own, rates[base]) for base in bases}
             rows[team.way.name] = Row([round(rate, 2) for rate in own], ratios, *team.memory_mb())
-        return teams[0].parameter_bytes, rows
+        others = max(round((busy_s - ours_s) / (took_s * len(cores)), 4), 0.0)
+        return Table(teams[0].parameter_bytes / 1e6, others, rows)
 
 
 def _spread(rates: list[float], bases: list[float]) -> Spread:
@@ -165,7 +181,7 @@ def _spread(rates: list[float], bases: list[float]) -> Spread:
     return Spread(*(round(number, 4) for number in numbers))
 
 
-def _table(rows: dict[str, Row]) -> list[str]:
+def _lines(rows: dict[str, Row]) -> list[str]:
     lines = [
         f"{'':47}{'samples/s':>11}{'% of ceiling':>15}{'':14}{'x ddp':>14}{'x ddp_fused':>14}{'memory, MB':>14}",
         f"{'':47}{'median':>11}{'median':>9}{'lower':>6}{'range':>14}"
@@ -182,7 +198,7 @@ def _table(rows: dict[str, Row]) -> list[str]:
     return lines
 
 
-def _draw(results: dict[str, dict[str, Row]], path: Path) -> None:
+def _draw(results: dict[str, Table], path: Path) -> None:
     """A panel for each job: each way's median share of the ceiling, and a line from its lowest to its highest."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -190,7 +206,8 @@ def _draw(results: dict[str, dict[str, Row]], path: Path) -> None:
     figure = Figure(figsize=(3.0 + 2.6 * len(results), 3.4), dpi=144, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
-    for axes, (job, rows) in zip(panels, results.items(), strict=True):
+    for axes, (job, table) in zip(panels, results.items(), strict=True):
+        rows = table.rows
         ways = [way for way in rows if way != _CEILING]
         for place, way in enumerate(ways):
             share, color = rows[way].ratios[_CEILING], _OURS if WAYS[way].kind == "paceline" else _GREY
@@ -202,7 +219,7 @@ def _draw(results: dict[str, dict[str, Row]], path: Path) -> None:
             )
         axes.axvline(100, color=_INK, linewidth=0.8, linestyle=":")
         axes.set_title(job, loc="left", fontsize=10, color=_INK)
-        axes.set_xlim(left=0)
+        axes.set_xlim(0, 1.1 * max(100.0, *(100 * rows[way].ratios[_CEILING].max for way in rows)))
         axes.set_yticks(range(len(ways)), labels=ways)
         axes.set_ylim(len(ways) - 0.5, -0.6)
         axes.spines[["top", "right"]].set_visible(False)
@@ -218,6 +235,17 @@ def _cores() -> list[int]:
     first = {_siblings(cpu): cpu for cpu in reversed(allowed)}
     apart = sorted(first.values())
     return (apart if len(apart) >= _CORES else allowed)[:_CORES]
+
+
+def _busy_s(cores: list[int]) -> float:
+    """Seconds these cores have worked so far, for anyone: user, nice, system, interrupts, and stolen by a host."""
+    ticks = 0
+    for line in Path("/proc/stat").read_text().splitlines():
+        name, *numbers = line.split()
+        if name in {f"cpu{core}" for core in cores}:
+            user, nice, system, _idle, _iowait, *rest = map(int, numbers[:8])
+            ticks += user + nice + system + sum(rest)
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _siblings(cpu: int) -> str:

@@ -143,6 +143,11 @@ class Team:
             sum(_pss_mb(pid) for pid in everyone.union(self._pids)),
         )
 
+    def cpu_s(self) -> float:
+        """Seconds of CPU that all processes of this way have used so far."""
+        everyone = [member for process in self._processes for member in _family(process)]
+        return float(sum(sum(member.cpu_times()[:2]) for member in everyone))
+
     def close(self) -> None:
         """Let every process end; kill those that do not."""
         self._signal_launcher(signal.SIGCONT)

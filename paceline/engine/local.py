@@ -163,7 +163,9 @@ class _Launcher:
     def _turn(self) -> None:
         for key, _ in self._selector.select(_TICK_S):
             role, rank = key.data
-            channel = self._channels[role, rank]
+            channel = self._channels.get((role, rank))
+            if channel is None:
+                continue  # its process has ended, which an event before this one told
             try:
                 arrived = channel.drain()
             except Closed:

@@ -83,7 +83,8 @@ class Running:
     def __init__(self, command: Sequence[str], folder: Path, variables: dict[str, str]) -> None:
         self._folder = folder
         self._mark = f"{folder}:{time.monotonic_ns()}"
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200", _MARK: self._mark} | variables
+        paths = {"PYTHONPATH": f"{ROOT}{os.pathsep}{folder}"}  # the folder for a sitecustomize of the test's
+        environment = os.environ | paths | {"COLUMNS": "200", _MARK: self._mark} | variables
         self._process = subprocess.Popen(
             command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

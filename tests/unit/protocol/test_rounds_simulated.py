@@ -192,8 +192,10 @@ def exchange(world: World, me: int, batches: tuple[Batch, ...], last: list[objec
     assert all(world.stepped[member] >= number - 1 for member in steppers), (
         f"worker {me} pushes round {number} before all of {sorted(steppers)} stepped round {number - 1}"
     )
-    assert number not in world.rounds, f"worker {me} pushes round {number}, which was closed without it"
     yield from put(world.pushed, me, number)
+    assert all(me in contributors for contributors in world.rounds.get(number, {}).values()), (
+        f"worker {me} pushes round {number}, which was closed without it"
+    )
     yield from ring(world, me)
     if world.servers:
         servers = tuple(range(world.workers, world.workers + world.servers))
