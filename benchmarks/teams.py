@@ -56,7 +56,9 @@ class Team:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,  # Ctrl-C is the benchmark's to deal with
+                # Ctrl-C is the benchmark's to deal with. Not a session for each process: Linux's autogroups give
+                # sessions equal parts of a busy machine, and paceline's workers have one session together.
+                process_group=0,
                 env=environment,
             )
 

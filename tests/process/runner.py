@@ -83,8 +83,7 @@ class Running:
     def __init__(self, command: Sequence[str], folder: Path, variables: dict[str, str]) -> None:
         self._folder = folder
         self._mark = f"{folder}:{time.monotonic_ns()}"
-        paths = {"PYTHONPATH": f"{ROOT}{os.pathsep}{folder}"}  # the folder for a sitecustomize of the test's
-        environment = os.environ | paths | {"COLUMNS": "200", _MARK: self._mark} | variables
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200", _MARK: self._mark} | variables
         self._process = subprocess.Popen(
             command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -191,9 +190,9 @@ class Runner:
         """``paceline run --json OPTIONS SCRIPT ARGS`` with a script of this text (or of this name, if it ends so)."""
         return self.start_run(script, *options, args=args).end()
 
-    def start_run(self, script: str, *options: str, args: Iterable[str] = ()) -> Running:
+    def start_run(self, script: str, *options: str, args: Iterable[str] = (), **variables: str) -> Running:
         name = script if script.endswith(".py") else str(self.write("train.py", script).name)
-        return self.start("-m", "paceline", "run", "--json", *options, name, *args)
+        return self.start("-m", "paceline", "run", "--json", *options, name, *args, **variables)
 
     def close(self) -> None:
         for running in self._started:

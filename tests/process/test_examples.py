@@ -80,8 +80,7 @@ def test_the_perceptron_ends_where_ddp_ends(runner: Runner) -> None:
 
 def test_the_transformer_runs_on_very_little_text(runner: Runner) -> None:
     ended = runner.paceline("run", "--json", str(EXAMPLES / "text.py"), "--samples", "64")
-    loss, bits = said(ended, r"held-out loss: (\S+) nats per byte \((\S+) bits\)")
+    (loss,) = said(ended, r"held-out loss: (\S+) nats per byte")
     assert 1 < loss < 5.7
-    assert bits == pytest.approx(loss / 0.6931, abs=0.02)
     assert (ended.answer["steps"], ended.answer["samples"]) == (2, 64)
     assert "\ndef " in ended.out

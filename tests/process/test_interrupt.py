@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 
-from tests.process.runner import Ended, Runner
+from tests.process.runner import ROOT, Ended, Runner, Running
 
 # Endless; every worker writes the rounds it has finished and how it was interrupted.
 ENDLESS = """
@@ -56,6 +56,14 @@ def check(ended: Ended) -> None:
     assert (ended.info["status"], ended.info["exit_code"]) == ("interrupted", 130)
 
 
+def begin(runner: Runner) -> Running:
+    """A run whose zygote has just begun."""
+    runner.write("sitecustomize.py", TELLING)
+    running = runner.start_run(ENDLESS, PYTHONPATH=f"{ROOT}:{runner.folder}")
+    running.until("the zygote has begun")
+    return running
+
+
 def test_all_workers_stop_after_the_same_round_and_clean_up(runner: Runner) -> None:
     running = runner.start_run(ENDLESS, "--workers", "3", "--servers", "1")
     running.until("round 20\n")
@@ -83,9 +91,7 @@ def test_the_second_ends_a_script_that_does_not_listen(runner: Runner) -> None:
 
 
 def test_a_termination_during_the_start_is_obeyed_in_the_first_round(runner: Runner) -> None:
-    runner.write("sitecustomize.py", TELLING)
-    running = runner.start_run(ENDLESS)
-    running.until("the zygote has begun")
+    running = begin(runner)
     running.signal(signal.SIGTERM)
     ended = running.end()
     check(ended)
@@ -93,9 +99,7 @@ def test_a_termination_during_the_start_is_obeyed_in_the_first_round(runner: Run
 
 
 def test_two_during_the_start_end_it_before_the_script_begins(runner: Runner) -> None:
-    runner.write("sitecustomize.py", TELLING)
-    running = runner.start_run(ENDLESS)
-    running.until("the zygote has begun")
+    running = begin(runner)
     running.signal(signal.SIGTERM)  # two of one kind might arrive as one
     running.signal(signal.SIGINT)
     ended = running.end()

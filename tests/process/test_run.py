@@ -205,3 +205,56 @@ def _mean(ended: Ended, epoch: int) -> float:
     """The loss by samples over one pass."""
     metrics = [metric for metric in ended.metrics if metric["epoch"] == epoch]
     return float(sum(m["loss"] * m["samples"] for m in metrics) / sum(m["samples"] for m in metrics))
+
+ORDINARY = """
+import atexit
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+
+import torch
+from torch.utils.data import DataLoader
+
+import paceline
+
+run = paceline.init()
+atexit.register(print, "at exit")
+weight = torch.nn.Parameter(torch.zeros(1))
+optimizer, loader = run.wrap(torch.optim.SGD([weight], lr=0.1), DataLoader(torch.arange(40.0), batch_size=4))
+for number, x in enumerate(loader):
+    optimizer.zero_grad()
+    (weight * x.mean()).sum().backward()
+    optimizer.step()
+    if run.rank == 1 and number == 2:
+        sys.exit()
+print(subprocess.run(["echo", "subprocess"], capture_output=True, text=True).stdout, end="")
+with multiprocessing.Pool(2) as pool:
+    print(pool.map(abs, [-1, -2]))
+child = os.fork()
+if child == 0:
+    os._exit(3)
+print("child", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+
+def outlive():
+    threading.main_thread().join()
+    print("thread")
+
+
+threading.Thread(target=outlive).start()
+print("x" * 1_000_000)
+atexit.register(lambda: (sys.stdout.buffer.write(b"\\xff no end of line"), sys.stdout.flush()))
+"""
+
+
+def test_a_script_may_do_what_scripts_do_and_leave_early(runner: Runner) -> None:
+    ended = runner.run(ORDINARY)
+    assert ended.code == 0, ended.err
+    expected = ["subprocess", "[1, 2]", "child 3", "x" * 1_000_000, "thread", "\ufffd no end of lineat exit"]
+    assert ended.out.splitlines()[:-1] == expected
+    assert ended.log(1) == "at exit\n"
+    # Worker 1 has left after three batches; worker 0 had its five all the same.
+    assert [metric["samples"] for metric in ended.metrics] == [8, 8, 8, 4, 4]
+    assert ended.answer["status"] == "done"

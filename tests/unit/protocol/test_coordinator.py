@@ -45,7 +45,9 @@ def test_memory_is_given_once_when_the_last_worker_asks(order: tuple[int, ...]) 
     assert given_ == Allocate(messages.Wrap(1, "exchange", b"spec of 0", 100, "SGD over 7 parameters"), servers=False)
 
 
-@pytest.mark.parametrize(("kind", "servers", "to_servers"), [("exchange", 2, True), ("copy", 2, False), ("copy", 0, False)])
+@pytest.mark.parametrize(
+    ("kind", "servers", "to_servers"), [("exchange", 2, True), ("copy", 2, False), ("copy", 0, False)]
+)
 def test_servers_get_exchanges_and_no_copies(kind: str, servers: int, to_servers: bool) -> None:
     (given_,) = effects(Coordinator(2, servers), wrap(0, kind=kind), wrap(1, kind=kind))
     assert isinstance(given_, Allocate)
@@ -140,6 +142,14 @@ def test_the_run_is_done_when_all_workers_have_ended() -> None:
     coordinator = Coordinator(2, 1)
     assert Done() not in effects(coordinator, wrap(0), wrap(1), finished(0), finished(1), died(1))
     assert coordinator.handle(died(0)) == [Done()]
+
+
+def test_a_script_that_never_wrapped_is_told_so_at_its_end() -> None:
+    told, done = effects(Coordinator(2, 0), finished(0), finished(1), died(0), died(1))[-2:]
+    assert done == Done()
+    assert isinstance(told, Tell)
+    assert told.kind == "warning"
+    assert "never called run.wrap" in told.text
 
 
 def test_a_worker_that_fails_after_its_end_is_still_a_failure() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
 
-from paceline.protocol.rounds import Closed, Waiting, barrier_open, close_round, holding, reached
+from paceline.protocol.rounds import Closed, Waiting, barrier_open, close_round, holding, next_to_act, reached
 
 
 @dataclass
@@ -95,3 +96,56 @@ def test_passes_over_other_loaders_do_not_count() -> None:
 )
 def test_reached_looks_at_the_members_alone(members: tuple[int, ...], answer: Closed | Waiting) -> None:
     assert reached(5, [5, 4, 6, 0], members) == answer
+
+
+class WhileRead(list[int]):
+    """A column of which cell ``at`` changes others behind the reader's back, just after it was read."""
+
+    def __init__(self, values: list[int], at: int, then: Callable[[], None]) -> None:
+        super().__init__(values)
+        self._at, self._then = at, then
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def, override]  # a column is never sliced
+        value = super().__getitem__(index)
+        if index == self._at:
+            self._then()
+        return value
+
+
+def test_a_worker_that_leaves_its_next_pass_while_it_is_looked_at_can_still_push() -> None:
+    """Worker 1 has pushed round 3 and asks. Worker 0 is seen parked at the end of pass 2, which is open; between two
+    reads it goes on, leaves pass 3 by a ``break`` at its first batch and is about to step outside of the loader. Its
+    new number of passes must not be taken together with its old parking."""
+    where = board("00", "10", loader0="22")
+
+    def go_on() -> None:
+        where.parked = [0, 0]
+        where.finished[0][0] = 3
+
+    where.parked = WhileRead(where.parked, at=0, then=go_on)
+    assert close_round(3, [2, 3], where) == Waiting(0, "worker 0 has not pushed round 3")
+
+
+def test_a_worker_that_finishes_and_leaves_while_it_is_looked_at_counts_as_done() -> None:
+    where = board("00", "00", loader0="01")
+
+    def finish_and_leave() -> None:
+        where.gone[0] = 1
+
+    where.finished[0] = WhileRead(where.finished[0], at=0, then=finish_and_leave)
+    assert holding(0, 1, where) is None
+
+
+@pytest.mark.parametrize(
+    ("where", "worker"),
+    [
+        pytest.param(board("000", "000"), 0, id="all compute"),
+        pytest.param(board("100", "000"), 1, id="the first is gone"),
+        pytest.param(board("000", "100", loader0="100"), 1, id="the first is parked and held"),
+        pytest.param(board("000", "100", loader0="111"), 0, id="the first is parked, but free to go"),
+        pytest.param(board("100", "011", loader0="011"), 1, id="all that are left are parked, and free to go"),
+        pytest.param(board("111", "000"), None, id="all are gone"),
+    ],
+)
+def test_a_server_with_nothing_to_do_looks_to_one_that_can_act(where: Lists, worker: int | None) -> None:
+    assert next_to_act(where) == worker

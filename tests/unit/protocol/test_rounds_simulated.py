@@ -382,7 +382,9 @@ def test_a_run_reaches_what_the_claims_are_about() -> None:
     assert any(world.servers == 2 for world, _ in rounds)
     assert any(world.left_over for world in worlds)
     assert any(max(world.ready) > 1 for world in worlds)
-    assert any(len({column[worker] for worker in range(world.workers)}) > 1 for world in worlds for column in world.passes)
+    assert any(
+        len({column[worker] for worker in range(world.workers)}) > 1 for world in worlds for column in world.passes
+    )
 
 
 if __name__ == "__main__":

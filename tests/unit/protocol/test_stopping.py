@@ -37,6 +37,11 @@ def test_steps(number: int, reason: str | None) -> None:
     assert rule.after_pass(number) is None
 
 
+def test_one_is_singular() -> None:
+    assert Stopping(steps=1).after_round(1) == "1 step done"
+    assert Stopping(epochs=1).after_pass(1) == "1 epoch done"
+
+
 @pytest.mark.parametrize(("number", "reason"), [(1, None), (2, "2 epochs done"), (3, "3 epochs done")])
 def test_epochs(number: int, reason: str | None) -> None:
     rule = Stopping(epochs=2)

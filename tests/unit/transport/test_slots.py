@@ -1,0 +1,209 @@
+"""The memory of an exchange: regions apart from each other for any model, and slots that give back what was written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from paceline.params.optimizers import StateItem
+from paceline.params.table import DTYPES, Entry, Table
+from paceline.protocol.partition import Piece, padded
+from paceline.transport import segment
+from paceline.transport.slots import ExchangeMemory, Slot, Spec, size_bytes
+
+FLOATS = ("float32", "float64", "bfloat16", "float16", "complex64", "complex128")
+
+
+def make_table(parameters: list[tuple[tuple[int, ...], str]]) -> Table:
+    entries: list[Entry] = []
+    sizes: dict[str, int] = {}
+    for number, (shape, dtype) in enumerate(parameters):
+        size = torch.Size(shape).numel()
+        stride = tuple(torch.empty(shape, device="meta").stride())
+        offset = sizes.get(dtype, 0)
+        entries.append(Entry(f"p{number}", shape, stride, dtype, 0, offset, size))
+        sizes[dtype] = offset + padded(size)
+    return Table(tuple(entries), sizes)
+
+
+def make_spec(table: Table, items: list[StateItem], workers: int, servers: int, settings_bytes: int) -> Spec:
+    return Spec(table, "torch.optim.sgd:SGD", False, b"", settings_bytes, tuple(items), workers, servers)
+
+
+@st.composite
+def specs(draw: st.DrawFn) -> Spec:
+    shapes = st.lists(st.integers(0, 9), max_size=3).map(tuple)
+    table = make_table(draw(st.lists(st.tuples(shapes, st.sampled_from(FLOATS)), min_size=1, max_size=6)))
+    items = []
+    for number, entry in enumerate(table.entries):
+        keys = draw(st.lists(st.sampled_from(["step", "mean", "square", "row", "count"]), unique=True, max_size=4))
+        for key in keys:
+            kind = draw(st.sampled_from(["like", "tensor", "int", "float"]))
+            dtype = "float64" if kind in ("int", "float") else draw(st.sampled_from(["float32", entry.dtype, "int64"]))
+            shape = {"like": entry.shape, "tensor": draw(shapes)}.get(kind, ())
+            items.append(StateItem(number, key, kind, dtype, shape))
+    return make_spec(table, items, draw(st.integers(1, 5)), draw(st.integers(0, 3)), draw(st.integers(0, 300)))
+
+
+class Mapped:
+    """An exchange's memory, mapped ``views`` times."""
+
+    def __init__(self, spec: Spec, views: int = 1) -> None:
+        fd = segment.create("test", size_bytes(spec))
+        self.views = [ExchangeMemory(segment.attach(fd), spec) for _ in range(views)]
+        os.close(fd)
+
+
+def regions(memory: ExchangeMemory, spec: Spec) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every range of bytes that has a meaning of its own, as uint8 over the shared memory."""
+    for name in ("pushed", "stepped", "ready", "asked", "answered"):
+        yield name, torch.frombuffer(getattr(memory, name), dtype=torch.uint8)
+    for dtype, vector in memory.params.items():
+        yield f"params {dtype}", as_bytes(vector)
+    yield "present", memory.state.present[: len(spec.table.entries)]
+    for param, items in memory.state._items.items():
+        for item, tensor in items:
+            yield f"state {param} {item.key}", as_bytes(tensor)
+    for worker, slot in enumerate(memory.slots):
+        yield f"header {worker}", torch.frombuffer(slot._words, dtype=torch.uint8)
+        for name in ("mask", "chosen"):
+            yield f"{name} {worker}", torch.frombuffer(getattr(slot, name), dtype=torch.uint8)
+        if spec.settings_bytes:
+            yield f"settings {worker}", torch.frombuffer(slot._settings, dtype=torch.uint8, count=spec.settings_bytes)
+        for dtype, vector in slot.gradient.items():
+            yield f"gradient {worker} {dtype}", as_bytes(vector)
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    flat = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return flat.reshape(-1).view(torch.uint8)
+
+
+@settings(max_examples=150)
+@given(specs())
+def test_no_region_overlaps_another(spec: Spec) -> None:
+    """Every region is filled with a number of its own, then all are read through another mapping."""
+    mapped = Mapped(spec, views=2)
+    names = []
+    for number, (name, region) in enumerate(regions(mapped.views[0], spec)):
+        names.append(name)
+        region.fill_(number % 251 + 1)
+    for number, (name, region) in enumerate(regions(mapped.views[1], spec)):
+        assert name == names[number]
+        assert bool((region == number % 251 + 1).all()), f"{name} was overwritten in {spec}"
+
+
+@settings(max_examples=150)
+@given(specs())
+def test_everything_lies_within_the_size_that_was_asked_for_and_is_aligned(spec: Spec) -> None:
+    fd = segment.create("test", size_bytes(spec))
+    memory = segment.attach(fd)
+    os.close(fd)
+    start, end = segment.address(memory), segment.address(memory) + size_bytes(spec)
+    exchange = ExchangeMemory(memory, spec)
+    for name, region in regions(exchange, spec):
+        if region.numel():
+            assert start <= region.data_ptr(), name
+            assert region.data_ptr() + region.numel() <= end, name
+    vectors = [exchange.params, *(slot.gradient for slot in exchange.slots)]
+    assert all(vector.data_ptr() % 64 == 0 for by_dtype in vectors for vector in by_dtype.values() if vector.numel())
+
+
+def test_a_segment_that_is_too_small_is_refused() -> None:
+    spec = make_spec(make_table([((5000,), "float64")]), [], 2, 0, 0)
+    fd = segment.create("test", size_bytes(spec) - 1 - segment.PAGE)
+    with pytest.raises(AssertionError, match="smaller than its spec"):
+        ExchangeMemory(segment.attach(fd), spec)
+    os.close(fd)
+
+
+def test_columns_have_a_cell_for_each_member() -> None:
+    (memory,) = Mapped(make_spec(make_table([((3,), "float32")]), [], 3, 2, 0)).views
+    lengths = [len(getattr(memory, name)) for name in ("pushed", "stepped", "ready", "asked", "answered")]
+    assert lengths == [3, 5, 5, 3, 3]
+    assert len(memory.slots) == 3
+
+
+# --- one slot ---
+
+
+@pytest.fixture
+def pair() -> tuple[Slot, Slot]:
+    """Worker 1's slot, as two processes see it."""
+    mapped = Mapped(make_spec(make_table([((3, 2), "float32"), ((), "float64")]), [], 2, 0, 64), views=2)
+    return mapped.views[0].slots[1], mapped.views[1].slots[1]
+
+
+NUMBERS = st.floats(allow_nan=False)
+
+
+@given(NUMBERS, NUMBERS, NUMBERS, st.booleans(), NUMBERS)
+def test_the_header_comes_back(weight: float, loss: float, samples: float, stop: bool, norm: float) -> None:
+    mapped = Mapped(make_spec(make_table([((1,), "float32")]), [], 1, 0, 64), views=2)
+    mine, its = mapped.views[0].slots[0], mapped.views[1].slots[0]
+    mine.write_settings(b"lr")
+    mine.write_norm(norm)
+    mine.write(weight, (loss, samples), stop)
+    assert (its.weight, its.loss, its.stop, its.norm) == (weight, (loss, samples), stop, norm)
+    assert its.settings == b"lr"
+
+
+def test_a_new_slot_is_empty(pair: tuple[Slot, Slot]) -> None:
+    _, its = pair
+    assert (its.weight, its.loss, its.stop, its.settings, its.settings_version) == (0.0, (0.0, 0.0), False, b"", 0)
+    assert bytes(its.mask) == bytes(2) == bytes(its.chosen)
+
+
+def test_settings_come_back_with_a_new_version_each_time(pair: tuple[Slot, Slot]) -> None:
+    mine, its = pair
+    for version, data in enumerate([b"x" * 64, b"short", b"", b"y" * 63], start=1):
+        mine.write_settings(data)
+        assert (its.settings, its.settings_version) == (data, version)
+
+
+def test_settings_larger_than_their_room_are_refused(pair: tuple[Slot, Slot]) -> None:
+    with pytest.raises(AssertionError, match="settings of 65 bytes in room for 64"):
+        pair[0].write_settings(bytes(65))
+
+
+def test_masks_and_gradients_come_back(pair: tuple[Slot, Slot]) -> None:
+    mine, its = pair
+    mine.mask[:] = b"\x01\x00"
+    mine.chosen[:] = b"\x00\x01"
+    mine.gradient["float32"][:6] = torch.arange(6.0)
+    mine.gradient["float64"][0] = 7.0
+    assert (bytes(its.mask), bytes(its.chosen)) == (b"\x01\x00", b"\x00\x01")
+    assert its.gradient["float32"][:7].tolist() == [0, 1, 2, 3, 4, 5, 0]
+    assert its.gradient["float64"][0].item() == 7.0
+
+
+def test_other_workers_slots_are_others() -> None:
+    (memory,) = Mapped(make_spec(make_table([((3,), "float32")]), [], 3, 0, 64)).views
+    for worker, slot in enumerate(memory.slots):
+        slot.write(float(worker), (0.0, 0.0), False)
+        slot.gradient["float32"].fill_(worker)
+    assert [slot.weight for slot in memory.slots] == [0.0, 1.0, 2.0]
+    assert [slot.gradient["float32"].sum().item() for slot in memory.slots] == [0.0, 64.0, 128.0]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_state_written_by_one_process_is_loaded_by_another(dtype: str) -> None:
+    table = make_table([((2, 3), dtype), ((4,), dtype)])
+    items: list[StateItem] = []
+    for param, entry in enumerate(table.entries):
+        items.append(StateItem(param, "mean", "like", dtype, entry.shape))
+        items.append(StateItem(param, "step", "tensor", "float32", ()))
+    mapped = Mapped(make_spec(table, items, 1, 0, 0), views=2)
+    mine, its = (view.state for view in mapped.views)
+    state: dict[str, Any] = {"mean": torch.full((2, 3), 2.5).to(DTYPES[dtype]), "step": torch.tensor(3.0)}
+    mine.save(Piece(0, 0, 64), state, whole=True)
+    loaded = its.view(0)
+    assert torch.equal(loaded["mean"], torch.full((2, 3), 2.5).to(DTYPES[dtype]))
+    assert loaded["step"].item() == 3.0
+    assert its.view(1) == {}
