@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import sys
 import tempfile
 import time
@@ -77,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(cores) < _CORES:
         print(f"error: {len(cores)} core is available; the benchmark needs {_CORES}", file=sys.stderr)
         return 2
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up then, too
     os.sched_setaffinity(0, cores)  # what is started from here on inherits it
     machine = {
         "cpu": _cpu(),
@@ -99,6 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TeamError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     if options.picture:
         _draw(results, options.picture)
         print(f"\npicture {options.picture}")

@@ -272,13 +272,14 @@ class Worker:
         if self._ended != _TRAINING:
             return
         ended = max(board.ended)
-        if ended:
-            self._end(ended, "")
-            if ended == _INTERRUPTED:
-                raise KeyboardInterrupt
-        elif self.step_number > self._pass_starts.get(loader, 0):
+        if ended == _INTERRUPTED:
+            self._end(ended, "interrupted")
+            raise KeyboardInterrupt
+        if self.step_number > self._pass_starts.get(loader, 0):
             self._training_loaders.add(loader)
             self._after_pass(number, sum(looks[0]), sum(looks[1]))
+        if ended and not self.over:  # in a round of the others that this worker was parked in
+            self._end(ended, self._stopping.after_round(self.step_number) or "")
 
     def _after_pass(self, number: int, loss: float, samples: float) -> None:
         reason = self._stopping.after_pass(number)

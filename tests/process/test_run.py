@@ -201,11 +201,6 @@ def test_a_stop_rule_ends_all_workers_in_the_same_round(kind: str, runner: Runne
             assert steps == rounds * 3
 
 
-def _mean(ended: Ended, epoch: int) -> float:
-    """The loss by samples over one pass."""
-    metrics = [metric for metric in ended.metrics if metric["epoch"] == epoch]
-    return float(sum(m["loss"] * m["samples"] for m in metrics) / sum(m["samples"] for m in metrics))
-
 ORDINARY = """
 import atexit
 import multiprocessing
@@ -258,3 +253,9 @@ def test_a_script_may_do_what_scripts_do_and_leave_early(runner: Runner) -> None
     # Worker 1 has left after three batches; worker 0 had its five all the same.
     assert [metric["samples"] for metric in ended.metrics] == [8, 8, 8, 4, 4]
     assert ended.answer["status"] == "done"
+
+
+def _mean(ended: Ended, epoch: int) -> float:
+    """The loss by samples over one pass."""
+    metrics = [metric for metric in ended.metrics if metric["epoch"] == epoch]
+    return float(sum(m["loss"] * m["samples"] for m in metrics) / sum(m["samples"] for m in metrics))

@@ -127,7 +127,9 @@ def test_what_a_class_keeps_is_found_before_and_after_its_first_step(name: str, 
         if isinstance(value, torch.Tensor):
             assert getattr(torch, item.dtype) == value.dtype
             assert item.shape == tuple(value.shape)
-            numbers = SCALARS if name not in WHOLE else ("step", "variance") if flat[item.param].ndim == 0 else ("step",)
+            numbers = (
+                SCALARS if name not in WHOLE else ("step", "variance") if flat[item.param].ndim == 0 else ("step",)
+            )
             assert (item.kind == "like") is (value.shape == flat[item.param].shape and item.key not in numbers)
         else:
             assert item.kind == {int: "int", float: "float", bool: "int"}[type(value)]
@@ -148,7 +150,11 @@ def test_asking_changes_nothing_of_the_users() -> None:
     torch.manual_seed(0)
     given_ = parameters("AdamW")
     optimizer = optim.AdamW(given_)
-    before = [p.detach().clone() for p in given_], [p.grad.clone() for p in given_], copy.deepcopy(optimizer.state_dict())
+    before = (
+        [p.detach().clone() for p in given_],
+        [p.grad.clone() for p in given_],
+        copy.deepcopy(optimizer.state_dict()),
+    )
     described(optimizer)
     assert all(torch.equal(p, was) for p, was in zip(given_, before[0], strict=True))
     assert all(torch.equal(p.grad, was) for p, was in zip(given_, before[1], strict=True))
@@ -219,7 +225,9 @@ def test_the_others_are_not_refused(name: str) -> None:
 
 # --- settings ---
 
-PLAIN = st.one_of(st.none(), st.booleans(), st.integers(-(2**53), 2**53), st.floats(allow_nan=False), st.text(max_size=5))
+PLAIN = st.one_of(
+    st.none(), st.booleans(), st.integers(-(2**53), 2**53), st.floats(allow_nan=False), st.text(max_size=5)
+)
 NAMES = st.text(max_size=8).filter(lambda name: name not in ("params", "param_names"))
 SETTINGS = st.dictionaries(NAMES, PLAIN | st.lists(PLAIN, max_size=3).map(tuple), max_size=5)
 
@@ -237,7 +245,9 @@ def test_every_class_steps_with_settings_from_the_wire(name: str) -> None:
     mine = KINDS[name](parameters(name))
     torch.manual_seed(0)
     its = KINDS[name](parameters(name))
-    for group, wired in zip(its.param_groups, optimizers.decode(optimizers.encode(optimizers.settings(its))), strict=True):
+    for group, wired in zip(
+        its.param_groups, optimizers.decode(optimizers.encode(optimizers.settings(its))), strict=True
+    ):
         assert {key: value for key, value in group.items() if key != "params"} == wired
         group.update(wired)
     mine.step()

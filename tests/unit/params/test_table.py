@@ -216,5 +216,7 @@ def named(*entries: tuple[str, int, torch.Tensor]) -> Table:
     ],
 )
 def test_the_first_difference_is_told_in_words(mine: Any, other: Any, told: str) -> None:
-    tables = [named(*((name, group, torch.zeros(shape)) for name, group, shape in entries)) for entries in (mine, other)]
+    tables = [
+        named(*((name, group, torch.zeros(shape)) for name, group, shape in entries)) for entries in (mine, other)
+    ]
     assert differences(*tables, "worker 1", "worker 0") == told

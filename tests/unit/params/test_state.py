@@ -1,0 +1,232 @@
+"""An optimizer's state in shared memory: any process can go on with any piece of any parameter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from paceline.params.optimizers import StateItem
+from paceline.params.state import Carve, State, StatePlan
+from paceline.params.table import DTYPES, Table, tabulate
+from paceline.protocol.partition import ALIGN, Piece, padded, partition
+
+
+def table_of(*tensors: torch.Tensor) -> Table:
+    return tabulate((f"p{number}", 0, tensor) for number, tensor in enumerate(tensors))
+
+
+def like(table: Table, key: str, dtype: str = "float32") -> list[StateItem]:
+    return [StateItem(param, key, "like", dtype, entry.shape) for param, entry in enumerate(table.entries)]
+
+
+def cells(table: Table, key: str, kind: str = "tensor", shape: tuple[int, ...] = ()) -> list[StateItem]:
+    dtype = "float32" if kind == "tensor" else "float64"
+    return [StateItem(param, key, kind, dtype, shape) for param in range(len(table.entries))]
+
+
+class Memory:
+    """One area of state, as each process maps it."""
+
+    def __init__(self, table: Table, items: list[StateItem]) -> None:
+        self.table, self.plan = table, StatePlan(table, items)
+        self._bytes = torch.zeros(max(self.plan.size_bytes, 1), dtype=torch.uint8)
+
+    def view(self) -> State:
+        return State(self.table, self.plan, self.carve)
+
+    @property
+    def carve(self) -> Carve:
+        def cut(dtype: torch.dtype, offset: int, count: int) -> torch.Tensor:
+            assert offset + count * dtype.itemsize <= self.plan.size_bytes
+            return self._bytes[offset : offset + count * dtype.itemsize].view(dtype)
+
+        return cut
+
+
+def whole(table: Table, param: int) -> Piece:
+    return Piece(param, 0, padded(table.entries[param].size))
+
+
+def same(mine: dict[str, Any], other: dict[str, Any]) -> bool:
+    return mine.keys() == other.keys() and all(torch.equal(mine[key], other[key]) for key in mine)
+
+
+@given(st.lists(st.integers(0, 400), min_size=1, max_size=5), st.integers(1, 6), st.integers(1, 6))
+def test_what_is_saved_in_pieces_is_loaded_in_any_others(sizes: list[int], parts: int, other_parts: int) -> None:
+    table = table_of(*(torch.zeros(size) for size in sizes))
+    memory = Memory(table, like(table, "mean") + cells(table, "step"))
+    for share in partition(sizes, parts):
+        mine = memory.view()
+        for piece in share:
+            values = torch.arange(piece.start, piece.stop) + 1000.0 * piece.param
+            mine.save(piece, {"mean": values, "step": torch.tensor(5.0)}, whole=False)
+    for share in partition(sizes, other_parts):
+        its = memory.view()
+        for piece in share:
+            state = its.load(piece, whole=False)
+            assert torch.equal(state["mean"], torch.arange(piece.start, piece.stop) + 1000.0 * piece.param)
+            assert state["step"].item() == 5.0
+    for param, size in enumerate(sizes):
+        expected = {"mean": torch.arange(size) + 1000.0 * param, "step": torch.tensor(5.0)} if size else {}
+        assert same(memory.view().view(param), expected)
+
+
+def test_a_parameter_without_state_has_none() -> None:
+    table = table_of(torch.zeros(3), torch.zeros(4))
+    memory = Memory(table, like(table, "mean"))
+    memory.view().save(whole(table, 1), {"mean": torch.ones(64)}, whole=False)
+    assert memory.view().view(0) == {}
+    assert memory.view().view(1) != {}
+
+
+@pytest.mark.parametrize("state", [{}, {"mean": None}])
+def test_a_step_that_kept_nothing_leaves_none(state: dict[str, Any]) -> None:
+    """SGD without momentum keeps an empty dictionary, or None under the key."""
+    table = table_of(torch.zeros(3))
+    memory = Memory(table, like(table, "mean"))
+    memory.view().save(whole(table, 0), state, whole=False)
+    assert memory.view().view(0) == {}
+
+
+def test_loaded_values_are_the_shared_ones() -> None:
+    table = table_of(torch.zeros(3))
+    memory = Memory(table, like(table, "mean") + cells(table, "step"))
+    memory.view().save(whole(table, 0), {"mean": torch.ones(64), "step": torch.tensor(1.0)}, whole=False)
+    mine = memory.view().load(whole(table, 0), whole=False)
+    mine["mean"][1] = 7.0
+    mine["step"] += 1
+    its = memory.view().view(0)
+    assert (its["mean"].tolist(), its["step"].item()) == ([1.0, 7.0, 1.0], 2.0)
+
+
+def test_saved_values_become_the_shared_ones() -> None:
+    """A step that makes its state anew must go on with what others see."""
+    table = table_of(torch.zeros(64))
+    memory = Memory(table, like(table, "mean") + cells(table, "step"))
+    state = {"mean": torch.ones(64), "step": torch.tensor(1.0)}
+    memory.view().save(whole(table, 0), state, whole=False)
+    state["mean"].fill_(3.0)
+    state["step"] += 1
+    its = memory.view().view(0)
+    assert (its["mean"].sum().item(), its["step"].item()) == (192.0, 2.0)
+
+
+def test_cells_belong_to_whoever_steps_the_first_piece() -> None:
+    """Two processes each add one to a step: the count must go up by one, and both must see the old count before."""
+    table = table_of(torch.zeros(128))
+    memory = Memory(table, like(table, "mean") + cells(table, "step"))
+    first, second = Piece(0, 0, ALIGN), Piece(0, ALIGN, 2 * ALIGN)
+    memory.view().save(whole(table, 0), {"mean": torch.zeros(128), "step": torch.tensor(4.0)}, whole=False)
+    mine, its = memory.view(), memory.view()
+    one, other = mine.load(first, whole=False), its.load(second, whole=False)
+    one["step"] += 1
+    assert other["step"].item() == 4.0
+    other["step"] += 1
+    mine.save(first, one, whole=False)
+    its.save(second, other, whole=False)
+    assert memory.view().view(0)["step"].item() == 5.0
+
+
+def test_a_later_piece_alone_does_not_make_the_parameter_have_state() -> None:
+    table = table_of(torch.zeros(128))
+    memory = Memory(table, like(table, "mean") + cells(table, "step"))
+    later = Piece(0, ALIGN, 2 * ALIGN)
+    memory.view().save(later, {"mean": torch.ones(64), "step": torch.tensor(1.0)}, whole=False)
+    assert memory.view().view(0) == {}
+    first = Piece(0, 0, ALIGN)
+    memory.view().save(first, {"mean": torch.full((64,), 2.0), "step": torch.tensor(1.0)}, whole=False)
+    state = memory.view().view(0)
+    assert (state["mean"][0].item(), state["mean"][64].item(), state["step"].item()) == (2.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"), [("int", 0), ("int", 2**53), ("int", -3), ("float", 0.1), ("float", -1e300)]
+)
+def test_numbers_keep_value_and_kind(kind: str, value: float) -> None:
+    table = table_of(torch.zeros(3))
+    memory = Memory(table, cells(table, "count", kind))
+    memory.view().save(whole(table, 0), {"count": value}, whole=True)
+    loaded = memory.view().view(0)["count"]
+    assert loaded == value
+    assert type(loaded) is type(value)
+
+
+def test_a_truth_value_comes_back_as_a_number() -> None:
+    table = table_of(torch.zeros(3))
+    memory = Memory(table, cells(table, "done", "int"))
+    memory.view().save(whole(table, 0), {"done": True}, whole=True)
+    assert memory.view().view(0)["done"] == 1
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3, 2), (0,)])
+def test_tensors_of_other_shapes_are_kept(shape: tuple[int, ...]) -> None:
+    table = table_of(torch.zeros(5), torch.zeros(5))
+    memory = Memory(table, cells(table, "rows", shape=shape) + like(table, "mean"))
+    for param in (0, 1):
+        state = {"rows": torch.full(shape, param + 1.5), "mean": torch.full((5,), param + 7.0)}
+        memory.view().save(whole(table, param), state, whole=True)
+    for param in (0, 1):
+        state = memory.view().view(param)
+        assert torch.equal(state["rows"], torch.full(shape, param + 1.5))
+        assert torch.equal(state["mean"], torch.full((5,), param + 7.0))
+
+
+LAYOUTS = {
+    "transposed": torch.arange(12.0).view(3, 4).t(),
+    "channels_last": torch.arange(120.0).view(2, 3, 4, 5).to(memory_format=torch.channels_last),
+    "scalar": torch.tensor(4.0),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_state_is_shown_in_the_parameters_own_shape_and_order(layout: str) -> None:
+    """A piece lies as its range of the parameter does, so that one value's state is beside the value."""
+    tensor = LAYOUTS[layout]
+    table = table_of(torch.zeros(7), tensor)
+    memory = Memory(table, like(table, "mean"))
+    memory.view().save(whole(table, 1), {"mean": tensor.clone()}, whole=True)
+    shown = memory.view().view(1)["mean"]
+    assert shown.shape == tensor.shape
+    assert torch.equal(shown, tensor)
+    flat = torch.zeros(padded(tensor.numel()))
+    table.view(table.entries[1], torch.cat([torch.zeros(ALIGN), flat]))[...] = 0  # the same layout as the vector's
+    vector = torch.zeros(table.sizes["float32"])
+    table.view(table.entries[1], vector).copy_(tensor)
+    piece = memory.view().load(whole(table, 1), whole=False)["mean"]
+    assert torch.equal(piece, vector[ALIGN:])
+
+
+def test_keys_dtypes_and_parameters_do_not_share_memory() -> None:
+    table = table_of(torch.zeros(70), torch.zeros(3, dtype=torch.bfloat16), torch.zeros(5), torch.zeros(0))
+    items = like(table, "mean") + like(table, "wide", "float64") + cells(table, "step") + cells(table, "count", "int")
+    memory = Memory(table, items)
+    for param, entry in enumerate(table.entries):
+        state = {
+            "mean": torch.full(entry.shape, param + 0.25),
+            "wide": torch.full(entry.shape, param + 0.5, dtype=torch.float64),
+            "step": torch.tensor(param + 1.0),
+            "count": param + 10,
+        }
+        memory.view().save(whole(table, param), state, whole=True)
+    for param, entry in enumerate(table.entries):
+        state = memory.view().view(param)
+        if entry.size:
+            assert torch.equal(state["mean"], torch.full(entry.shape, param + 0.25))
+            assert torch.equal(state["wide"], torch.full(entry.shape, param + 0.5, dtype=torch.float64))
+        assert (state["step"].item(), state["count"]) == (param + 1.0, param + 10)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 200), st.sampled_from(["float32", "bfloat16", "complex128"])), min_size=1, max_size=6
+    )
+)
+def test_a_plan_is_the_same_wherever_it_is_made(of: list[tuple[int, str]]) -> None:
+    table = table_of(*(torch.zeros(size, dtype=DTYPES[dtype]) for size, dtype in of))
+    items = like(table, "mean") + cells(table, "step")
+    one, other = StatePlan(table, items), StatePlan(table, tuple(items))
+    assert (one.vectors, one.cells, one.size_bytes) == (other.vectors, other.cells, other.size_bytes)
