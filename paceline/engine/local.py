@@ -27,7 +27,7 @@ from paceline.engine.program import Call, Script
 from paceline.engine.recorder import Recorder
 from paceline.engine.setup import Setup, encode_job
 from paceline.protocol import messages
-from paceline.protocol.coordinator import Abort, Allocate, Came, Coordinator, Died, Done, Effect, Tell
+from paceline.protocol.coordinator import Abort, Allocate, Came, Coordinator, Died, Done, Effect, Tell, how_ended
 from paceline.transport import segment
 from paceline.transport.board import Board
 from paceline.transport.channel import Channel, Closed
@@ -248,7 +248,7 @@ class _Launcher:
             fd = segment.create(request.what, request.size_bytes)
         except errors.HostError as error:
             failure = messages.Failed("HostError", error.what, error.why, error.fix)
-            self._obey([Abort("launcher", 0, failure)])
+            self._obey(self._coordinator.handle(Came("launcher", 0, failure)))  # it must know why workers leave
             return
         memory = messages.Memory(request.number, request.size_bytes, request.kind, request.spec)
         # Servers first: they are ready when the first push comes.
@@ -271,7 +271,7 @@ class _Launcher:
     # --- stopping ---
 
     def _abort(self, role: str, rank: int, failure: messages.Failed) -> None:
-        self._failure = (role, rank, failure)
+        self._failure = self._failure or (role, rank, failure)  # what we kill dies of us
         self._board.set_abort()
         for (whose, _), channel in self._channels.items():
             if whose != "zygote":
@@ -300,7 +300,8 @@ class _Launcher:
         assert self._zygote is not None
         status = self._zygote.wait()
         if self._failure is None:
-            failure = messages.Failed("HostError", f"the process that forks workers ended with status {status}")
+            what = f"the process that forks workers (pid {self._zygote.pid}) {how_ended(status)}"
+            failure = messages.Failed("HostError", what)
             self._failure = ("zygote", 0, failure)
         self._alive.clear()
         self._expected = 0

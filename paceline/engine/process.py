@@ -54,6 +54,7 @@ def main(role: str, rank: int, setup: bytes, descriptors: tuple[int, ...], paren
         if role == "server":
             from paceline.engine.server import serve
 
+            _import_as_workers(known)
             status = _guarded(context, lambda: serve(context))
         else:
             payload = descriptors[3] if len(descriptors) > 3 else None
@@ -87,6 +88,14 @@ def _work(context: Context, known: Setup, payload: int | None) -> None:
             raise
     _end_of_program()
     _finish(context)
+
+
+def _import_as_workers(known: Setup) -> None:
+    """A server finds an optimizer's class where the workers found it: beside the script, or on the program's path."""
+    if known.call is not None:
+        sys.path[:] = known.call["sys_path"]
+    else:
+        sys.path.insert(0, str(Path(known.script).resolve().parent))
 
 
 def _finish(context: Context) -> None:
@@ -153,6 +162,8 @@ def _user_traceback(error: BaseException) -> str:
     ours = (str(Path(__file__)), runpy.__file__, "<frozen runpy>")
     while frames is not None and frames.tb_frame.f_code.co_filename in ours:
         frames = frames.tb_next
+    if frames is None and isinstance(error, SyntaxError):
+        return "".join(traceback.format_exception_only(error))  # of the script's own file: nothing of it has run
     return "".join(traceback.format_exception(type(error), error, frames or error.__traceback__))
 
 

@@ -294,7 +294,7 @@ class Worker:
     def _end(self, how: int, reason: str) -> None:
         self._ended, self._ended_s = how, time.monotonic()
         self._board.ended[self.rank] = how
-        if reason and self.rank == 0:
+        if reason:  # not only worker 0: who is out of data may learn of the end without the reason
             self._channel.send(messages.Ended(reason))
 
     def _idle(self) -> None:

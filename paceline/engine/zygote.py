@@ -27,9 +27,9 @@ def main(descriptor: int) -> None:
     gc.collect()
     gc.freeze()  # children share these objects' pages; a collection would touch them all
     wake = _wake_on_child_exit()
-    channel.send(messages.Ready(versions))
     children: dict[int, tuple[str, int]] = {}
     try:
+        channel.send(messages.Ready(versions))
         while True:
             ready, _, _ = select.select([channel.fileno(), wake], [], [])
             if wake in ready:

@@ -88,7 +88,7 @@ class Coordinator:
             case Came(role="worker", rank=rank, message=messages.Finished()):
                 self._finished.add(rank)
                 return [Tell("leave", f"worker {rank} has finished", "worker", rank), *self._check_stuck()]
-            case Came(role="worker", message=messages.Ended(reason=reason)):
+            case Came(role="worker", message=messages.Ended(reason=reason)) if not self.reason:
                 self.reason = reason
                 return [Tell("stop", f"training is over: {reason}")]
             case Died(role=role, rank=rank, pid=pid, status=status):
@@ -142,7 +142,7 @@ class Coordinator:
             return []
         failure = messages.Failed(
             "WorkersLost",
-            f"{role} {rank} (pid {pid}) {_how(status)}",
+            f"{role} {rank} (pid {pid}) {how_ended(status)}",
             _guess(status),
             f"its last output is in logs/{role}-{rank}.log",
         )
@@ -167,7 +167,7 @@ def _not_alike(rank: int, its: messages.Wrap, first: messages.Wrap) -> messages.
     )
 
 
-def _how(status: int) -> str:
+def how_ended(status: int) -> str:
     if status < 0:
         return f"was killed by {_SIGNALS.get(-status, f'signal {-status}')}"
     return f"exited with status {status} in the middle of the run"

@@ -291,7 +291,7 @@ SOURCES: dict[str, Callable[[int], Any]] = {
         range(size), batch_size=3, shuffle=True, generator=torch.Generator().manual_seed(7)
     ),
     "a batch sampler": lambda size: DataLoader(range(size), batch_sampler=InPairs(size)),
-    "a list of lists of numbers": lambda size: DataLoader(range(size), batch_sampler=list(InPairs(size))),
+    "a list of lists of numbers": lambda size: DataLoader(range(size), batch_sampler=[[n] for n in range(size)]),
     "batches as items": lambda size: DataLoader(Chunks(size), batch_size=None),
     "batches as items, shuffled": lambda size: DataLoader(Chunks(size), batch_size=None, shuffle=True),
     "a stream": lambda size: DataLoader(Stream(size), batch_size=3),
@@ -335,7 +335,7 @@ def test_no_worker_gets_more_batches_than_len_says(name: str, assign: str) -> No
 
 
 @pytest.mark.parametrize("assign", ["hash", "block"])
-@pytest.mark.parametrize("name", [name for name in SOURCES if isinstance(SOURCES[name](4), DataLoader)][:7])
+@pytest.mark.parametrize("name", list(SOURCES)[: list(SOURCES).index("a batch sampler")])
 def test_samples_drawn_by_any_sampler_keep_their_owners(name: str, assign: str) -> None:
     epochs = dealt(lambda: SOURCES[name](40), 3, epochs=3, assign=assign)
     held = [[sorted(flat(batches)) for batches in by_rank] for by_rank in epochs]
@@ -393,7 +393,7 @@ def test_processes_of_the_loaders_own_change_nothing(assign: str, persistent: bo
 
 def test_samples_are_counted_right_when_batches_are_fetched_ahead() -> None:
     passes = Passes()
-    loader = wrap(DataLoader(range(21), batch_size=4, num_workers=2), 0, 2, passes=passes)
+    loader = wrap(DataLoader(range(21), batch_size=4, num_workers=2), 1, 2, passes=passes)
     next(iter(loader))
     one_pass(loader)
     assert passes.samples == [4, 4, 4, 1]
@@ -447,7 +447,7 @@ def test_a_pass_tells_its_length_its_samples_and_its_end() -> None:
         (lambda: DataLoader(Stream(5), batch_size=2), [("begin", 0, None), ("drawn", 2), ("drawn", 2), ("drawn", 1)]),
         (lambda: DataLoader(SizedStream(5), batch_size=4), [("begin", 0, 2), ("drawn", 4), ("drawn", 1)]),
         (lambda: Bag(6), [("begin", 0, None), ("drawn", 4), ("drawn", 2)]),
-        (lambda: [], [("begin", 0, 0)]),
+        (list, [("begin", 0, 0)]),
         (lambda: iter([torch.zeros(3)]), [("begin", 0, None), ("drawn", 3)]),
         (lambda: DataLoader(Chunks(6), batch_size=None), [("begin", 0, 2), ("drawn", 4), ("drawn", 2)]),
     ],
@@ -546,7 +546,7 @@ def test_counting_by_default_is_count_samples() -> None:
 
 def test_a_distributed_sampler_is_refused_with_what_to_do() -> None:
     sampler: Any = DistributedSampler(range(10), num_replicas=2, rank=0)
-    with pytest.raises(ConfigError, match="run.wrap divides the data itself") as caught:
+    with pytest.raises(ConfigError, match=r"run\.wrap divides the data itself") as caught:
         wrap(DataLoader(range(10), sampler=sampler))
     assert "leave the sampler out" in caught.value.fix
 
