@@ -77,8 +77,12 @@ def close_round(number: int, pushed: Column, board: Board) -> Closed | Waiting:
 
 def _excused(worker: int, board: Board) -> bool:
     """Is the worker parked behind a barrier that is still shut? If it is open, the worker is only slow to leave."""
-    loader = board.parked[worker] - 1
-    return loader >= 0 and not barrier_open(loader, board.passes(loader)[worker], board)
+    parked = board.parked[worker]
+    if parked == NOT_PARKED:
+        return False
+    number = board.passes(parked - 1)[worker]
+    # Looked at twice: if it has gone on in between, that number may be of a pass it left without parking.
+    return board.parked[worker] == parked and not barrier_open(parked - 1, number, board)
 
 
 def next_to_act(board: Board) -> int | None:

@@ -281,9 +281,9 @@ def test_an_evaluation_during_others_rounds_is_no_training() -> None:
     """Worker 1 leaves pass 1 early and evaluates, while worker 0 still trains: the rounds it sees go by are not its
     own, so that the second loader's passes do not count as epochs."""
     body = epochs(5, lambda *_: 0.0, evaluates=2, leaves=lambda rank, number, index: rank == 1 and index == 0)
-    stayed, left_early = run_job(body, epochs=2)
-    assert [len(steps) for steps in stayed.steps] == [4, 4, 0, 0, 0]
-    assert [len(steps) for steps in left_early.steps] == [1, 1, 0, 0, 0]
+    stayed, left_early = run_job(body, epochs=3)
+    assert [len(steps) for steps in stayed.steps] == [4, 4, 4, 0, 0]
+    assert [len(steps) for steps in left_early.steps] == [1, 1, 1, 0, 0]
 
 
 @pytest.mark.parametrize("how", [{"epochs": 2}, {"steps": 7}])
@@ -311,8 +311,16 @@ def test_everyone_learns_the_same_contributors(servers: int) -> None:
             return round_
 
         exchange.step = noted
-        if run.rank == 0:
-            make_slow(run, behind=2)
+        board, memory = run.worker.context.board, exchange._memory
+        wait = board.wait
+
+        def slow_wait(ask: Any) -> Any:
+            answer = wait(ask)
+            if run.rank == 0 and memory.pushed[0] == 1 == max(memory.stepped):
+                wait(lambda: memory.pushed[2] == 2 or Waiting(2, "it has not pushed yet"))
+            return answer
+
+        board.wait = slow_wait
         for _ in loader:
             if run.rank == 0:
                 break
