@@ -11,8 +11,8 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 import torch
@@ -66,6 +66,12 @@ class Part:
         owner = owners(self.assign, numbers, total, self.workers, self.seed, epoch)
         return np.asarray(owner == self.rank)
 
+    def count(self, batches: int, epoch: int) -> int:
+        """How many of an epoch's ``batches`` are this worker's, or may be where they are dealt in turn."""
+        if self.assign == "round_robin":
+            return -(-batches // self.workers)
+        return int(self.mine(np.arange(batches), batches, epoch).sum())
+
     def owns_batch(self, ordinal: int, total: int | None, epoch: int) -> bool:
         assign = "round_robin" if self.assign == "block" and total is None else self.assign
         number = np.array([ordinal], dtype=np.int64)
@@ -117,12 +123,14 @@ class SharedLoader(DataLoader[Any]):
             else:
                 settings["batch_sampler"] = self._plan
         super().__init__(source.dataset, **settings)
-        object.__setattr__(self, "batch_size", batch_size)  # scripts read it; DataLoader forbids to set it
+        for name in ("batch_size", "drop_last"):  # scripts read them; DataLoader forbids to set them
+            object.__setattr__(self, name, getattr(source, name))
 
     def __len__(self) -> int:
         if self._plan is not None:
             return self._plan.length(self._epoch)
-        return -(-len(self._source) // self._part.workers)
+        part = replace(self._part, assign="round_robin") if self._part.assign == "block" else self._part
+        return part.count(len(self._source), self._epoch)
 
     def __iter__(self) -> Any:
         return _one_pass(self, self._index, self._passes, self._batches)
@@ -151,7 +159,7 @@ class SharedBatches:
         self._epoch = 0
 
     def __len__(self) -> int:
-        return -(-len(self._source) // self._part.workers)  # type: ignore[arg-type]
+        return self._part.count(len(self._source), self._epoch)  # type: ignore[arg-type]
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -208,6 +216,7 @@ class _Plan:
     def __init__(self, source: DataLoader[Any], part: Part) -> None:
         self._source, self._part, self._epoch = source, part, 0
         self._counts: deque[int | None] = deque()
+        self._drawn: tuple[int, list[Any]] = (-1, [])
         self.by_batch_of_one = source.batch_sampler is None
 
     def start(self, epoch: int) -> deque[int | None]:
@@ -226,35 +235,50 @@ class _Plan:
         return self.length(self._epoch)
 
     def length(self, epoch: int) -> int:
-        """How many batches the worker has at most in this epoch, found without drawing the order if possible."""
+        """How many batches the worker has in this epoch, or at most has where they are dealt in turn."""
         sampler, part = self._source.batch_sampler, self._part
-        if part.assign == "round_robin" or self.by_batch_of_one or type(sampler) is not BatchSampler:
-            return -(-len(self._source) // part.workers)
+        if part.assign == "round_robin":
+            return part.count(len(self._source), epoch)
+        if not self._is_plain(sampler):
+            return len(self._listed(epoch))
         total = len(self._source.dataset)  # type: ignore[arg-type]
-        if len(sampler.sampler) != total:  # type: ignore[arg-type]
-            return -(-len(self._source) // part.workers)
-        held = int(part.mine(np.arange(total), total, epoch).sum())
-        size = sampler.batch_size
-        return held // size if sampler.drop_last else -(-held // size)
+        held = part.count(total, epoch)
+        return held // sampler.batch_size if sampler.drop_last else -(-held // sampler.batch_size)
+
+    def _is_plain(self, sampler: Any) -> TypeGuard[BatchSampler]:
+        """Are the batches cut from all samples, in order or shuffled by the run's seed?"""
+        if type(sampler) is not BatchSampler:
+            return False
+        drawn = sampler.sampler
+        return type(drawn) is SequentialSampler or (type(drawn) is RandomSampler and _is_plain_shuffle(drawn))
 
     def _mine(self, epoch: int) -> Iterator[Any]:
-        sampler, part = self._source.batch_sampler, self._part
-        if type(sampler) is BatchSampler and part.assign != "round_robin":
-            order = self._order(sampler.sampler, epoch)
-            if isinstance(order, np.ndarray):
-                total = len(self._source.dataset)  # type: ignore[arg-type]
-                held = order[part.mine(order, total, epoch)].tolist()
-                yield from BatchSampler(held, sampler.batch_size, sampler.drop_last)
-                return
-        if type(sampler) is BatchSampler:
-            yield from self._dealt(self._order(sampler.sampler, epoch), sampler, epoch)
-            return
-        drawn = self._source.sampler if sampler is None else sampler
-        with _seeded(epoch_seed(part.seed, epoch)):
-            batches = list(drawn)
-        for ordinal, batch in enumerate(batches):
-            if part.owns_batch(ordinal, len(batches), epoch):
-                yield batch
+        sampler = self._source.batch_sampler
+        if self._is_plain(sampler):
+            return self._cut(sampler, epoch)
+        return iter(self._listed(epoch))
+
+    def _listed(self, epoch: int) -> list[Any]:
+        """The worker's batches by a sampler of the user's, drawn once an epoch: its length is known only then."""
+        if self._drawn[0] != epoch:
+            sampler, part = self._source.batch_sampler, self._part
+            if type(sampler) is BatchSampler:
+                batches = list(self._cut(sampler, epoch))
+            else:
+                with _seeded(epoch_seed(part.seed, epoch)):
+                    drawn = list(self._source.sampler if sampler is None else sampler)
+                batches = [batch for i, batch in enumerate(drawn) if part.owns_batch(i, len(drawn), epoch)]
+            self._drawn = (epoch, batches)
+        return self._drawn[1]
+
+    def _cut(self, sampler: BatchSampler, epoch: int) -> Iterator[Any]:
+        """Batches as ``sampler`` cuts them: of the worker's own samples, or whole ones of the global order."""
+        order, part = self._order(sampler.sampler, epoch), self._part
+        if part.assign == "round_robin" or not isinstance(order, np.ndarray):
+            return self._dealt(order, sampler, epoch)
+        total = len(self._source.dataset)  # type: ignore[arg-type]
+        held = order[part.mine(order, total, epoch)].tolist()
+        return iter(BatchSampler(held, sampler.batch_size, sampler.drop_last))
 
     def _dealt(self, order: Any, sampler: BatchSampler, epoch: int) -> Iterator[Any]:
         size = sampler.batch_size
@@ -269,16 +293,16 @@ class _Plan:
         seed = epoch_seed(self._part.seed, epoch)
         if type(sampler) is SequentialSampler:
             return np.arange(len(sampler))
-        if type(sampler) is RandomSampler and _is_plain(sampler):
+        if type(sampler) is RandomSampler and _is_plain_shuffle(sampler):
             return torch.randperm(len(sampler), generator=torch.Generator().manual_seed(seed)).numpy()
         with _seeded(seed):
             drawn = list(sampler)
-        if all(isinstance(number, int) and number >= 0 for number in drawn):
+        if all(isinstance(number, int | np.integer) and number >= 0 for number in drawn):
             return np.array(drawn, dtype=np.int64)
         return drawn
 
 
-def _is_plain(sampler: RandomSampler) -> bool:
+def _is_plain_shuffle(sampler: RandomSampler) -> bool:
     """A shuffle with no generator of the user's: then the run's seed decides."""
     return not sampler.replacement and sampler.generator is None and sampler.num_samples == len(sampler.data_source)
 

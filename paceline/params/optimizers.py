@@ -8,11 +8,13 @@ parameters. What state a class keeps is found by asking it: one step on zeros.
 from __future__ import annotations
 
 import importlib
+import math
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
 from torch import optim
 
@@ -66,6 +68,11 @@ def check(optimizer: optim.Optimizer) -> None:
             "LBFGS evaluates the loss several times within one step, so its gradients cannot be exchanged once",
             fix="SGD, Adam, AdamW or another optimizer that steps once from given gradients",
         )
+    if isinstance(optimizer, optim.SparseAdam):
+        raise ConfigError(
+            "SparseAdam takes sparse gradients only, and in this release gradients are exchanged dense",
+            fix="Adam or AdamW; for embeddings with sparse=True also SGD or Adagrad",
+        )
 
 
 def settings(optimizer: optim.Optimizer) -> list[Group]:
@@ -77,7 +84,7 @@ _NOT_SETTINGS = ("params", "param_names")
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, torch.Tensor | np.generic | np.ndarray) and math.prod(value.shape) == 1:
         return value.item()
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
@@ -93,7 +100,7 @@ def encode(groups: list[Group]) -> bytes:
     """Raises ConfigError for a setting that is no number, text, truth value or sequence of them."""
     try:
         return msgspec.msgpack.encode(groups)
-    except TypeError as error:
+    except (TypeError, OverflowError) as error:
         raise ConfigError(
             f"a parameter group holds a setting that cannot be sent to other processes: {error}",
             fix="keep numbers, texts, truth values, None and sequences of them in param_groups",

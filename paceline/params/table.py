@@ -80,7 +80,7 @@ def tabulate(tensors: Iterable[tuple[str, int, torch.Tensor]]) -> Table:
     """The table of ``(name, group, tensor)``s, in their order. Raises ConfigError for what cannot be shared."""
     entries: list[Entry] = []
     sizes: dict[str, int] = {}
-    storages: dict[int, str] = {}
+    spans: list[tuple[int, int, str]] = []
     for name, group, tensor in tensors:
         dtype = dtype_name(tensor.dtype, f"parameter {name}")
         if tensor.layout is not torch.strided:
@@ -90,18 +90,26 @@ def tabulate(tensors: Iterable[tuple[str, int, torch.Tensor]]) -> Table:
                 f"parameter {name} is lazy and has no shape yet",
                 fix="run one forward pass with a batch before run.wrap",
             )
-        start = tensor.data_ptr()
-        if tensor.numel() and start in storages:
-            raise ConfigError(
-                f"parameters {storages[start]} and {name} are two objects over one memory",
-                fix=f"tie them by assignment, so that they are one Parameter: b.weight = a.weight ({name})",
-            )
-        storages[start] = name
+        spans.append((tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size(), name))
         offset = sizes.get(dtype, 0)
         shape, stride = tuple(tensor.shape), _dense_stride(tensor)
         entries.append(Entry(name, shape, stride, dtype, group, offset, tensor.numel()))
         sizes[dtype] = offset + padded(tensor.numel())
+    _check_apart(spans)
     return Table(tuple(entries), sizes)
+
+
+def _check_apart(spans: list[tuple[int, int, str]]) -> None:
+    """Each parameter is going to have a range of its own: memory that two of them share would come apart."""
+    last_stop, last = 0, ""
+    for start, stop, name in sorted(span for span in spans if span[0] < span[1]):
+        if start < last_stop:
+            raise ConfigError(
+                f"parameters {last} and {name} are two objects over one memory",
+                fix=f"tie them by assignment, so that they are one Parameter: b.weight = a.weight ({name})",
+            )
+        if stop > last_stop:
+            last_stop, last = stop, name
 
 
 def differences(mine: Table, other: Table, mine_is: str, other_is: str) -> str:

@@ -57,7 +57,7 @@ class Decoder:
                 break
             try:
                 message = _decoder.decode(memoryview(self._pending)[start + _HEADER.size : stop])
-            except msgspec.DecodeError as error:
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 raise FrameError(f"a frame holds no message: {error}") from None
             whole.append((message, descriptors))
             start = stop

@@ -7,6 +7,7 @@ its living creator when any attached process ends. A memfd has no name, so nothi
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import mmap
 import os
 from pathlib import Path
@@ -33,7 +34,7 @@ def create(name: str, size_bytes: int) -> int:
             why="parameters and optimizer state are kept once, gradients once per worker",
             fix="fewer workers, a smaller model, or an optimizer with less state",
         )
-    fd = os.memfd_create(f"paceline-{name}", os.MFD_CLOEXEC)
+    fd = os.memfd_create(f"paceline-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.posix_fallocate(fd, 0, page_up(max(size_bytes, 1)))
     except OSError as error:
@@ -43,6 +44,8 @@ def create(name: str, size_bytes: int) -> int:
             why="a memory limit of this container or user",
             fix="raise the limit, or use fewer workers or a smaller model",
         ) from None
+    # Cut short under others it would be a SIGBUS in all of them.
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
     return fd
 
 
@@ -64,7 +67,9 @@ def available_bytes() -> int:
             free = int(line.split()[1]) * 1024
     limit, used = _read("/sys/fs/cgroup/memory.max"), _read("/sys/fs/cgroup/memory.current")
     if limit.strip().isdigit() and used.strip().isdigit():
-        free = min(free, int(limit) - int(used))
+        # Pages of files count as used and are given back when memory is asked for.
+        stat = dict(line.split() for line in _read("/sys/fs/cgroup/memory.stat").splitlines())
+        free = min(free, int(limit) - int(used) + int(stat.get("inactive_file", 0)))
     return max(free, 0)
 
 

@@ -1,10 +1,11 @@
-"""Loaders, optimizers and models of all kinds in whole jobs: nobody hangs, nothing is lost, and errors name what to do."""
+"""Loaders, optimizers and models of all kinds in whole jobs: nobody hangs, nothing is lost, errors say what to do."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn, optim
@@ -183,25 +184,24 @@ def test_workers_without_any_data_wait_and_stay_equal(count: int, servers: int) 
         return run.step, weight.value.item()
 
     rounds = 3 if count else 0
-    assert run_job(body, workers=3, servers=servers) == [(rounds, -rounds * sum(range(1, count + 1)) / max(count, 1))] * 3
+    assert (
+        run_job(body, workers=3, servers=servers) == [(rounds, -rounds * sum(range(1, count + 1)) / max(count, 1))] * 3
+    )
 
 
 @pytest.mark.parametrize("assign", ["round_robin", "hash", "random", "block"])
 @pytest.mark.parametrize("servers", [0, 1])
-def test_every_sample_moves_the_weight_once_a_pass(assign: str, servers: int) -> None:
-    """With batches of one sample and their sum as gradient, what all rounds add is known whoever had the sample."""
+def test_every_assignment_trains_on_every_sample_in_lockstep(assign: str, servers: int) -> None:
 
     def body(run: Any) -> tuple[float, float]:
         weight = Weight()
         _, loader = run.wrap(weight.optimizer, numbers(23, shuffle=True))
         watch(run, loaders=1)
-        drawn, folded = 0.0, 0.0
+        drawn = 0.0
         for _ in range(2):
             for (batch,) in loader:
                 drawn += batch.item()
-                before = weight.value.item()
                 weight.step(batch)
-                folded += before - weight.value.item()
         return drawn, weight.value.item()
 
     results = run_job(body, workers=3, servers=servers, assign=assign)
@@ -365,10 +365,11 @@ def test_a_lazy_model_without_an_optimizer_is_refused_too() -> None:
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda p: optim.LBFGS(p), "LBFGS"),
-        (lambda p: optim.SparseAdam(p), "SparseAdam"),
+        (optim.LBFGS, "LBFGS"),
+        (optim.SparseAdam, "SparseAdam"),
         (lambda p: optim.SGD([{"params": p, "mine": object()}], lr=0.1), "a setting that cannot be sent"),
     ],
+    ids=["LBFGS", "SparseAdam", "an object as a setting"],
 )
 def test_optimizers_that_cannot_be_shared_are_refused(make: Callable[[Any], optim.Optimizer], says: str) -> None:
     assert says in refused(lambda run: run.wrap(make(list(nn.Linear(2, 2).parameters())))).what
@@ -442,16 +443,21 @@ def test_a_class_that_needs_its_attributes_is_refused_for_servers() -> None:
     assert "--servers 0" in error.fix
 
 
-@pytest.mark.parametrize("rate", [0.25, torch.tensor(0.25)])
+@pytest.mark.parametrize("number", [float, torch.tensor, np.float64, np.float32])
 @pytest.mark.parametrize("servers", [0, 1])
-def test_rates_that_a_schedule_computed_are_taken_as_they_are(rate: Any, servers: int) -> None:
+def test_rates_that_a_schedule_computed_are_taken_as_they_are(number: Callable[[float], Any], servers: int) -> None:
+    """A schedule written with numpy leaves its numbers in the groups; a tensor may be changed in place."""
+
     def body(run: Any) -> float:
         weight = Weight()
         run.wrap(weight.optimizer)
-        for step in range(4):
-            # numpy's numbers are what ``0.5 * (1 + np.cos(...))`` leaves in a group
-            weight.optimizer.param_groups[0]["lr"] = rate * step if step % 2 else rate.new_tensor(0.5) if False else rate
+        (group,) = weight.optimizer.param_groups
+        for rate in (1.0, 0.5, 0.5, 0.25):
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = number(rate)
             weight.step(torch.ones(1, dtype=torch.float64))
         return weight.value.item()
 
-    assert run_job(body, servers=servers) == [-0.25 * (1 + 1 + 1 + 3)] * 2
+    assert run_job(body, servers=servers) == [-2.25] * 2

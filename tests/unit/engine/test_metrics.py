@@ -1,0 +1,183 @@
+"""Rows of workers become one record a round, in order, weighted by samples."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from paceline.engine.metrics import ROW, Merger, Row
+from paceline.events import Metric
+
+
+def row(step: int, contributors: int = 1, **values: Any) -> bytes:
+    return Row(stepped=True, step=step, contributors=contributors, **values).pack()
+
+
+def metrics(merger: Merger, *, everything: bool = False) -> list[Metric]:
+    return list(merger.ready(everything=everything))
+
+
+def steps(merger: Merger, *, everything: bool = False) -> list[int]:
+    return [metric.step for metric in metrics(merger, everything=everything)]
+
+
+def test_a_row_is_ten_numbers() -> None:
+    packed = row(3, 2, epoch=1, time_s=9.5, loss_sum=6.0, loss_samples=4.0, samples=5.0, computing_s=0.25)
+    assert ROW.unpack(packed) == (3.0, 2.0, 1.0, 9.5, 6.0, 4.0, 5.0, 0.25, 0.0, 0.0)
+    assert ROW.size == 80
+
+
+def test_a_round_is_told_once_all_its_contributors_have() -> None:
+    merger = Merger(started_s=0.0)
+    merger.add(row(1, 3))
+    assert steps(merger) == []
+    merger.add(row(1, 3))
+    assert steps(merger) == []
+    merger.add(row(1, 3))
+    assert steps(merger) == [1]
+    assert steps(merger, everything=True) == []
+
+
+def test_losses_are_weighted_by_samples_and_durations_are_means() -> None:
+    merger = Merger(started_s=100.0)
+    merger.add(
+        row(
+            1,
+            2,
+            epoch=2,
+            time_s=103.0,
+            loss_sum=8.0 * 0.5,
+            loss_samples=8.0,
+            samples=8.0,
+            computing_s=2.0,
+            waiting_s=0.25,
+            exchanging_s=0.5,
+        )
+    )
+    merger.add(
+        row(
+            1,
+            2,
+            epoch=2,
+            time_s=103.5,
+            loss_sum=2.0 * 3.0,
+            loss_samples=2.0,
+            samples=3.0,
+            computing_s=1.0,
+            waiting_s=1.25,
+            exchanging_s=0.25,
+        )
+    )
+    assert metrics(merger) == [
+        Metric(
+            step=1,
+            epoch=2,
+            time_s=3.5,
+            loss=1.0,
+            samples=11,
+            computing_s=1.5,
+            waiting_s=0.75,
+            exchanging_s=0.375,
+        )
+    ]
+
+
+def test_a_loss_that_nobody_logged_is_none() -> None:
+    merger = Merger(started_s=0.0)
+    merger.add(row(1))
+    assert metrics(merger)[0].loss is None
+
+
+def test_a_loss_that_only_one_worker_logged_is_its_loss() -> None:
+    merger = Merger(started_s=0.0)
+    merger.add(row(1, 2, loss_sum=6.0, loss_samples=2.0) + row(1, 2))
+    assert metrics(merger)[0].loss == 3.0
+
+
+def test_other_values_go_with_their_round_the_last_ones_count() -> None:
+    merger = Merger(started_s=0.0)
+    merger.log(1, {"accuracy": 0.25, "rate": 0.1})
+    merger.log(1, {"accuracy": 0.5})
+    merger.log(2, {"accuracy": 0.75})
+    merger.add(row(1) + row(2) + row(3))
+    assert [metric.values for metric in metrics(merger)] == [{"accuracy": 0.5, "rate": 0.1}, {"accuracy": 0.75}, {}]
+
+
+def test_at_the_end_what_is_incomplete_is_told_too() -> None:
+    merger = Merger(started_s=0.0)
+    merger.add(row(1, 1) + row(2, 2, samples=7.0, computing_s=3.0) + row(3, 1))
+    assert steps(merger) == [1]
+    (second, third) = metrics(merger, everything=True)
+    assert (second.step, second.samples, second.computing_s) == (2, 7, 3.0)  # means over those that told
+    assert third.step == 3
+
+
+def test_a_round_waits_for_the_ones_before_it_that_are_incomplete() -> None:
+    merger = Merger(started_s=0.0)
+    merger.add(row(1, 2) + row(2, 1))
+    assert steps(merger) == []
+    merger.add(row(1, 2))
+    assert steps(merger) == [1, 2]
+
+
+def test_a_round_waits_for_the_ones_before_it_that_nobody_has_told_yet() -> None:
+    """Worker 0 was alone in round 1 and is slower to tell than worker 1, alone in round 2."""
+    merger = Merger(started_s=0.0)
+    merger.add(row(2, 1))
+    assert steps(merger) == []
+    merger.add(row(1, 1))
+    assert steps(merger) == [1, 2]
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 4), unique=True, min_size=1, max_size=5), max_size=12),
+    st.integers(0, 2**30),
+)
+def test_in_whatever_order_workers_tell_all_rounds_come_once_in_order(rounds: list[list[int]], seed: int) -> None:
+    """Each worker tells its own rounds in order, in portions of any size."""
+    random_ = random.Random(seed)
+    queues = {
+        worker: [row(number, len(by), samples=1.0) for number, by in enumerate(rounds, start=1) if worker in by]
+        for worker in range(5)
+    }
+    merger, found = Merger(started_s=0.0), []
+    while any(queues.values()):
+        worker = random_.choice([worker for worker, rows in queues.items() if rows])
+        count = random_.randint(1, len(queues[worker]))
+        merger.add(b"".join(queues[worker][:count]))
+        del queues[worker][:count]
+        found += metrics(merger)
+    assert [metric.step for metric in found] == list(range(1, len(rounds) + 1))
+    assert [metric.samples for metric in found] == [len(by) for by in rounds]
+    assert metrics(merger, everything=True) == []
+
+
+def test_the_run_begins_with_its_first_batch() -> None:
+    merger = Merger(started_s=100.0)
+    assert merger.begun_s is None
+    merger.add(row(1, 2, time_s=110.0, computing_s=2.0, waiting_s=1.0, exchanging_s=0.5))
+    assert merger.begun_s == 106.5
+    merger.add(row(2, 1, time_s=120.0, computing_s=1.0))
+    assert merger.begun_s == 106.5
+
+
+def test_the_first_batch_is_the_earliest_of_any_worker() -> None:
+    """The worker that tells first need not be the one that began first."""
+    merger = Merger(started_s=100.0)
+    merger.add(row(1, 2, time_s=110.0, computing_s=2.0))
+    merger.add(row(1, 2, time_s=110.0, computing_s=5.0))
+    assert merger.begun_s == 105.0
+
+
+@pytest.mark.parametrize("portions", [1, 3])
+def test_several_rows_may_come_at_once(portions: int) -> None:
+    merger = Merger(started_s=0.0)
+    data = b"".join(row(number) for number in range(1, 7))
+    size = ROW.size * 6 // portions
+    for start in range(0, len(data), size):
+        merger.add(data[start : start + size])
+    assert steps(merger) == [1, 2, 3, 4, 5, 6]
