@@ -82,7 +82,7 @@ class Metric(msgspec.Struct, frozen=True, tag="metric"):
     exchanging_s: float
     bytes_sent: int = 0
     staleness: float = 0.0
-    values: dict[str, float] = {}
+    values: dict[str, float | None] = {}  # None: not a finite number
 
 
 class Output(msgspec.Struct, frozen=True, tag="output"):

@@ -38,6 +38,9 @@ class Passes(Protocol):
     def begin(self, loader: int, length: int | None) -> bool:
         """A pass begins. False: training is over, so one batch is enough."""
 
+    def epoch(self, loader: int) -> int:
+        """How many passes over the loader have been trained on: the same on all workers at the same place."""
+
     def drawn(self, samples: int) -> None:
         """A batch goes to the script."""
 
@@ -99,7 +102,6 @@ class SharedLoader(DataLoader[Any]):
 
     def __init__(self, source: DataLoader[Any], index: int, part: Part, passes: Passes, count: Count) -> None:
         self._index, self._passes, self._count, self._source, self._part = index, passes, count, source, part
-        self._epoch = 0
         self._plan: _Plan | None = None
         settings: dict[str, Any] = {
             "num_workers": source.num_workers,
@@ -128,15 +130,15 @@ class SharedLoader(DataLoader[Any]):
 
     def __len__(self) -> int:
         if self._plan is not None:
-            return self._plan.length(self._epoch)
+            return self._plan.length(self._passes.epoch(self._index))
         part = replace(self._part, assign="round_robin") if self._part.assign == "block" else self._part
-        return part.count(len(self._source), self._epoch)
+        return part.count(len(self._source), self._passes.epoch(self._index))
 
     def __iter__(self) -> Any:
         return _one_pass(self, self._index, self._passes, self._batches)
 
     def _batches(self) -> Iterator[tuple[Any, int]]:
-        epoch, self._epoch = self._epoch, self._epoch + 1
+        epoch = self._passes.epoch(self._index)
         if self._plan is None:
             yield from _dealt(super().__iter__(), self._part, epoch, None, self._count)
             return
@@ -156,10 +158,9 @@ class SharedBatches:
                 "(anything one can iterate over)"
             )
         self._source, self._index, self._part, self._passes, self._count = source, index, part, passes, count
-        self._epoch = 0
 
     def __len__(self) -> int:
-        return self._part.count(len(self._source), self._epoch)  # type: ignore[arg-type]
+        return self._part.count(len(self._source), self._passes.epoch(self._index))  # type: ignore[arg-type]
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -170,7 +171,7 @@ class SharedBatches:
         return _one_pass(self, self._index, self._passes, self._batches)
 
     def _batches(self) -> Iterator[tuple[Any, int]]:
-        epoch, self._epoch = self._epoch, self._epoch + 1
+        epoch = self._passes.epoch(self._index)
         total = len(self._source) if isinstance(self._source, Sized) else None
         return _dealt(iter(self._source), self._part, epoch, total, self._count)
 
@@ -184,13 +185,14 @@ def _one_pass(
     except TypeError:
         length = None
     training = passes.begin(index, length)
+    before = passes.over  # then this is a whole evaluation, or a pass of one batch
     ended = False
     try:
         for batch, samples in batches():
             if training:
                 passes.drawn(samples)
             yield batch
-            if not training or passes.over:
+            if not training or (passes.over and not before):
                 break
         ended = True
     finally:

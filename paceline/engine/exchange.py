@@ -52,7 +52,7 @@ class Exchange:
     def __init__(
         self, optimizer: optim.Optimizer, names: dict[int, str], board: Board, rank: int, *, share: bool
     ) -> None:
-        optimizers.check(optimizer)
+        optimizers.check(optimizer, servers=board.servers)
         self.optimizer = optimizer
         self._board, self._rank = board, rank
         self._parameters: list[nn.Parameter] = [p for g in optimizer.param_groups for p in g["params"]]
@@ -83,9 +83,6 @@ class Exchange:
         self._views = [table.view(e, memory.params[e.dtype]) for e in table.entries]
         self._stepper = Stepper(self._spec, memory, type(self.optimizer), vars(self.optimizer))
         self._sent_settings: list[optimizers.Group] = []
-        self._seen: list[list[object]] = []
-        groups = self.optimizer.param_groups
-        self._tensor_settings = any(isinstance(v, torch.Tensor) for group in groups for v in group.values())
         self._mask = bytes(len(table.entries))
         self._all = bytes([1]) * len(table.entries)
         self._servers = tuple(range(self._spec.workers, self._spec.workers + self._spec.servers))
@@ -137,13 +134,13 @@ class Exchange:
         self._check_unchanged()
         self._write_gradients()
         self._write_settings()
-        self._slot.write(push.weight, push.loss, push.stop)
+        self._slot.write(number, push.weight, push.loss, push.stop)
         memory.pushed[self._rank] = number
         board.ring(self._rank)
         pushed = time.monotonic()
         if self._servers:
             board.wait(lambda: reached(number, memory.stepped, self._servers))
-            contributors = tuple(w for w in range(self._spec.workers) if memory.pushed[w] >= number)
+            contributors = tuple(w for w, slot in enumerate(memory.slots) if slot.pushed_in(number))
             closed = stepped = pushed  # all the time until the servers are done is waiting
         else:
             contributors = board.wait(lambda: close_round(number, memory.pushed, board)).contributors
@@ -152,7 +149,7 @@ class Exchange:
                 memory.ready[self._rank] = number
                 board.ring(self._rank)
                 board.wait(lambda: reached(number, memory.ready, contributors))
-            self._stepper.step(contributors)
+            self._stepper.step(number, contributors)
             memory.stepped[self._rank] = number
             board.ring(self._rank)
             stepped = time.monotonic()
@@ -172,11 +169,11 @@ class Exchange:
         number, round_ = max(memory.answered) + 1, max(memory.stepped) + 1
         self._write_gradients()
         self._slot.chosen[:] = chosen
-        self._slot.write(weight, (0.0, 0.0), False)
+        self._slot.write_weight(round_, weight)
         memory.asked[self._rank] = number
         board.ring(self._rank)
         contributors = board.wait(lambda: self._all_ask(number, round_)).contributors
-        self._slot.write_norm(self._stepper.norm(contributors, self._rank, order))
+        self._slot.write_norm(self._stepper.norm(round_, contributors, self._rank, order))
         memory.answered[self._rank] = number
         board.ring(self._rank)
         board.wait(lambda: reached(number, memory.answered, contributors))
@@ -194,19 +191,19 @@ class Exchange:
                 )
         return close_round(number, memory.asked, self._board)
 
-    def losses(self, contributors: tuple[int, ...]) -> tuple[float, float]:
-        """Sums over the contributors of the round just closed of (loss x samples, samples) since the last look."""
-        pairs = [self._memory.slots[worker].loss for worker in contributors]
+    def losses(self, number: int, contributors: tuple[int, ...]) -> tuple[float, float]:
+        """Sums over the contributors of round ``number``, the last, of (loss x samples, samples)."""
+        pairs = [self._memory.slots[worker].loss(number) for worker in contributors]
         return sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
 
-    def asked_to_stop(self, contributors: tuple[int, ...]) -> bool:
-        return any(self._memory.slots[worker].stop for worker in contributors)
+    def asked_to_stop(self, number: int, contributors: tuple[int, ...]) -> bool:
+        return any(self._memory.slots[worker].stop(number) for worker in contributors)
 
     def _describe(self, names: dict[int, str]) -> Spec:
         optimizer, kind = self.optimizer, type(self.optimizer)
         groups = optimizer.param_groups
         numbered = ((g, p) for g, group in enumerate(groups) for p in group["params"])
-        table = tabulate((names.get(id(p), f"parameter {i}"), g, p.detach()) for i, (g, p) in enumerate(numbered))
+        table = tabulate((names.get(id(p), f"parameter {i}"), g, p) for i, (g, p) in enumerate(numbered))
         settings = optimizers.settings(optimizer)
         for group, plain in zip(groups, settings, strict=True):
             dtypes = [p.dtype for p in group["params"]]
@@ -271,12 +268,7 @@ class Exchange:
 
     def _write_settings(self) -> None:
         """Schedulers change hyper-parameters between steps; they travel only when they have changed."""
-        raw = [[*group.values()] for group in self.optimizer.param_groups]
-        # Equal objects may be one tensor that was changed in place; everything else that is equal is unchanged.
-        if raw == self._seen and not self._tensor_settings:
-            return
         settings = optimizers.settings(self.optimizer)
-        self._seen = raw
         if settings == self._sent_settings:
             return
         self._sent_settings = settings

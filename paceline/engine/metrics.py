@@ -61,7 +61,8 @@ class Merger:
     def __init__(self, started_s: float) -> None:
         self._started_s = started_s
         self._open: dict[int, _Merged] = {}
-        self._values: dict[int, dict[str, float]] = {}
+        self._next = 1
+        self._values: dict[int, dict[str, float | None]] = {}
         self.begun_s: float | None = None
 
     def add(self, rows: bytes) -> None:
@@ -75,8 +76,8 @@ class Merger:
             merged.time_s = max(merged.time_s, row[3])
             for place in range(6):
                 merged.sums[place] += row[4 + place]
-            if self.begun_s is None:
-                self.begun_s = row[3] - row[7] - row[8] - row[9]
+            begun_s = row[3] - row[7] - row[8] - row[9]
+            self.begun_s = min(begun_s, self.begun_s or begun_s)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self._values.setdefault(step, {}).update(values)
@@ -85,8 +86,9 @@ class Merger:
         """The steps that are complete, in order; with ``everything`` also those that are not."""
         for step in sorted(self._open):
             merged = self._open[step]
-            if merged.workers < merged.contributors and not everything:
+            if not everything and (step != self._next or merged.workers < merged.contributors):
                 return
+            self._next = step + 1
             yield self._metric(step, self._open.pop(step))
 
     def _metric(self, step: int, merged: _Merged) -> Metric:

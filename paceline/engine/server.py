@@ -49,7 +49,7 @@ def serve(context: Context) -> None:
                 which.memory.ready[member] = number
                 board.ring(member)
                 _await(board, which, number, servers)
-            which.stepper.step(contributors)
+            which.stepper.step(number, contributors)
             which.memory.stepped[member] = number
             board.ring(member)
 

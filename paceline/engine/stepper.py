@@ -42,27 +42,27 @@ class Stepper:
             self._shard.resume()
         return moved
 
-    def step(self, contributors: tuple[int, ...]) -> None:
-        """Fold the round of ``contributors`` and step the share taken up."""
+    def step(self, number: int, contributors: tuple[int, ...]) -> None:
+        """Fold round ``number`` of ``contributors`` and step the share taken up."""
         assert self._shard is not None, "step before take_up"
-        slots, weights = self._sources(contributors)
+        slots, weights = self._sources(number, contributors)
         self._shard.fold([slot.gradient for slot in slots], weights)
         self._shard.step(self._new_settings(contributors[0]), self._union([slot.mask for slot in slots]))
 
-    def norm(self, contributors: tuple[int, ...], me: int, order: float) -> float:
+    def norm(self, number: int, contributors: tuple[int, ...], me: int, order: float) -> float:
         """Member ``me``'s part of the norm of the folded gradient: sum of |g|^order, or the maximum for infinity.
 
         Over the parameters that any contributor has chosen. Steps nothing.
         """
-        slots, weights = self._sources(contributors)
+        slots, weights = self._sources(number, contributors)
         shard = self._find(contributors.index(me), len(contributors))
         shard.fold([slot.gradient for slot in slots], weights)
         return shard.norm(self._union([slot.chosen for slot in slots]), order)
 
-    def _sources(self, contributors: tuple[int, ...]) -> tuple[list[Slot], list[float]]:
+    def _sources(self, number: int, contributors: tuple[int, ...]) -> tuple[list[Slot], list[float]]:
         """The slots that count, with their weights."""
         slots = [self._memory.slots[worker] for worker in contributors]
-        weights = [slot.weight for slot in slots]
+        weights = [slot.weight(number) for slot in slots]
         if not any(weights):
             return slots, [1.0] * len(slots)  # nobody counts samples: all count alike
         if not all(weights):

@@ -49,12 +49,12 @@ class Worker:
         self._samples_at_step: list[int] = []
         self._samples = 0  # drawn so far
         self._batch_samples = 1
-        self._pass_starts: dict[int, int] = {}  # loader -> the round at which its pass began
+        self._own_steps = self._drawn = 0
+        self._pass_starts: dict[int, tuple[int, int]] = {}  # loader -> own steps and batches drawn when its pass began
         self._evaluating: dict[int, tuple[int, object]] = {}  # loader -> samples and gradients at that time
         self._training_loaders: set[int] = set()
         self._left: set[int] = set()  # loaders whose last pass the script left early
         self._loaders = 0
-        self._barriers = 0
         self._epoch = 0
         self._look = (0.0, 0.0)
         self._ended = _TRAINING
@@ -79,7 +79,7 @@ class Worker:
 
     def copy_from_first(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         """Set these tensors to worker 0's values, in place. Blocks until worker 0 has given them."""
-        table = tabulate((name, 0, tensor.detach()) for name, tensor in tensors)
+        table = tabulate((name, 0, tensor) for name, tensor in tensors)
         data = msgspec.msgpack.encode(table)
         size = max(table.offsets_bytes()[""], 1)
         memory, first = self._collective("copy", data, size, f"{len(tensors)} tensors")
@@ -172,14 +172,15 @@ class Worker:
             self.flush()
 
     def _after_round(self, exchange: Exchange, number: int, contributors: tuple[int, ...]) -> None:
-        if exchange.asked_to_stop(contributors):
+        self._own_steps += 1
+        if exchange.asked_to_stop(number, contributors):
             self._end(_INTERRUPTED, "interrupted")
             raise KeyboardInterrupt
         reason = self._stopping.after_round(number)
         look = reason is None and self._stopping.needs_loss and number % CHECK_ROUNDS == 0
         # Whoever is out of data has not seen this round: then nobody looks, so that all count the same looks.
         if look and all(w in contributors or self._board.gone[w] for w in range(self._board.workers)):
-            total, samples = exchange.losses(contributors)
+            total, samples = exchange.losses(number, contributors)
             self._look = (0.0, 0.0)
             reason = self._stopping.look(total / samples) if samples else None
         if reason is not None:
@@ -206,13 +207,13 @@ class Worker:
     # --- passes over loaders (data.loader.Passes) ---
 
     def begin(self, loader: int, length: int | None) -> bool:
-        if loader in self._left:
-            self._left.discard(loader)
-            self._await_all(loader)
+        for left in sorted(self._left):
+            self._left.discard(left)
+            self._await_all(left)
         if self.step_number == 0:
             self._step_done_s = time.monotonic()  # what came before the first batch is not training
         self._drop_unstepped_losses()
-        self._pass_starts[loader] = self.step_number
+        self._pass_starts[loader] = (self._own_steps, self._drawn)
         self._evaluating[loader] = (self._samples, self._gradient_marks())
         ghost = self._ended != _TRAINING and loader in self._training_loaders
         if not ghost:
@@ -226,30 +227,46 @@ class Worker:
     def drawn(self, samples: int) -> None:
         if self._row.stepped:
             self._close_row()
+        self._drawn += 1
         self._samples += samples
         self._batch_samples = samples
 
+    def epoch(self, loader: int) -> int:
+        return self._board.passes(loader)[self.rank]
+
     def end(self, loader: int) -> None:
-        self._finish_pass(loader)
-        self.flush()
-        self._await_all(loader)
+        if self._finish_pass(loader):
+            self.flush()
+            self._await_all(loader)
 
     def leave(self, loader: int) -> None:
-        self._finish_pass(loader)
-        self._left.add(loader)
+        if self._finish_pass(loader):
+            self._left.add(loader)
 
-    def _finish_pass(self, loader: int) -> None:
+    def _finish_pass(self, loader: int) -> bool:
+        """Was it a pass to train on? If so it is counted, and its end is one for all.
+
+        A pass that was read without a step is an evaluation: it is nobody else's business, since scripts evaluate in
+        the midst of training, and on worker 0 alone. A pass with nothing to read was to train on as far as this
+        worker can know.
+        """
         if self._row.stepped:
             self._close_row()
         self._drop_unstepped_losses()
-        if self.step_number > self._pass_starts.get(loader, 0):
+        steps_before, drawn_before = self._pass_starts[loader]
+        steps = self._own_steps - steps_before
+        if steps == 0 and self._drawn > drawn_before:
+            if self._evaluating[loader][1] == self._gradient_marks():
+                self._samples = self._evaluating[loader][0]  # no backward came of them: they weigh nothing
+            return False
+        if steps:
             self._training_loaders.add(loader)
-        elif self._evaluating[loader][1] == self._gradient_marks():
-            self._samples = self._evaluating[loader][0]  # no backward came of them: they weigh nothing
-        columns = self._board.looks(self._barriers)
-        columns[0][self.rank], columns[1][self.rank] = self._look
-        self._board.passes(loader)[self.rank] += 1
+        passes = self._board.passes(loader)
+        look = self._board.look(loader, passes[self.rank] + 1, self.rank)
+        look[0], look[1], look[2] = *self._look, steps
+        passes[self.rank] += 1
         self._board.ring(self.rank)
+        return True
 
     def _gradient_marks(self) -> list[tuple[int, int]]:
         """Changes whenever a backward pass has added to a gradient."""
@@ -265,8 +282,9 @@ class Worker:
         board.ring(self.rank)
         board.wait(lambda: holding(loader, number, board) or number)
         board.parked[self.rank] = NOT_PARKED
-        looks = board.looks(self._barriers)
-        self._barriers += 1
+        # Who is gone has not finished it; what it had logged before is of an older pass.
+        looked = [w for w in range(board.workers) if board.passes(loader)[w] >= number]
+        looks = [board.look(loader, number, worker) for worker in looked]
         self._row.waiting_s += time.monotonic() - begun
         self._step_done_s = time.monotonic()
         if self._ended != _TRAINING:
@@ -275,9 +293,9 @@ class Worker:
         if ended == _INTERRUPTED:
             self._end(ended, "interrupted")
             raise KeyboardInterrupt
-        if self.step_number > self._pass_starts.get(loader, 0):
+        if sum(look[2] for look in looks):
             self._training_loaders.add(loader)
-            self._after_pass(number, sum(looks[0]), sum(looks[1]))
+            self._after_pass(number, sum(look[0] for look in looks), sum(look[1] for look in looks))
         if ended and not self.over:  # in a round of the others that this worker was parked in
             self._end(ended, self._stopping.after_round(self.step_number) or "")
 

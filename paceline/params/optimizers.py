@@ -61,8 +61,14 @@ def is_elementwise(optimizer_class: type) -> bool:
     return optimizer_class in ELEMENTWISE
 
 
-def check(optimizer: optim.Optimizer) -> None:
+def check(optimizer: optim.Optimizer, *, servers: int = 0) -> None:
     """Refuse what cannot be shared. Raises ConfigError."""
+    own = [name for name in vars(optimizer) if name not in _USUAL and not name.startswith("_")]
+    if servers and own and type(optimizer) not in ELEMENTWISE:
+        raise ConfigError(
+            f"{type(optimizer).__name__} keeps {own[0]!r} in the object; a server has the class and param_groups only",
+            fix="keep it in param_groups (the constructor's defaults), or use --servers 0",
+        )
     if isinstance(optimizer, optim.LBFGS):
         raise ConfigError(
             "LBFGS evaluates the loss several times within one step, so its gradients cannot be exchanged once",
@@ -136,6 +142,7 @@ def clone(source: Mapping[str, Any], optimizer_class: type, groups: list[Group])
     return fresh
 
 
+_USUAL = ("defaults", "state", "param_groups", "step", "zero_grad", "fused", "foreach")
 _INSTANCE_ONLY = ("step", "state", "param_groups", "defaults", "zero_grad")
 
 

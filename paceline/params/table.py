@@ -82,14 +82,14 @@ def tabulate(tensors: Iterable[tuple[str, int, torch.Tensor]]) -> Table:
     sizes: dict[str, int] = {}
     spans: list[tuple[int, int, str]] = []
     for name, group, tensor in tensors:
-        dtype = dtype_name(tensor.dtype, f"parameter {name}")
-        if tensor.layout is not torch.strided:
-            raise ConfigError(f"parameter {name} has layout {tensor.layout}; it must be dense (torch.strided)")
-        if isinstance(tensor, nn.parameter.UninitializedParameter):
+        if isinstance(tensor, nn.parameter.UninitializedParameter | nn.parameter.UninitializedBuffer):
             raise ConfigError(
                 f"parameter {name} is lazy and has no shape yet",
                 fix="run one forward pass with a batch before run.wrap",
             )
+        dtype = dtype_name(tensor.dtype, f"parameter {name}")
+        if tensor.layout is not torch.strided:
+            raise ConfigError(f"parameter {name} has layout {tensor.layout}; it must be dense (torch.strided)")
         spans.append((tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size(), name))
         offset = sizes.get(dtype, 0)
         shape, stride = tuple(tensor.shape), _dense_stride(tensor)

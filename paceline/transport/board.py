@@ -46,11 +46,8 @@ class Board:
         self._passes = [
             self._words[start + loader * workers : start + (loader + 1) * workers] for loader in range(MAX_LOADERS)
         ]
-        floats = memoryview(memory).cast("d")
-        start = offsets["looks"]
-        self._looks = [
-            [floats[start + k * workers : start + (k + 1) * workers] for k in (half, half + 1)] for half in (0, 2)
-        ]
+        self._floats = memoryview(memory).cast("d")
+        self._looks = offsets["looks"]
         # Sleeping costs a wake-up of 10 to 50 microseconds; looking again for a while costs a core. It pays
         # only where every process has a core of its own.
         self._spins = 40 if self.members <= len(os.sched_getaffinity(0)) else 0
@@ -86,9 +83,10 @@ class Board:
     def passes(self, loader: int) -> memoryview[int]:
         return self._passes[loader]
 
-    def looks(self, number: int) -> list[memoryview[float]]:
-        """[sum of loss times samples, sum of samples] by worker for pass ``number``; two passes fit."""
-        return self._looks[number % 2]
+    def look(self, loader: int, number: int, worker: int) -> memoryview[float]:
+        """[sum of loss times samples, sum of samples, steps] of a worker's pass ``number``; two fit."""
+        start = self._looks + ((loader * 2 + number % 2) * self.workers + worker) * 3
+        return self._floats[start : start + 3]
 
     def ring(self, member: int) -> None:
         """Count a change of ``member``, published before this, and wake those who sleep on it."""
@@ -140,7 +138,7 @@ def _offsets(workers: int, servers: int) -> dict[str, int]:
         "parked": workers,
         "ended": workers,
         "passes": workers * MAX_LOADERS,
-        "looks": workers * 4,
+        "looks": workers * 6 * MAX_LOADERS,
     }
     for name, words in columns.items():
         offsets[name] = place

@@ -23,7 +23,12 @@ from paceline.params.table import DTYPES, Table
 from paceline.transport.segment import PAGE, page_up
 
 _WORD = 8
-_HEADER_WORDS = 8
+_HEADER_WORDS = 24  # two halves of eight words, then settings' version and length, and a norm
+_SETTINGS, _NORM = 16, 18
+
+
+def _half(number: int) -> int:
+    return number % 2 * 8
 
 
 class Spec(msgspec.Struct, frozen=True):
@@ -79,45 +84,54 @@ class Slot:
         self._settings_bytes = spec.settings_bytes
         self.gradient = carve_vectors(memory, start + offsets.gradient, spec.table)
 
-    @property
-    def weight(self) -> float:
-        return self._floats[0]
+    def pushed_in(self, number: int) -> bool:
+        """Did this worker contribute to round ``number``, the one in progress or the last?"""
+        return self._words[_half(number)] == number
 
-    @property
-    def loss(self) -> tuple[float, float]:
+    def weight(self, number: int) -> float:
+        return self._floats[_half(number) + 1]
+
+    def loss(self, number: int) -> tuple[float, float]:
         """Sum of loss times samples, and of samples, since the last look (protocol/stopping.py)."""
-        return self._floats[1], self._floats[2]
+        half = _half(number)
+        return self._floats[half + 2], self._floats[half + 3]
 
-    @property
-    def stop(self) -> bool:
+    def stop(self, number: int) -> bool:
         """Does this worker ask that the round be the last?"""
-        return self._words[3] != 0
+        return self._words[_half(number) + 4] != 0
 
-    def write(self, weight: float, loss: tuple[float, float], stop: bool) -> None:
-        self._floats[0], self._floats[1], self._floats[2] = weight, *loss
-        self._words[3] = stop
+    def write_weight(self, number: int, weight: float) -> None:
+        self._floats[_half(number) + 1] = weight
+
+    def write(self, number: int, weight: float, loss: tuple[float, float], stop: bool) -> None:
+        """The header of a push. There are two, for even rounds and odd ones: when a round is over, a fast worker may
+        push the next before a slow one has looked at this one's headers; further ahead nobody can be."""
+        half = _half(number)
+        self._floats[half + 1], self._floats[half + 2], self._floats[half + 3] = weight, *loss
+        self._words[half + 4] = stop
+        self._words[half] = number
 
     @property
     def norm(self) -> float:
         """This worker's part of a norm."""
-        return self._floats[6]
+        return self._floats[_NORM]
 
     def write_norm(self, value: float) -> None:
-        self._floats[6] = value
+        self._floats[_NORM] = value
 
     @property
     def settings_version(self) -> int:
-        return self._words[4]
+        return self._words[_SETTINGS]
 
     @property
     def settings(self) -> bytes:
-        return bytes(self._settings[: self._words[5]])
+        return bytes(self._settings[: self._words[_SETTINGS + 1]])
 
     def write_settings(self, data: bytes) -> None:
         assert len(data) <= self._settings_bytes, f"settings of {len(data)} bytes in room for {self._settings_bytes}"
         self._settings[: len(data)] = data
-        self._words[5] = len(data)
-        self._words[4] += 1
+        self._words[_SETTINGS + 1] = len(data)
+        self._words[_SETTINGS] += 1
 
 
 class ExchangeMemory:

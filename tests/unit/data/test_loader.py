@@ -43,6 +43,9 @@ class Passes:
         self.told.append(("begin", loader, length))
         return self._training
 
+    def epoch(self, loader: int) -> int:
+        return sum(one[0] in ("end", "leave") and one[1] == loader for one in self.told)
+
     def drawn(self, samples: int) -> None:
         self.told.append(("drawn", samples))
 

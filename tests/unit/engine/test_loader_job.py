@@ -279,7 +279,7 @@ def test_other_sources_train_in_lockstep(name: str, servers: int) -> None:
 
 @pytest.mark.parametrize("servers", [0, 2])
 def test_passes_left_at_different_places(servers: int) -> None:
-    """Each worker breaks where it likes, one of them at its first batch, another not at all."""
+    """Each worker breaks where it likes, another not at all."""
 
     def body(run: Any) -> float:
         weight = Weight()
@@ -287,7 +287,7 @@ def test_passes_left_at_different_places(servers: int) -> None:
         watch(run, loaders=1)
         for number in range(4):
             for index, (batch,) in enumerate(loader):
-                if (run.rank, number) in ((0, 1), (2, 2), (2, 3)) and index == run.rank * number % 3:
+                if (run.rank, number) in ((0, 1), (2, 2), (2, 3)) and index == 1 + run.rank * number % 3:
                     break
                 weight.step(batch)
         for _ in loader:  # one more, so that all have come through the barriers of those passes
@@ -461,3 +461,31 @@ def test_rates_that_a_schedule_computed_are_taken_as_they_are(number: Callable[[
         return weight.value.item()
 
     assert run_job(body, servers=servers) == [-2.25] * 2
+
+
+class Listed(optim.SGD):
+    """Multiplies gradients by a setting that is a list."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, lr=1.0)
+        self.param_groups[0]["scales"] = [1.0, 1.0]
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad.mul_(group["scales"][0])
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("servers", [0, 1])
+def test_a_setting_that_is_changed_in_place_is_seen(servers: int) -> None:
+    def body(run: Any) -> float:
+        value = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+        optimizer = run.wrap(Listed([value]))
+        for scale in (1.0, 10.0):
+            optimizer.param_groups[0]["scales"][0] = scale
+            value.grad = torch.ones_like(value)
+            optimizer.step()
+        return value.item()
+
+    assert run_job(body, servers=servers) == [-11.0] * 2

@@ -31,18 +31,19 @@ def make(workers: int, servers: int, views: int = 1) -> list[Board]:
 def columns(board: Board) -> list[Any]:
     """Every column of cells that is written through the board."""
     some = (0, 1, MAX_LOADERS // 2, MAX_LOADERS - 1)
-    return [board.gone, board.parked, board.ended, *map(board.passes, some), *board.looks(0), *board.looks(1)]
+    looks = [board.look(loader, number, 0) for loader in some for number in (0, 1)]
+    return [board.gone, board.parked, board.ended, *map(board.passes, some), *looks]
 
 
 @given(st.integers(1, 40), st.integers(0, 12))
 def test_no_cell_is_another(workers: int, servers: int) -> None:
     board, other = make(workers, servers, views=2)
     for column in columns(board):
-        for rank in range(workers):
+        for rank in range(len(column)):
             column[rank] = 0
     value = 0
     for column in columns(board):
-        for rank in range(workers):
+        for rank in range(len(column)):
             value += 1
             column[rank] = value
     for member in range(workers + servers):
@@ -68,9 +69,9 @@ def test_what_one_writes_all_see() -> None:
     one, other = make(3, 1, views=2)
     one.gone[2] = 1
     one.passes(7)[1] = 2**63
-    one.looks(4)[1][0] = -0.5
+    one.look(3, 4, 1)[0] = -0.5
     one.set_interrupt()
-    assert (other.gone[2], other.passes(7)[1], other.looks(2)[1][0]) == (1, 2**63, -0.5)
+    assert (other.gone[2], other.passes(7)[1], other.look(3, 2, 1)[0]) == (1, 2**63, -0.5)
     assert other.interrupt
     assert not other.abort
 

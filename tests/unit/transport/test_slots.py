@@ -149,14 +149,16 @@ def test_the_header_comes_back(weight: float, loss: float, samples: float, stop:
     mine, its = mapped.views[0].slots[0], mapped.views[1].slots[0]
     mine.write_settings(b"lr")
     mine.write_norm(norm)
-    mine.write(weight, (loss, samples), stop)
-    assert (its.weight, its.loss, its.stop, its.norm) == (weight, (loss, samples), stop, norm)
+    mine.write(7, weight, (loss, samples), stop)
+    assert (its.weight(7), its.loss(7), its.stop(7), its.norm) == (weight, (loss, samples), stop, norm)
+    assert its.pushed_in(7)
+    assert not its.pushed_in(6)
     assert its.settings == b"lr"
 
 
 def test_a_new_slot_is_empty(pair: tuple[Slot, Slot]) -> None:
     _, its = pair
-    assert (its.weight, its.loss, its.stop, its.settings, its.settings_version) == (0.0, (0.0, 0.0), False, b"", 0)
+    assert (its.weight(1), its.loss(1), its.stop(1), its.settings, its.settings_version) == (0, (0, 0), False, b"", 0)
     assert bytes(its.mask) == bytes(2) == bytes(its.chosen)
 
 
@@ -186,9 +188,9 @@ def test_masks_and_gradients_come_back(pair: tuple[Slot, Slot]) -> None:
 def test_other_workers_slots_are_others() -> None:
     (memory,) = Mapped(make_spec(make_table([((3,), "float32")]), [], 3, 0, 64)).views
     for worker, slot in enumerate(memory.slots):
-        slot.write(float(worker), (0.0, 0.0), False)
+        slot.write(1, float(worker), (0.0, 0.0), False)
         slot.gradient["float32"].fill_(worker)
-    assert [slot.weight for slot in memory.slots] == [0.0, 1.0, 2.0]
+    assert [slot.weight(1) for slot in memory.slots] == [0.0, 1.0, 2.0]
     assert [slot.gradient["float32"].sum().item() for slot in memory.slots] == [0.0, 64.0, 128.0]
 
 
