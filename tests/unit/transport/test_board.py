@@ -60,7 +60,6 @@ def test_no_cell_is_another(workers: int, servers: int) -> None:
 def test_a_new_board_is_empty_and_knows_its_members(workers: int, servers: int) -> None:
     (board,) = make(workers, servers)
     assert (board.workers, board.servers, board.members) == (workers, servers, workers + servers)
-    assert all(len(column) == workers for column in columns(board))
     assert not any(any(column) for column in columns(board))
     assert (board.abort, board.interrupt, board.published) == (False, False, 0)
 
