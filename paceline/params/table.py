@@ -90,13 +90,20 @@ def tabulate(tensors: Iterable[tuple[str, int, torch.Tensor]]) -> Table:
         dtype = dtype_name(tensor.dtype, f"parameter {name}")
         if tensor.layout is not torch.strided:
             raise ConfigError(f"parameter {name} has layout {tensor.layout}; it must be dense (torch.strided)")
-        spans.append((tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size(), name))
+        spans.append((*_span(tensor), name))
         offset = sizes.get(dtype, 0)
         shape, stride = tuple(tensor.shape), _dense_stride(tensor)
         entries.append(Entry(name, shape, stride, dtype, group, offset, tensor.numel()))
         sizes[dtype] = offset + padded(tensor.numel())
     _check_apart(spans)
     return Table(tuple(entries), sizes)
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """The memory that is surely the tensor's own: all of it without gaps, its first value with."""
+    extent = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    values = extent if 0 < extent <= tensor.numel() else min(tensor.numel(), 1)
+    return tensor.data_ptr(), tensor.data_ptr() + values * tensor.element_size()
 
 
 def _check_apart(spans: list[tuple[int, int, str]]) -> None:

@@ -7,7 +7,6 @@ its living creator when any attached process ends. A memfd has no name, so nothi
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import mmap
 import os
 from pathlib import Path
@@ -27,6 +26,8 @@ def create(name: str, size_bytes: int) -> int:
     Reserving first turns "out of memory" into an error with a sentence; without it the first touch past
     what the host has would be a SIGBUS. Raises HostError.
     """
+    import fcntl  # not everywhere that a script runs alone
+
     free = available_bytes()
     if size_bytes > free:
         raise HostError(
