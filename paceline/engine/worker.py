@@ -247,8 +247,7 @@ class Worker:
         """Was it a pass to train on? If so it is counted, and its end is one for all.
 
         A pass that was read without a step is an evaluation: it is nobody else's business, since scripts evaluate in
-        the midst of training, and on worker 0 alone. A pass with nothing to read was to train on as far as this
-        worker can know.
+        the midst of training, and on worker 0 alone. A pass with nothing to read may be either: see ``_await_all``.
         """
         if self._row.stepped:
             self._close_row()
@@ -258,6 +257,8 @@ class Worker:
         if steps == 0 and self._drawn > drawn_before:
             if self._evaluating[loader][1] == self._gradient_marks():
                 self._samples = self._evaluating[loader][0]  # no backward came of them: they weigh nothing
+            self._board.evaluated[loader] = 1
+            self._board.ring(self.rank)
             return False
         if steps:
             self._training_loaders.add(loader)
@@ -280,7 +281,7 @@ class Worker:
         begun = time.monotonic()
         board.parked[self.rank] = loader + 1
         board.ring(self.rank)
-        board.wait(lambda: holding(loader, number, board) or number)
+        board.wait(lambda: self._barrier(loader, number) or number)
         board.parked[self.rank] = NOT_PARKED
         # Who is gone has not finished it; what it had logged before is of an older pass.
         looked = [w for w in range(board.workers) if board.passes(loader)[w] >= number]
@@ -298,6 +299,18 @@ class Worker:
             self._after_pass(number, sum(look[0] for look in looks), sum(look[1] for look in looks))
         if ended and not self.over:  # in a round of the others that this worker was parked in
             self._end(ended, self._stopping.after_round(self.step_number) or "")
+
+    def _barrier(self, loader: int, number: int) -> Waiting | None:
+        """Whom the end of this pass waits for. A worker that had nothing to read, from a loader nobody is known to
+        train on, also goes on when another has read it without a step, or when all others wait for something else."""
+        board = self._board
+        held = holding(loader, number, board)
+        if held is None or loader in self._training_loaders:
+            return held
+        others = [w for w in range(board.workers) if w != self.rank and not board.gone[w]]
+        if board.evaluated[loader] or all(board.parked[w] not in (NOT_PARKED, loader + 1) for w in others):
+            return None
+        return held
 
     def _after_pass(self, number: int, loss: float, samples: float) -> None:
         reason = self._stopping.after_pass(number)

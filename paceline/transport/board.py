@@ -48,6 +48,8 @@ class Board:
         ]
         self._floats = memoryview(memory).cast("d")
         self._looks = offsets["looks"]
+        # The one column with many writers: whoever writes, writes 1.
+        self.evaluated = self._words[offsets["evaluated"] : offsets["evaluated"] + MAX_LOADERS]
         # Sleeping costs a wake-up of 10 to 50 microseconds; looking again for a while costs a core. It pays
         # only where every process has a core of its own.
         self._spins = 40 if self.members <= len(os.sched_getaffinity(0)) else 0
@@ -139,6 +141,7 @@ def _offsets(workers: int, servers: int) -> dict[str, int]:
         "ended": workers,
         "passes": workers * MAX_LOADERS,
         "looks": workers * 6 * MAX_LOADERS,
+        "evaluated": MAX_LOADERS,
     }
     for name, words in columns.items():
         offsets[name] = place

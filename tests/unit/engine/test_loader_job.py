@@ -91,6 +91,41 @@ def test_evaluating_every_few_steps_hangs_nobody(workers: int, count: int, serve
     assert [seen for seen, _ in results] == [2 * len(range(rank, count, workers)) // 3 for rank in range(workers)]
 
 
+@pytest.mark.parametrize(
+    ("when", "guarded"),
+    [("before training", True), ("in each pass", True), ("in each pass", False), ("after each pass", False)],
+)
+def test_an_evaluation_of_fewer_batches_than_workers_takes_nobody_out_of_training(when: str, guarded: bool) -> None:
+    """The whole test set as one batch is worker 0's; the others have nothing to evaluate, and must not wait there until
+    the run is over, while worker 0 trains alone. ``guarded``: the evaluation is under ``torch.no_grad()``."""
+
+    def body(run: Any) -> tuple[int, list[int]]:
+        weight = Weight()
+        _, train, test = run.wrap(weight.optimizer, numbers(8), numbers(5, batch_size=5))
+        watch(run, loaders=2)
+        mine, seen = 0, []
+
+        def evaluate() -> None:
+            with torch.set_grad_enabled(not guarded):
+                seen.append(sum(len(batch) for (batch,) in test))
+
+        if when == "before training":
+            evaluate()
+        for _ in range(3):
+            for number, (batch,) in enumerate(train):
+                weight.step(batch)
+                mine += 1
+                if when == "in each pass" and number == 1:
+                    evaluate()
+            if when == "after each pass":
+                evaluate()
+        return mine, [run.step, *seen]
+
+    results = run_job(body, workers=2)
+    times = 1 if when == "before training" else 3
+    assert results == [(12, [12] + [5] * times), (12, [12] + [0] * times)]
+
+
 def test_an_evaluation_on_worker_0_alone_does_not_take_it_out_of_training() -> None:
     """``if run.is_main:`` around an evaluation is what scripts for DDP do; it sees worker 0's part of the data."""
 
