@@ -18,14 +18,32 @@ _HOME = {
     "Trainer": "paceline.run.trainer",
     "fit": "paceline.run.trainer",
     "Sync": "paceline.config",
+    "Quorum": "paceline.config",
+    "Bounded": "paceline.config",
+    "Async": "paceline.config",
+    "Local": "paceline.config",
     "Job": "paceline.config",
     "PacelineError": "paceline.errors",
 }
 
-__all__ = ["Job", "PacelineError", "Run", "Sync", "Trainer", "__version__", "fit", "init", "launch"]
+__all__ = [
+    "Async",
+    "Bounded",
+    "Job",
+    "Local",
+    "PacelineError",
+    "Quorum",
+    "Run",
+    "Sync",
+    "Trainer",
+    "__version__",
+    "fit",
+    "init",
+    "launch",
+]
 
 if TYPE_CHECKING:
-    from paceline.config import Job, Sync
+    from paceline.config import Async, Bounded, Job, Local, Quorum, Sync
     from paceline.errors import PacelineError
     from paceline.run.launch import launch
     from paceline.run.session import Run, init

@@ -6,6 +6,7 @@ A ``Job`` checks itself once, all fields together, when it is made; nothing late
 from __future__ import annotations
 
 import difflib
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,8 +14,12 @@ from paceline.errors import UsageError
 
 MAX_WORKERS = 256  # the board in shared memory has this many columns at most
 MAX_SERVERS = 64
+_MAX = 2**53
 
-ASSIGNMENTS = ("round_robin", "hash", "random", "block")
+ASSIGNMENTS = ("round_robin", "hash", "random", "block", "lease")
+DATA = ("shared", "own", "served")
+OUTERS = {"average": (1.0, 0.0), "nesterov": (0.7, 0.9)}  # learning rate and momentum; the second is DiLoCo's
+COMPENSATION = 0.04  # lambda of Zheng et al. 2017
 
 
 @dataclass(frozen=True)
@@ -25,15 +30,117 @@ class Sync:
         return "sync"
 
 
-Pace = Sync
-PACES = ("sync",)
+@dataclass(frozen=True)
+class Quorum:
+    """A round closes with its first ``count`` pushes; late ones are dropped, and their samples come again."""
+
+    count: int
+
+    def __post_init__(self) -> None:
+        _within("quorum", self.count, 1, MAX_WORKERS)
+
+    def __str__(self) -> str:
+        return f"quorum:{self.count}"
+
+
+@dataclass(frozen=True)
+class Bounded:
+    """Each push is applied as it comes; a worker begins a step at most ``staleness`` steps ahead of the slowest."""
+
+    staleness: int = 3
+
+    def __post_init__(self) -> None:
+        _within("staleness", self.staleness, 0, _MAX)
+
+    def __str__(self) -> str:
+        return f"bounded:{self.staleness}"
+
+
+@dataclass(frozen=True)
+class Async:
+    """Each push is applied as it comes, and nobody waits. With ``every`` above 1 a worker takes so many steps on its
+    own copy, then pushes their summed gradients (Downpour)."""
+
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        _within("every", self.every, 1, _MAX)
+
+    def __str__(self) -> str:
+        return "async" if self.every == 1 else f"async:{self.every}"
+
+
+@dataclass(frozen=True)
+class Local:
+    """``every`` steps on one's own copy with one's own optimizer, then a round: an outer SGD steps the shared
+    parameters with the mean of (shared - own). lr 1 and momentum 0 average; lr 0.7 and momentum 0.9 (Nesterov) is
+    DiLoCo."""
+
+    every: int = 32
+    outer_lr: float = 1.0
+    outer_momentum: float = 0.0
+
+    def __post_init__(self) -> None:
+        _within("every", self.every, 1, _MAX)
+        for name, high in (("outer_lr", math.inf), ("outer_momentum", 1.0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < high:
+                allowed = "0 or more and below 1" if high == 1.0 else "a number, 0 or more"
+                raise UsageError(f"{name} is {value!r}; it must be {allowed}")
+            object.__setattr__(self, name, float(value))
+
+    def __str__(self) -> str:
+        outer = (self.outer_lr, self.outer_momentum)
+        named = {value: f":{name}" for name, value in OUTERS.items()} | {OUTERS["average"]: ""}
+        return f"local:{self.every}" + named.get(outer, f":{outer[0]!r}:{outer[1]!r}")
+
+
+Pace = Sync | Quorum | Bounded | Async | Local
+PACES = ("sync", "quorum:K", "bounded:S", "async", "async:H", "local:H", "local:H:nesterov")
+_WORDS = ("sync", "quorum", "bounded", "async", "local")
 
 
 def parse_pace(text: str) -> Pace:
-    """``"sync"`` -> ``Sync()``. Raises UsageError that lists the paces there are."""
-    if text.strip().lower() == "sync":
-        return Sync()
-    raise UsageError(f"pace {text!r} is not known; it must be one of: {', '.join(PACES)}", fix=_nearest(text, PACES))
+    """``"bounded:4"`` -> ``Bounded(4)``. Raises UsageError that lists the paces there are."""
+    word, *numbers = text.strip().lower().split(":")
+    match word, numbers:
+        case "sync", []:
+            return Sync()
+        case "quorum", [count]:
+            return Quorum(_whole(text, count))
+        case "bounded", []:
+            return Bounded()
+        case "bounded", [staleness]:
+            return Bounded(_whole(text, staleness))
+        case "async", []:
+            return Async()
+        case "async", [every]:
+            return Async(_whole(text, every))
+        case "local", []:
+            return Local()
+        case "local", [every]:
+            return Local(_whole(text, every))
+        case "local", [every, outer] if outer in OUTERS:
+            return Local(_whole(text, every), *OUTERS[outer])
+        case "local", [every, lr, momentum]:
+            return Local(_whole(text, every), _number(text, lr), _number(text, momentum))
+    fix = _nearest(word, _WORDS)
+    if word == "quorum":
+        fix = "say how many pushes close a round: quorum:3"
+    raise UsageError(f"pace {text!r} is not known; it must be one of: {', '.join(PACES)}", fix=fix)
+
+
+def _whole(pace: str, text: str) -> int:
+    if not text.isascii() or not text.isdigit():
+        raise UsageError(f"pace {pace!r} has {text!r} where a whole number belongs; for example bounded:4, local:32")
+    return int(text)
+
+
+def _number(pace: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(f"pace {pace!r} has {text!r} where a number belongs; for example local:32:0.7:0.9") from None
 
 
 @dataclass(frozen=True)
@@ -41,8 +148,14 @@ class Job:
     """One run, fully resolved.
 
     ``workers`` and ``servers`` are counts of processes; with 0 servers the workers divide the
-    parameters among themselves. ``threads`` is per process (None: cores // workers, at least 1).
-    ``steps`` counts rounds, ``epochs`` passes over the training loader; ``until_loss`` and
+    parameters among themselves. ``assign`` says how samples are dealt out (None: ``lease`` at paces ``bounded`` and
+    ``async``, else ``round_robin``), ``data`` where they are: all on every worker (``shared``), each worker's own
+    part with itself (``own``), all with worker 0, who sends the batches (``served``).
+    ``staleness_damping`` divides the learning rate by max(1, staleness) (Zhang et al. 2016), ``compensate`` is the
+    lambda of delay compensation (Zheng et al. 2017); both for ``bounded`` and ``async``.
+    ``threads`` is per process (None: cores // workers, at least 1).
+    ``steps`` counts rounds, or pushes of all workers divided by their number, so that every pace sees as many samples;
+    ``epochs`` passes over the training loader; ``until_loss`` and
     ``patience`` stop at convergence. ``runs`` is the folder in which run directories are made.
     """
 
@@ -50,7 +163,10 @@ class Job:
     workers: int = 2
     servers: int = 0
     pace: Pace = field(default_factory=Sync)
-    assign: str = "round_robin"
+    assign: str | None = None
+    data: str = "shared"
+    staleness_damping: bool = False
+    compensate: float | None = None
     threads: int | None = None
     seed: int = 0
     steps: int | None = None
@@ -66,15 +182,41 @@ class Job:
         for name in ("threads", "steps", "epochs", "patience"):
             value = getattr(self, name)
             if value is not None:
-                _within(name, value, 1, 2**53)
+                _within(name, value, 1, _MAX)
         _within("seed", self.seed, 0, 2**63 - 1)
-        if self.assign not in ASSIGNMENTS:
-            raise UsageError(
-                f"assign is {self.assign!r}; it must be one of: {', '.join(ASSIGNMENTS)}",
-                fix=_nearest(self.assign, ASSIGNMENTS),
-            )
         if self.until_loss is not None and self.until_loss != self.until_loss:
             raise UsageError("until-loss is nan; it must be a number")
+        self._check_pace()
+        self._check_data()
+
+    def _check_pace(self) -> None:
+        pace = self.pace
+        if isinstance(pace, Quorum) and pace.count > self.workers:
+            raise UsageError(
+                f"pace {pace} waits for {pace.count} pushes a round; there are {self.workers} workers",
+                fix=f"--pace quorum:{self.workers} at most",
+            )
+        on_arrival = isinstance(pace, Bounded | Async)
+        if self.staleness_damping and not on_arrival:
+            raise UsageError(f"staleness-damping is for paces bounded and async; the pace is {pace}")
+        if self.compensate is not None:
+            if isinstance(self.compensate, bool) or not 0 <= self.compensate < math.inf:
+                raise UsageError(f"compensate is {self.compensate!r}; it must be a number, 0 or more")
+            if not on_arrival:
+                raise UsageError(f"compensate is for paces bounded and async; the pace is {pace}")
+
+    def _check_data(self) -> None:
+        _among("data", self.data, DATA)
+        if self.assign is None:
+            lease = isinstance(self.pace, Bounded | Async) and self.data == "shared"
+            object.__setattr__(self, "assign", "lease" if lease else "round_robin")
+        assert self.assign is not None
+        _among("assign", self.assign, ASSIGNMENTS)
+
+
+def _among(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UsageError(f"{name} is {value!r}; it must be one of: {', '.join(known)}", fix=_nearest(value, known))
 
 
 def _within(name: str, value: int, low: int, high: int) -> None:

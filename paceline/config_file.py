@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
-from paceline.config import Job, Pace, Sync, parse_pace
+from paceline.config import Async, Bounded, Job, Local, Pace, Quorum, Sync, parse_pace
 from paceline.errors import ConfigError, UsageError
 
 JOB_KEYS = tuple(field.name for field in dataclasses.fields(Job))
@@ -47,8 +47,10 @@ def load(path: Path) -> dict[str, object]:
 
 def _toml(key: str, value: object) -> str:
     match value:
-        case Sync() | Path():
+        case Sync() | Quorum() | Bounded() | Async() | Local() | Path():
             return _string(key, str(value))
+        case bool():
+            return "true" if value else "false"
         case str():
             return _string(key, value)
         case tuple():
@@ -103,6 +105,10 @@ def _number(value: object) -> float | None:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
+def _switch(value: object) -> bool | None:
+    return value if isinstance(value, bool) else None
+
+
 _WHOLE: tuple[str, Callable[[object], object]] = ("a whole number", _whole)
 _KINDS: dict[str, tuple[str, Callable[[object], object]]] = {
     "script": ("a string", _text),
@@ -110,6 +116,9 @@ _KINDS: dict[str, tuple[str, Callable[[object], object]]] = {
     "name": ("a string", _text),
     "pace": ("a string", _pace),
     "assign": ("a string", _text),
+    "data": ("a string", _text),
+    "staleness_damping": ("true or false", _switch),
+    "compensate": ("a number", _number),
     "until_loss": ("a number", _number),
     "runs": ("a string", _folder),
 }

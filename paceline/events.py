@@ -69,7 +69,9 @@ class Metric(msgspec.Struct, frozen=True, tag="metric"):
 
     ``loss`` is their mean weighted by samples (None if nothing was logged); ``samples`` their sum. The
     three durations are means over those workers: computing (between two steps), waiting (for others) and
-    exchanging (copying, folding, stepping). ``values`` holds whatever else was logged, worker 0's.
+    exchanging (copying, folding, stepping). ``staleness`` is the mean over their pushes, in steps; ``dropped`` counts
+    pushes that came too late (quorum). At bounded and async a line is as many pushes as there are workers, at local
+    a round of several steps. ``values`` holds whatever else was logged, worker 0's.
     """
 
     step: int
@@ -82,6 +84,7 @@ class Metric(msgspec.Struct, frozen=True, tag="metric"):
     exchanging_s: float
     bytes_sent: int = 0
     staleness: float = 0.0
+    dropped: int = 0
     values: dict[str, float | None] = {}  # None: not a finite number
 
 

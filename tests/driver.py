@@ -22,6 +22,7 @@ from paceline.run.session import Run
 from paceline.transport import segment
 from paceline.transport.board import Aborted, Board
 from paceline.transport.channel import Channel, Closed
+from paceline.transport.lock import Lock
 
 
 class Failed(Exception):
@@ -59,7 +60,7 @@ def run_job(body: Callable[[Run], Any], *, workers: int = 2, servers: int = 0, *
 
     def live(role: str, rank: int, channel: Channel) -> None:
         directory = Path(tempfile.gettempdir())
-        context = Context(job, role, rank, directory, channel, Board(segment.attach(board_fd)))
+        context = Context(job, role, rank, directory, channel, Board(segment.attach(board_fd)), Lock(board_fd))
         try:
             if role == "server":
                 serve(context)

@@ -18,6 +18,7 @@ from paceline import config_file
 from paceline.config import ASSIGNMENTS, PACES, Job, parse_pace
 from paceline.errors import UsageError
 
+_USUAL_ASSIGNMENT = "lease at bounded and async, else round_robin"
 JOB = Group("The job", sort_key=1)
 SHOWN = Group("What is shown", sort_key=2)
 
@@ -42,11 +43,24 @@ class JobFlags:
     pace: Annotated[str | None, _option("PACE", f"{', '.join(PACES)} [default: sync]")] = None
     assign: Annotated[
         str | None,
-        _option("HOW", f"how samples are dealt out: {', '.join(ASSIGNMENTS)} [default: round_robin]"),
+        _option(
+            "HOW",
+            f"how samples are dealt out: {', '.join(ASSIGNMENTS)} [default: lease at bounded, async; else round_robin]",
+        ),
+    ] = None
+    data: Annotated[
+        str | None,
+        _option("WHERE", "shared: every worker can read all; own: each has its part; served: worker 0 sends batches"),
+    ] = None
+    staleness_damping: Annotated[
+        bool, Parameter(help="bounded, async: lr / max(1, staleness)", negative="", show_default=False, group=JOB)
+    ] = False
+    compensate: Annotated[
+        str | None, _option("LAMBDA", "bounded, async: make up for stale gradients; 0.04 is the paper's [default: off]")
     ] = None
     threads: Annotated[str | None, _option("N", "threads of each process [default: cores / workers]")] = None
     seed: Annotated[str | None, _option("N", "of everything random [default: 0]")] = None
-    steps: Annotated[str | None, _option("N", "stop after so many rounds")] = None
+    steps: Annotated[str | None, _option("N", "stop after so many rounds, or as many samples at any pace")] = None
     epochs: Annotated[str | None, _option("N", "stop after so many passes over the data")] = None
     until_loss: Annotated[str | None, _option("X", "stop when the loss is down to this")] = None
     patience: Annotated[
@@ -105,7 +119,16 @@ def resolve(
     sources: dict[str, str] = {}
     for option in OPTIONS:
         key = job_field(option)
-        if (text := getattr(flags, option)) is not None:
+        if option in _TRUTHS:
+            if getattr(flags, option):
+                values[key], sources[key] = True, flag(option)
+            elif environment.get(variable(option)):
+                values[key], sources[key] = _truth(option, environment), variable(option)
+            elif key in file:
+                values[key], sources[key] = file[key], str(config)
+            else:
+                sources[key] = "default"
+        elif (text := getattr(flags, option)) is not None:
             values[key], sources[key] = _converted(option, text, flag(option)), flag(option)
         elif text := environment.get(variable(option)):
             values[key], sources[key] = _converted(option, text, variable(option)), variable(option)
@@ -148,7 +171,10 @@ def _converted(option: str, text: str, source: str) -> object:
 
 
 _WHOLE: tuple[Callable[[str], object], str] = (int, "a whole number")
+_TRUTHS = ("staleness_damping",)
 _KINDS: dict[str, tuple[Callable[[str], object], str]] = {
+    "data": (str, "a word"),
+    "compensate": (float, "a number"),
     "pace": (parse_pace, "a pace"),
     "assign": (str, "a word"),
     "until_loss": (float, "a number"),

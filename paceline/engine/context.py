@@ -9,11 +9,13 @@ from typing import Protocol
 from paceline.config import Job
 from paceline.transport.board import Board
 from paceline.transport.channel import Channel
+from paceline.transport.lock import Lock
 
 
 @dataclass(frozen=True)
 class Context:
-    """``channel`` leads to the launcher; ``board`` is shared with all processes of the host."""
+    """``channel`` leads to the launcher; ``board`` is shared with all processes of the host, ``lock`` taken by one at
+    a time."""
 
     job: Job
     role: str
@@ -21,6 +23,7 @@ class Context:
     directory: Path
     channel: Channel
     board: Board
+    lock: Lock
 
 
 class Ending(Protocol):

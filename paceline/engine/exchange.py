@@ -1,207 +1,148 @@
 """A worker's side of an optimizer's exchange: what happens inside ``optimizer.step()``.
 
-    gradient -> own slot -> push -> (round closes) -> fold and step own share -> (all have) -> go on
+    gradient, or H local steps -> own slot -> a meeting (in rounds, or through the log) -> newest parameters
 
-Parameters on the CPU are views of the shared memory, so there is nothing to pull. Others (on a GPU, or with
-``share_parameters=False``) are copied back from it.
+The pace is three choices: what is brought (``inner.py``: a gradient, or the outcome of local steps), when and with whom
+it is applied (``rounds.py``, ``arrivals.py``), and whose optimizer applies it (the user's; at ``local`` an outer SGD).
 """
 
 from __future__ import annotations
 
-import math
-import time
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import msgspec
 import torch
 from torch import nn, optim
 
+from paceline.config import Async, Bounded, Local, Quorum
+from paceline.engine.applier import Applier
+from paceline.engine.arrivals import Arrivals, Close
+from paceline.engine.context import Context
+from paceline.engine.inner import Inner
+from paceline.engine.meeting import Push, Round
+from paceline.engine.replica import Replica
+from paceline.engine.rounds import Rounds
+from paceline.engine.shards import Shards
 from paceline.engine.stepper import Stepper
 from paceline.errors import ConfigError
 from paceline.params import optimizers
 from paceline.params.table import differences, tabulate
-from paceline.protocol.partition import Piece, padded
-from paceline.protocol.rounds import Closed, Waiting, close_round, reached
-from paceline.transport.board import Board
 from paceline.transport.slots import ExchangeMemory, Spec
 
-
-@dataclass(frozen=True, slots=True)
-class Round:
-    """What a round was: its number, who contributed, and how long this worker waited and worked (seconds)."""
-
-    number: int
-    contributors: tuple[int, ...]
-    waiting_s: float
-    exchanging_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Push:
-    """What goes with a gradient: samples behind it, (sum of loss x samples, samples) since the last look, and
-    whether this worker asks that the round be the last."""
-
-    weight: float
-    loss: tuple[float, float]
-    stop: bool
+_PARTS_PER_SERVER = 2
+_VALUES_PER_PART = 1 << 16  # smaller parts are not worth their turns
 
 
 class Exchange:
     """One wrapped optimizer. ``spec`` is made before the memory exists; ``attach`` completes it."""
 
-    def __init__(
-        self, optimizer: optim.Optimizer, names: dict[int, str], board: Board, rank: int, *, share: bool
-    ) -> None:
-        optimizers.check(optimizer, servers=board.servers)
-        self.optimizer = optimizer
-        self._board, self._rank = board, rank
-        self._parameters: list[nn.Parameter] = [p for g in optimizer.param_groups for p in g["params"]]
-        if not self._parameters:
+    def __init__(self, optimizer: optim.Optimizer, names: dict[int, str], context: Context, *, share: bool) -> None:
+        job = context.job
+        optimizers.check(optimizer, servers=job.servers)
+        self.parameters: list[nn.Parameter] = [p for g in optimizer.param_groups for p in g["params"]]
+        if not self.parameters:
             raise ConfigError("the optimizer has no parameters")
-        self._shared = [share and p.device.type == "cpu" for p in self._parameters]
-        self._spec = self._describe(names)
-
-    @property
-    def spec(self) -> Spec:
-        return self._spec
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        return self._parameters
+        self.optimizer = optimizer
+        self._context, self._pace, self._share = context, job.pace, share
+        self._stepped_by = _outer(optimizer, job.pace) if isinstance(job.pace, Local) else optimizer
+        self.spec = self._describe(names)
+        self.inner: Inner | None = None
 
     @property
     def number(self) -> int:
-        """The last round this worker knows to be over."""
-        return max(self._memory.stepped)
+        """The last round, or version, that this worker knows of."""
+        return self._meeting.number
 
-    def attach(self, memory: ExchangeMemory) -> None:
+    @property
+    def in_rounds(self) -> Rounds | None:
+        """The rounds, where the pace has them."""
+        return self._meeting if isinstance(self._meeting, Rounds) else None
+
+    def attach(self, memory: ExchangeMemory, close: Close) -> None:
         """Take the memory into use; worker 0 must call ``publish`` before anyone calls ``adopt``."""
+        context, spec, pace = self._context, self.spec, self._pace
         self._memory = memory
-        self._slot = memory.slots[self._rank]
-        table = self._spec.table
-        self._slot_views = [table.view(e, self._slot.gradient[e.dtype]) for e in table.entries]
-        self._views = [table.view(e, memory.params[e.dtype]) for e in table.entries]
-        self._stepper = Stepper(self._spec, memory, type(self.optimizer), vars(self.optimizer))
-        self._sent_settings: list[optimizers.Group] = []
-        self._mask = bytes(len(table.entries))
-        self._all = bytes([1]) * len(table.entries)
-        self._servers = tuple(range(self._spec.workers, self._spec.workers + self._spec.servers))
+        views = self._share and not isinstance(pace, Local)
+        self._replica = Replica(self.optimizer, spec, memory, context.rank, views=views)
+        stepped_by = self._stepped_by
+        shards = Shards(spec, memory, type(stepped_by), vars(stepped_by))
+        self._stepper = Stepper(shards, memory)
+        if spec.parts:
+            self._arrivals = Arrivals(spec, memory, pace, context.board, context.lock, context.rank, close)
+            if not spec.servers:
+                job = context.job
+                damping, compensate = job.staleness_damping, job.compensate
+                self._arrivals.applier = Applier(spec, shards, memory, damping=damping, compensate=compensate)
+            self._meeting: Rounds | Arrivals = self._arrivals
+        else:
+            self._meeting = Rounds(spec, memory, self._stepper, context.board, context.rank)
+        if isinstance(pace, Local) or (isinstance(pace, Async) and pace.every > 1):
+            self.inner = Inner(self._replica, pace.every, sums=isinstance(pace, Async))
 
     def publish(self) -> None:
         """Worker 0: fill the memory with its parameters and its optimizer's state."""
-        state = self._memory.state
-        with torch.no_grad():
-            for index, (view, parameter) in enumerate(zip(self._views, self._parameters, strict=True)):
-                view.copy_(parameter)
-                own = self.optimizer.state.get(parameter)
-                if own:
-                    whole = Piece(index, 0, padded(parameter.numel()))
-                    state.save(whole, dict(own), whole=True)
+        self._replica.publish(self._stepped_by)
 
     def adopt(self) -> None:
         """Everyone: take the published parameters; from now on they lie in the shared memory."""
-        self._pull()
-        for view, parameter, shared in zip(self._views, self._parameters, self._shared, strict=True):
-            if shared:
-                parameter.data = view
-        self._places = [
-            (parameter, view.data_ptr())
-            for view, parameter, shared in zip(self._views, self._parameters, self._shared, strict=True)
-            if shared
-        ]
-        self._private = not all(self._shared)
-        self.optimizer.state.clear()
-        self.optimizer.register_state_dict_pre_hook(lambda _: self.show_state())
+        self._meeting.refresh()
+        self._replica.adopt()
+        if self._stepped_by is self.optimizer and self.inner is None:
+            self.optimizer.state.clear()
+            self.optimizer.register_state_dict_pre_hook(lambda _: self._replica.show_state())
 
-    def show_state(self) -> None:
-        """Let the user's optimizer show the state in the shared memory (aliases, or copies for other devices)."""
-        for index, (parameter, shared) in enumerate(zip(self._parameters, self._shared, strict=True)):
-            state = self._memory.state.view(index)
-            if state and not shared:
-                state = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in state.items()}
-            if state:
-                self.optimizer.state[parameter] = state
+    def step(self, push: Push) -> Round | None:
+        """Bring a gradient and meet; None within a period of local steps. The parameters may be computed on then."""
+        self._replica.check_unchanged()
+        if self.inner is None:
+            if push.weight >= 0:
+                self._replica.write_gradients()
+            return self._meet(push)
+        return self._meet(self.inner.close()) if self.inner.step(push) else None
 
-    def step(self, push: Push) -> Round:
-        """Exchange and step once. Returns when the parameters are those of the next version.
+    def flush(self) -> Round | None:
+        """Close a period of local steps early, at the end of the data; None if there is none open."""
+        if self.inner is None or not self.inner.steps:
+            return None
+        return self._meet(self.inner.close())
 
-        Every worker that has data must come here for the round to close. Raises Aborted if the run is stopped
-        while waiting.
-        """
-        begun = time.monotonic()
-        board, memory = self._board, self._memory
-        number = max(memory.stepped) + 1
-        self._check_unchanged()
-        self._write_gradients()
-        self._write_settings()
-        self._slot.write(number, push.weight, push.loss, push.stop)
-        memory.pushed[self._rank] = number
-        board.ring(self._rank)
-        pushed = time.monotonic()
-        if self._servers:
-            board.wait(lambda: reached(number, memory.stepped, self._servers))
-            contributors = tuple(w for w, slot in enumerate(memory.slots) if slot.pushed_in(number))
-            closed = stepped = pushed  # all the time until the servers are done is waiting
-        else:
-            contributors = board.wait(lambda: close_round(number, memory.pushed, board)).contributors
-            closed = time.monotonic()
-            if self._stepper.take_up(number, contributors, self._rank):
-                memory.ready[self._rank] = number
-                board.ring(self._rank)
-                board.wait(lambda: reached(number, memory.ready, contributors))
-            self._stepper.step(number, contributors)
-            memory.stepped[self._rank] = number
-            board.ring(self._rank)
-            stepped = time.monotonic()
-            board.wait(lambda: reached(number, memory.stepped, contributors))
-        done = time.monotonic()
-        if self._private:
-            self._pull()
-        waiting = (closed - pushed) + (done - stepped)
-        return Round(number, contributors, waiting, time.monotonic() - begun - waiting)
+    def _meet(self, push: Push) -> Round:
+        self._replica.write_settings(self._stepped_by)
+        round_ = self._meeting.meet(push)
+        self._replica.pull()
+        return round_
+
+    def refresh(self) -> None:
+        """Take the newest parameters, if this worker does not look at them anyway. Not within a period."""
+        self._meeting.refresh()
+        self._replica.pull()
+
+    def catch_up(self) -> None:
+        """Come back from the end of a pass."""
+        if self.spec.parts:
+            self._arrivals.catch_up()
+        self.refresh()
+
+    @property
+    def most_steps(self) -> int:
+        """Local steps up to the last round (pace local)."""
+        return max(self._memory.clocks)
+
+    def told(self, members: Sequence[int]) -> list[tuple[float, float, int]]:
+        """(sum of loss x samples, samples, steps) that came with the members' last pushes."""
+        slots, pushed = self._memory.slots, self._memory.pushed
+        return [(*slots[w].loss(pushed[w]), slots[w].steps(pushed[w])) for w in members]
 
     def norm(self, chosen: bytes, order: float, weight: float) -> float:
-        """The norm of the gradient as it will be folded, over the parameters ``chosen`` here or on another worker.
-
-        Every worker in the round must call it before its ``step``, equally often. Raises ConfigError if one has not.
-        """
-        board, memory = self._board, self._memory
-        number, round_ = max(memory.answered) + 1, max(memory.stepped) + 1
-        self._write_gradients()
-        self._slot.chosen[:] = chosen
-        self._slot.write_weight(round_, weight)
-        memory.asked[self._rank] = number
-        board.ring(self._rank)
-        contributors = board.wait(lambda: self._all_ask(number, round_)).contributors
-        self._slot.write_norm(self._stepper.norm(round_, contributors, self._rank, order))
-        memory.answered[self._rank] = number
-        board.ring(self._rank)
-        board.wait(lambda: reached(number, memory.answered, contributors))
-        parts = [memory.slots[worker].norm for worker in contributors]
-        return max(parts) if order == math.inf else sum(parts) ** (1.0 / order)
-
-    def _all_ask(self, number: int, round_: int) -> Closed | Waiting:
-        memory = self._memory
-        for worker, pushed in enumerate(memory.pushed):
-            if pushed >= round_ and memory.asked[worker] < number:
-                raise ConfigError(
-                    f"worker {self._rank} clips its gradients in round {round_}, worker {worker} does not",
-                    why="the norm is that of all workers' gradient, so all must ask for it",
-                    fix="call clip_grad_norm_ on every worker, or on none",
-                )
-        return close_round(number, memory.asked, self._board)
-
-    def losses(self, number: int, contributors: tuple[int, ...]) -> tuple[float, float]:
-        """Sums over the contributors of round ``number``, the last, of (loss x samples, samples)."""
-        pairs = [self._memory.slots[worker].loss(number) for worker in contributors]
-        return sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
-
-    def asked_to_stop(self, number: int, contributors: tuple[int, ...]) -> bool:
-        return any(self._memory.slots[worker].stop(number) for worker in contributors)
+        """The norm of all workers' gradient; see ``Rounds.norm``. For pace sync only."""
+        rounds = self.in_rounds
+        assert rounds is not None, "there is a norm of all only where all meet"
+        self._replica.write_gradients()
+        return rounds.norm(chosen, order, weight)
 
     def _describe(self, names: dict[int, str]) -> Spec:
-        optimizer, kind = self.optimizer, type(self.optimizer)
-        groups = optimizer.param_groups
+        optimizer, job = self._stepped_by, self._context.job
+        kind, groups = type(optimizer), optimizer.param_groups
         numbered = ((g, p) for g, group in enumerate(groups) for p in group["params"])
         table = tabulate((names.get(id(p), f"parameter {i}"), g, p) for i, (g, p) in enumerate(numbered))
         settings = optimizers.settings(optimizer)
@@ -215,7 +156,7 @@ class Exchange:
             table,
             optimizers.decode(encoded),
             lambda asked: optimizers.clone(vars(optimizer), kind, asked),
-            [optimizer.state.get(p) or {} for p in self._parameters],
+            [optimizer.state.get(p) or {} for p in self.parameters],
             elementwise=elementwise,
         )
         return Spec(
@@ -225,62 +166,26 @@ class Exchange:
             settings=encoded,
             settings_bytes=4 * len(encoded) + 4096,
             state=items,
-            workers=self._board.workers,
-            servers=self._board.servers,
+            workers=job.workers,
+            servers=job.servers,
+            parts=self._parts(table.values) if isinstance(job.pace, Quorum | Bounded | Async) else 0,
         )
 
-    def _check_unchanged(self) -> None:
-        count = sum(len(group["params"]) for group in self.optimizer.param_groups)
-        if count != len(self._parameters):
-            raise ConfigError(
-                f"the optimizer had {len(self._parameters)} parameters when it was wrapped and has {count} now",
-                fix="add parameter groups before run.wrap",
-            )
-        for parameter, place in self._places:
-            if parameter.data_ptr() != place:
-                index = next(i for i, p in enumerate(self._parameters) if p is parameter)
-                raise ConfigError(
-                    f"parameter {self._spec.table.entries[index].name} was given other memory after run.wrap",
-                    why="its values lie in memory shared by the workers; .to(), .half() or .data = ... replace it",
-                    fix="convert the model before run.wrap, or copy values in place: p.copy_(new)",
-                )
+    def _parts(self, values: int) -> int:
+        job = self._context.job
+        if job.servers:
+            return job.servers * _PARTS_PER_SERVER
+        return max(1, min(job.workers, values // _VALUES_PER_PART))
 
-    def _write_gradients(self) -> None:
-        gradients = [parameter.grad for parameter in self._parameters]
-        if any(gradient is not None and gradient.is_sparse for gradient in gradients):
-            gradients = [g.to_dense() if g is not None and g.is_sparse else g for g in gradients]
-        with torch.no_grad():
-            given = [gradient for gradient in gradients if gradient is not None]
-            if len(given) == len(gradients):
-                if self._mask != self._all:
-                    self._mask = self._all
-                    self._slot.mask[:] = self._mask
-                torch._foreach_copy_(self._slot_views, given)
-                return
-            mask = bytes(gradient is not None for gradient in gradients)
-            for view, gradient, had in zip(self._slot_views, gradients, self._mask, strict=True):
-                if gradient is not None:
-                    view.copy_(gradient)
-                elif had:
-                    view.zero_()
-            self._mask = mask
-            self._slot.mask[:] = mask
 
-    def _write_settings(self) -> None:
-        """Schedulers change hyper-parameters between steps; they travel only when they have changed."""
-        settings = optimizers.settings(self.optimizer)
-        if settings == self._sent_settings:
-            return
-        self._sent_settings = settings
-        # How a shard steps (fused or not) was settled when the memory was laid out.
-        kept = [{k: v for k, v in group.items() if k not in ("fused", "foreach")} for group in settings]
-        self._slot.write_settings(optimizers.encode(kept))
-
-    def _pull(self) -> None:
-        with torch.no_grad():
-            for view, parameter, shared in zip(self._views, self._parameters, self._shared, strict=True):
-                if not shared or parameter.data_ptr() != view.data_ptr():
-                    parameter.copy_(view)
+def _outer(optimizer: optim.Optimizer, pace: Local) -> optim.Optimizer:
+    """The optimizer that steps the shared parameters with (shared - own) as gradient, over the same parameters."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for parameter in parameters:
+        if not (parameter.is_floating_point() or parameter.is_complex()):
+            raise ConfigError(f"pace {pace} averages parameters; one of them has dtype {parameter.dtype}")
+    momentum = pace.outer_momentum
+    return optim.SGD(parameters, lr=pace.outer_lr, momentum=momentum, nesterov=momentum > 0)
 
 
 def compare(mine: Spec, first: bytes, rank: int) -> None:

@@ -1,7 +1,8 @@
 """Rows of what each worker's steps took, and their merging into one record a round.
 
-A row is ten float64: step, contributors to its round, epoch, time it ended (monotonic seconds of the host), sum of
-loss times samples, samples with a loss, samples, seconds computing, waiting, exchanging.
+A row is 13 float64: the number of its round (or of its group of n pushes), contributors to it, epoch, time it ended
+(monotonic seconds of the host), steps in it, sum of loss times samples, samples with a loss, samples, seconds
+computing, waiting, exchanging, staleness of the gradient in steps, pushes dropped before it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from dataclasses import dataclass, field
 
 from paceline.events import Metric
 
-ROW = struct.Struct("=10d")
+ROW = struct.Struct("=13d")
+_SUMS = 8
 
 
 @dataclass
@@ -20,29 +22,35 @@ class Row:
     """The round a worker is in; ``stepped`` once its numbers are final but for a loss logged after the step."""
 
     stepped: bool = False
-    step: int = 0
+    key: int = 0
     contributors: int = 0
     epoch: int = 0
     time_s: float = 0.0
+    steps: int = 0
     loss_sum: float = 0.0
     loss_samples: float = 0.0
     samples: float = 0.0
     computing_s: float = 0.0
     waiting_s: float = 0.0
     exchanging_s: float = 0.0
+    staleness: float = 0.0
+    dropped: int = 0
 
     def pack(self) -> bytes:
         return ROW.pack(
-            self.step,
+            self.key,
             self.contributors,
             self.epoch,
             self.time_s,
+            self.steps,
             self.loss_sum,
             self.loss_samples,
             self.samples,
             self.computing_s,
             self.waiting_s,
             self.exchanging_s,
+            self.staleness,
+            self.dropped,
         )
 
 
@@ -52,7 +60,8 @@ class _Merged:
     contributors: int = 0
     epoch: int = 0
     time_s: float = 0.0
-    sums: list[float] = field(default_factory=lambda: [0.0] * 6)
+    steps: int = 0
+    sums: list[float] = field(default_factory=lambda: [0.0] * _SUMS)
 
 
 class Merger:
@@ -62,39 +71,42 @@ class Merger:
         self._started_s = started_s
         self._open: dict[int, _Merged] = {}
         self._next = 1
+        self._steps = 0
         self._values: dict[int, dict[str, float | None]] = {}
         self.begun_s: float | None = None
 
     def add(self, rows: bytes) -> None:
         for row in ROW.iter_unpack(rows):
-            step = int(row[0])
-            merged = self._open.get(step)
+            key = int(row[0])
+            merged = self._open.get(key)
             if merged is None:
-                merged = self._open[step] = _Merged(contributors=int(row[1]))
+                merged = self._open[key] = _Merged(contributors=int(row[1]))
             merged.workers += 1
             merged.epoch = max(merged.epoch, int(row[2]))
             merged.time_s = max(merged.time_s, row[3])
-            for place in range(6):
-                merged.sums[place] += row[4 + place]
-            begun_s = row[3] - row[7] - row[8] - row[9]
+            merged.steps = max(merged.steps, int(row[4]))
+            for place in range(_SUMS):
+                merged.sums[place] += row[5 + place]
+            begun_s = row[3] - row[8] - row[9] - row[10]
             self.begun_s = min(begun_s, self.begun_s or begun_s)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self._values.setdefault(step, {}).update(values)
 
     def ready(self, *, everything: bool = False) -> Iterator[Metric]:
-        """The steps that are complete, in order; with ``everything`` also those that are not."""
-        for step in sorted(self._open):
-            merged = self._open[step]
-            if not everything and (step != self._next or merged.workers < merged.contributors):
+        """The rounds that are complete, in order; with ``everything`` also those that are not."""
+        for key in sorted(self._open):
+            merged = self._open[key]
+            if not everything and (key != self._next or merged.workers < merged.contributors):
                 return
-            self._next = step + 1
-            yield self._metric(step, self._open.pop(step))
+            self._next = key + 1
+            yield self._metric(key, self._open.pop(key))
 
-    def _metric(self, step: int, merged: _Merged) -> Metric:
-        loss_sum, loss_samples, samples, computing, waiting, exchanging = merged.sums
+    def _metric(self, key: int, merged: _Merged) -> Metric:
+        loss_sum, loss_samples, samples, computing, waiting, exchanging, staleness, dropped = merged.sums
+        self._steps = max(self._steps + merged.steps, key)  # what nobody told (a killed worker) counts too
         return Metric(
-            step=step,
+            step=self._steps,
             epoch=merged.epoch,
             time_s=round(merged.time_s - self._started_s, 6),
             loss=loss_sum / loss_samples if loss_samples else None,
@@ -102,5 +114,7 @@ class Merger:
             computing_s=round(computing / merged.workers, 6),
             waiting_s=round(waiting / merged.workers, 6),
             exchanging_s=round(exchanging / merged.workers, 6),
-            values=self._values.pop(step, {}),
+            staleness=round(staleness / merged.workers, 3),
+            dropped=round(dropped),
+            values=self._values.pop(key, {}),
         )

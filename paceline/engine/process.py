@@ -30,6 +30,7 @@ from paceline.protocol import messages
 from paceline.transport import segment
 from paceline.transport.board import Aborted, Board
 from paceline.transport.channel import Channel, Closed
+from paceline.transport.lock import Lock
 
 _PR_SET_PDEATHSIG = 1
 
@@ -49,6 +50,7 @@ def main(role: str, rank: int, setup: bytes, descriptors: tuple[int, ...], paren
             directory=Path(known.directory),
             channel=Channel(socket.socket(fileno=descriptors[0])),
             board=Board(segment.attach(descriptors[1])),
+            lock=Lock(descriptors[1]),
         )
         contexts.current = context
         if role == "server":

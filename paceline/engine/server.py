@@ -1,16 +1,21 @@
-"""A server's process: it folds and steps its shards of every exchange, round by round."""
+"""A server's process: it steps its shards of every exchange, round by round or as entries of the log come."""
 
 from __future__ import annotations
 
 import os
 import select
+from typing import TypeAlias
 
 import msgspec
 
+from paceline.engine.applier import Applier
+from paceline.engine.arrivals import applied_by
 from paceline.engine.context import Context
+from paceline.engine.shards import Shards
 from paceline.engine.stepper import Stepper
 from paceline.params.optimizers import find_class
 from paceline.protocol import messages
+from paceline.protocol.log import Entry
 from paceline.protocol.rounds import Closed, Waiting, close_round, next_to_act, reached
 from paceline.transport import segment
 from paceline.transport.board import Board
@@ -20,69 +25,104 @@ from paceline.transport.slots import ExchangeMemory, Spec
 class _Served:
     """One exchange as a server sees it."""
 
-    def __init__(self, spec: Spec, memory: ExchangeMemory, published_as: int) -> None:
-        self.memory = memory
-        self.stepper = Stepper(spec, memory, find_class(spec.optimizer), {})
-        self.published_as = published_as
+    def __init__(self, spec: Spec, memory: ExchangeMemory, published_as: int, context: Context) -> None:
+        job = context.job
+        self.spec, self.memory, self.published_as = spec, memory, published_as
+        shards = Shards(spec, memory, find_class(spec.optimizer), {})
+        self.stepper = Stepper(shards, memory)
+        self.applier = Applier(spec, shards, memory, damping=job.staleness_damping, compensate=job.compensate)
+        self.parts = range(context.rank, spec.parts, spec.servers)
 
 
 def serve(context: Context) -> None:
     """Serve until the launcher ends the run. Raises Aborted when it is stopped, ConfigError for an unknown class."""
     board, channel = context.board, context.channel
     member = board.workers + context.rank
-    servers = tuple(range(board.workers, board.members))
     served: list[_Served] = []
     while True:
         if not served or _arrived(channel.fileno()):
             message, descriptors = channel.receive()
             if not isinstance(message, messages.Memory):
                 return
-            served.append(_take(message, descriptors))
+            served.append(_take(message, descriptors, context))
             continue
         answer = board.wait(lambda: _next(board, served, member, channel.fileno()))
         if answer is None:
             channel.receive()  # the launcher says when the run is over
             return
-        if isinstance(answer, tuple):
-            which, number, contributors = answer
-            if which.stepper.take_up(number, servers, member):
-                which.memory.ready[member] = number
+        match answer:
+            case (_Served() as which, int(number), tuple(contributors)):
+                _step(board, which, number, contributors, member)
+            case (_Served() as which, int(part), Entry() as entry):
+                which.applier.apply(part, entry)
                 board.ring(member)
-                _await(board, which, number, servers)
-            which.stepper.step(number, contributors)
-            which.memory.stepped[member] = number
-            board.ring(member)
 
 
-def _await(board: Board, which: _Served, number: int, servers: tuple[int, ...]) -> None:
-    board.wait(lambda: reached(number, which.memory.ready, servers))
+def _step(board: Board, which: _Served, number: int, contributors: tuple[int, ...], member: int) -> None:
+    """Step this server's share of a closed round."""
+    memory, servers = which.memory, tuple(range(board.workers, board.members))
+    if which.stepper.take_up(number, servers, member):
+        memory.ready[member] = number
+        board.ring(member)
+        board.wait(lambda: reached(number, memory.ready, servers))
+    which.stepper.step(number, contributors)
+    memory.stepped[member] = number
+    board.ring(member)
 
 
-def _next(
-    board: Board, served: list[_Served], member: int, channel: int
-) -> tuple[_Served, int, tuple[int, ...]] | str | Waiting | None:
-    """A round that is closed, "message" if one has come, None when everyone is gone, or whom to wait for."""
+_Round: TypeAlias = tuple[_Served, int, tuple[int, ...]]
+_Turn: TypeAlias = tuple[_Served, int, Entry]
+
+
+def _next(board: Board, served: list[_Served], member: int, channel: int) -> _Round | _Turn | str | Waiting | None:
+    """A round that is closed, a part and the entry whose turn it is there, "message" if one has come, None when
+    everyone is gone, or whom to wait for."""
+    waiting: Waiting | None = None
     for one in served:
-        number = one.memory.stepped[member] + 1
-        if any(pushed >= number for pushed in one.memory.pushed):
-            if board.published < one.published_as:
-                return Waiting(0, "worker 0 has not shared its model")
-            closed = close_round(number, one.memory.pushed, board)
-            if isinstance(closed, Closed):
-                return one, number, closed.contributors
-            return closed
+        answer = _next_entry(one, member) if one.spec.parts else _next_round(board, one, member)
+        if isinstance(answer, Waiting):
+            waiting = waiting or answer
+        elif answer is not None:
+            return answer
+    if waiting is not None:
+        return waiting
     if _arrived(channel):
         return "message"
     awaited = next_to_act(board)
-    return None if awaited is None else Waiting(awaited, "no round has begun")
+    if awaited is None:
+        return None
+    through_log = any(one.spec.parts for one in served)
+    return Waiting(board.common if through_log else awaited, "there is nothing to step")
 
 
-def _take(message: messages.Memory, descriptors: tuple[int, ...]) -> _Served:
+def _next_round(board: Board, one: _Served, member: int) -> _Round | Waiting | None:
+    number = one.memory.stepped[member] + 1
+    if not any(pushed >= number for pushed in one.memory.pushed):
+        return None
+    if board.published < one.published_as:
+        return Waiting(0, "worker 0 has not shared its model")
+    closed = close_round(number, one.memory.pushed, board)
+    return (one, number, closed.contributors) if isinstance(closed, Closed) else closed
+
+
+def _next_entry(one: _Served, member: int) -> _Turn | Waiting | None:
+    memory, waiting = one.memory, None
+    for part in one.parts:
+        if memory.applied[part] < memory.log.appended:
+            entry = memory.log.entry(memory.applied[part] + 1)
+            on = applied_by(one.spec, entry, part)
+            if on == member:
+                return one, part, entry
+            waiting = Waiting(on, f"worker {on} loads a checkpoint")
+    return waiting
+
+
+def _take(message: messages.Memory, descriptors: tuple[int, ...], context: Context) -> _Served:
     spec = msgspec.msgpack.decode(message.spec, type=Spec)
     memory = segment.attach(descriptors[0])
     for descriptor in descriptors:
         os.close(descriptor)
-    return _Served(spec, ExchangeMemory(memory, spec), message.number)
+    return _Served(spec, ExchangeMemory(memory, spec), message.number, context)
 
 
 def _arrived(channel: int) -> bool:

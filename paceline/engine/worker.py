@@ -15,14 +15,18 @@ import msgspec
 import torch
 from torch import optim
 
+from paceline.config import Local, Quorum, Sync
 from paceline.data.loader import Part
 from paceline.engine import clipping
 from paceline.engine.context import Context
-from paceline.engine.exchange import Exchange, Push, compare
+from paceline.engine.exchange import Exchange, compare
+from paceline.engine.meeting import Push, Round
 from paceline.engine.metrics import Row
+from paceline.engine.shards import VOID
 from paceline.errors import ConfigError
 from paceline.params.table import Table, differences, tabulate
 from paceline.protocol import messages
+from paceline.protocol.log import Entry
 from paceline.protocol.rounds import NOT_PARKED, Waiting, holding
 from paceline.protocol.stopping import CHECK_ROUNDS, Stopping
 from paceline.transport import segment
@@ -40,9 +44,11 @@ class Worker:
 
     def __init__(self, context: Context) -> None:
         job = context.job
-        self.context, self.rank = context, context.rank
+        self.context, self.rank, self.pace = context, context.rank, job.pace
+        assert job.assign is not None
         self.part = Part(context.rank, job.workers, job.assign, job.seed)
-        self._board, self._channel = context.board, context.channel
+        self._board, self._channel, self._lock = context.board, context.channel, context.lock
+        self._in_rounds = isinstance(job.pace, Sync | Local)
         self._stopping = Stopping(job.steps, job.epochs, job.until_loss, job.patience)
         self._collectives = 0
         self._exchanges: list[Exchange] = []
@@ -56,7 +62,10 @@ class Worker:
         self._left: set[int] = set()  # loaders whose last pass the script left early
         self._loaders = 0
         self._epoch = 0
-        self._look = (0.0, 0.0)
+        self._look = (0.0, 0.0)  # sums of loss x samples, samples: of steps, not told yet
+        self._unstepped = (0.0, 0.0)  # the same of what was logged since the last step
+        self._batch_stepped = self._batch_dropped = False
+        self._steps = 0  # pace local: steps in the rounds behind this worker
         self._ended = _TRAINING
         self._ended_s, self._idle_steps = 0.0, 0
         self._row = Row()
@@ -65,7 +74,17 @@ class Worker:
 
     @property
     def step_number(self) -> int:
-        return self._exchanges[0].number if self._exchanges else 0
+        """Rounds, or pushes of all divided by the number of workers, or local steps."""
+        if not self._exchanges:
+            return 0
+        first = self._exchanges[0]
+        if isinstance(self.pace, Local) and first.inner is not None:
+            return self._steps + first.inner.steps
+        return first.number // self._pushes_a_step
+
+    @property
+    def _pushes_a_step(self) -> int:
+        return 1 if self._in_rounds or isinstance(self.pace, Quorum) else self._board.workers
 
     @property
     def exchanges(self) -> Sequence[Exchange]:
@@ -100,13 +119,14 @@ class Worker:
 
     def add_exchange(self, optimizer: optim.Optimizer, names: dict[int, str], *, share: bool) -> Exchange:
         """Put an optimizer's parameters and state in shared memory. Raises ConfigError, HostError."""
-        exchange = Exchange(optimizer, names, self._board, self.rank, share=share)
+        exchange = Exchange(optimizer, names, self.context, share=share)
         spec = exchange.spec
         what = f"{type(optimizer).__name__} over {spec.table.values} parameters"
         data = msgspec.msgpack.encode(spec)
         memory, first = self._collective("exchange", data, size_bytes(spec), what)
         compare(spec, first, self.rank)
-        exchange.attach(ExchangeMemory(memory, spec))
+        account = self._account if not self._exchanges else _nothing
+        exchange.attach(ExchangeMemory(memory, spec), account)
         if self.rank == 0:
             exchange.publish()
             self._board.publish(self._collectives)
@@ -114,7 +134,8 @@ class Worker:
         exchange.adopt()
         self._exchanges.append(exchange)
         self._samples_at_step.append(self._samples)
-        clipping.register(self)
+        if isinstance(self.pace, Sync):
+            clipping.register(self)  # at other paces there is no gradient of all: what is clipped is the push
         return exchange
 
     def next_loader(self) -> int:
@@ -146,45 +167,148 @@ class Worker:
 
     # --- the training loop ---
 
-    def exchange(self, index: int) -> None:
-        """One optimizer step of exchange ``index``, with everybody."""
+    def exchange(self, index: int, *, void: bool = False) -> None:
+        """One optimizer step of exchange ``index``, as the pace says. ``void``: there is no gradient worth applying."""
         if self._ended != _TRAINING:
             self._idle()
             return
-        exchange, board = self._exchanges[index], self._board
+        if not self._in_rounds and self._board.interrupt:
+            self._end(_INTERRUPTED, "interrupted")
+            raise KeyboardInterrupt
+        exchange = self._exchanges[index]
         begun = time.monotonic()
-        if self._row.stepped and index == 0:
-            self._close_row()
+        row = self._row
+        if index == 0:
+            if row.stepped:
+                self._close_row()
+                row = self._row
+            self._take_in_losses()
+            self._own_steps += 1
         samples = self._samples - self._samples_at_step[index]
         self._samples_at_step[index] = self._samples
-        weight = float(samples) if self._loaders else 1.0
-        round_ = exchange.step(Push(weight, self._look, board.interrupt))
-        row = self._row
-        row.computing_s += begun - self._step_done_s
-        row.waiting_s += round_.waiting_s
-        row.exchanging_s += round_.exchanging_s
-        self._step_done_s = row.time_s = time.monotonic()
         if index == 0:
-            row.stepped, row.step, row.epoch = True, round_.number, self._epoch
-            row.samples, row.contributors = weight, len(round_.contributors)
-            self._after_round(exchange, round_.number, round_.contributors)
+            row.samples += samples if self._loaders else 1.0
+            row.steps += 1
+        weight = float(samples) if self._loaders else 1.0
+        row.computing_s += begun - self._step_done_s
+        self._step_done_s = begun
+        round_ = exchange.step(Push(VOID if void else weight, self._look, self._board.interrupt))
+        self._account_time(round_)
+        if round_ is not None:
+            self._after_meeting(index, round_)
+        elif index == 0 and isinstance(self.pace, Local):
+            reason = self._stopping.after_round(self.step_number)
+            if reason is not None:
+                self._close_periods()
+                if self._ended == _TRAINING:
+                    self._end(_DONE, reason)
         if row.time_s - self._flushed_s > _FLUSH_S:
             self.flush()
 
+    def _close_periods(self) -> None:
+        """Bring to a meeting what local steps have come to so far."""
+        for index, exchange in enumerate(self._exchanges):
+            self._step_done_s = time.monotonic()
+            round_ = exchange.flush() if self._ended == _TRAINING else None
+            self._account_time(round_)
+            if round_ is not None:
+                self._after_meeting(index, round_)
+
+    def _account_time(self, round_: Round | None) -> None:
+        row, now = self._row, time.monotonic()
+        waited = round_.waiting_s if round_ is not None else 0.0
+        row.waiting_s += waited
+        row.exchanging_s += now - self._step_done_s - waited
+        self._step_done_s = row.time_s = now
+
+    def _after_meeting(self, index: int, round_: Round) -> None:
+        row = self._row
+        if round_.over:
+            self._row = Row()
+        elif not round_.counted:
+            self._drop(row)
+        elif index == 0:
+            row.stepped, row.epoch, row.staleness = True, self._epoch, round_.staleness
+            row.key = -(-round_.number // self._pushes_a_step)
+            row.contributors = len(round_.contributors) if self._pushes_a_step == 1 else self._pushes_a_step
+        if self._in_rounds:
+            if index == 0:
+                self._after_round(self._exchanges[0], round_.number, round_.contributors)
+            return
+        if index == 0:
+            self._look = (0.0, 0.0)
+        self._follow_end(max(self._board.ended))
+
+    def _drop(self, row: Row) -> None:
+        """The push came too late for its round: it counts for nothing, and its samples come again."""
+        self._row = Row(
+            dropped=row.dropped + 1,
+            computing_s=row.computing_s,
+            waiting_s=row.waiting_s,
+            exchanging_s=row.exchanging_s,
+            time_s=row.time_s,
+        )
+        self._batch_dropped = True
+
     def _after_round(self, exchange: Exchange, number: int, contributors: tuple[int, ...]) -> None:
-        self._own_steps += 1
-        if exchange.asked_to_stop(number, contributors):
+        rounds = exchange.in_rounds
+        assert rounds is not None
+        if rounds.asked_to_stop(number, contributors):
             self._end(_INTERRUPTED, "interrupted")
             raise KeyboardInterrupt
-        reason = self._stopping.after_round(number)
-        look = reason is None and self._stopping.needs_loss and number % CHECK_ROUNDS == 0
+        every = 1
+        if isinstance(self.pace, Local):
+            every = self.pace.every
+            self._steps = rounds.count_steps(number, contributors, self._steps)
+        reason = self._stopping.after_round(self._steps if isinstance(self.pace, Local) else number)
+        look = reason is None and self._stopping.needs_loss and number % max(1, CHECK_ROUNDS // every) == 0
         # Whoever is out of data has not seen this round: then nobody looks, so that all count the same looks.
         if look and all(w in contributors or self._board.gone[w] for w in range(self._board.workers)):
-            total, samples = exchange.losses(number, contributors)
+            total, samples = rounds.losses(number, contributors)
             self._look = (0.0, 0.0)
             reason = self._stopping.look(total / samples) if samples else None
         if reason is not None:
             self._end(_DONE, reason)
+
+    def _account(self, entry: Entry) -> None:
+        """A push through the log counts: add up what came with it, and end training where that is due.
+
+        Called under the run's lock by whoever appends the entry, so that one decides for all.
+        """
+        accounts = self._board.accounts
+        for loss, samples, steps in self._exchanges[0].told(entry.members):
+            accounts.loss_sum += loss
+            accounts.samples += samples
+            accounts.steps += steps
+        alone = isinstance(self.pace, Quorum)
+        steps_done = entry.version if alone else int(accounts.steps) // self._board.workers
+        reason = self._stopping.after_round(steps_done)
+        if reason is None and entry.version % (CHECK_ROUNDS * self._pushes_a_step) == 0:
+            reason = self._take_look()
+        if reason is not None:
+            self._end_for_all(reason)
+
+    def _take_look(self) -> str | None:
+        """Under the run's lock: look at the mean loss since the last look."""
+        accounts, stopping = self._board.accounts, self._stopping
+        if not stopping.needs_loss or not accounts.samples:
+            return None
+        stopping.best, stopping.looks_without_gain = accounts.best, accounts.looks_without_gain
+        reason = stopping.look(accounts.loss_sum / accounts.samples)
+        accounts.best, accounts.looks_without_gain = stopping.best, stopping.looks_without_gain
+        accounts.loss_sum = accounts.samples = 0.0
+        return reason
+
+    def _end_for_all(self, reason: str) -> None:
+        self._board.ended[self.rank] = _DONE
+        self._channel.send(messages.Ended(reason))
+        self._board.wake_all()
+
+    def _follow_end(self, ended: int) -> None:
+        if ended and self._ended == _TRAINING:
+            self._end(ended, "")
+            for exchange in self._exchanges:
+                exchange.refresh()  # what others have pushed until then
 
     def norm(self, exchange: Exchange, chosen: bytes, order: float) -> float:
         """The norm of a gradient of this exchange over all workers; see engine/clipping.py."""
@@ -194,15 +318,22 @@ class Worker:
 
     def log(self, loss: float | None, values: dict[str, float]) -> None:
         """Record a loss of the batch in hand, and other values of the step."""
-        if self._ended != _TRAINING and not self._row.stepped:
+        if (self._ended != _TRAINING and not self._row.stepped) or (self._batch_stepped and self._batch_dropped):
             return
         if loss is not None:
-            weighted = loss * self._batch_samples
-            self._row.loss_sum += weighted
-            self._row.loss_samples += self._batch_samples
-            self._look = (self._look[0] + weighted, self._look[1] + self._batch_samples)
+            self._unstepped = _added(self._unstepped, (loss * self._batch_samples, self._batch_samples))
+            if self._batch_stepped:
+                self._take_in_losses()
         if values and self.rank == 0:
-            self._channel.send(messages.Logged(self.step_number, values))
+            self._channel.send(messages.Logged(self._row.key if self._row.stepped else self.step_number, values))
+
+    def _take_in_losses(self) -> None:
+        """What was logged belongs to a step that is taken, or just being taken."""
+        self._row.loss_sum += self._unstepped[0]
+        self._row.loss_samples += self._unstepped[1]
+        self._look = _added(self._look, self._unstepped)
+        self._unstepped = (0.0, 0.0)
+        self._batch_stepped = True
 
     # --- passes over loaders (data.loader.Passes) ---
 
@@ -212,7 +343,7 @@ class Worker:
             self._await_all(left)
         if self.step_number == 0:
             self._step_done_s = time.monotonic()  # what came before the first batch is not training
-        self._drop_unstepped_losses()
+        self._unstepped = (0.0, 0.0)  # of an evaluation: not training's
         self._pass_starts[loader] = (self._own_steps, self._drawn)
         self._evaluating[loader] = (self._samples, self._gradient_marks())
         ghost = self._ended != _TRAINING and loader in self._training_loaders
@@ -228,6 +359,7 @@ class Worker:
         if self._row.stepped:
             self._close_row()
         self._drawn += 1
+        self._batch_stepped = self._batch_dropped = False
         self._samples += samples
         self._batch_samples = samples
 
@@ -249,11 +381,13 @@ class Worker:
         A pass that was read without a step is an evaluation: it is nobody else's business, since scripts evaluate in
         the midst of training, and on worker 0 alone. A pass with nothing to read may be either: see ``_await_all``.
         """
-        if self._row.stepped:
-            self._close_row()
-        self._drop_unstepped_losses()
         steps_before, drawn_before = self._pass_starts[loader]
         steps = self._own_steps - steps_before
+        if steps:
+            self._close_periods()
+        if self._row.stepped:
+            self._close_row()
+        self._unstepped = (0.0, 0.0)
         if steps == 0 and self._drawn > drawn_before:
             if self._evaluating[loader][1] == self._gradient_marks():
                 self._samples = self._evaluating[loader][0]  # no backward came of them: they weigh nothing
@@ -265,6 +399,8 @@ class Worker:
         passes = self._board.passes(loader)
         look = self._board.look(loader, passes[self.rank] + 1, self.rank)
         look[0], look[1], look[2] = *self._look, steps
+        if not self._in_rounds:
+            self._look = (0.0, 0.0)
         passes[self.rank] += 1
         self._board.ring(self.rank)
         return True
@@ -280,9 +416,16 @@ class Worker:
         number = board.passes(loader)[self.rank]
         begun = time.monotonic()
         board.parked[self.rank] = loader + 1
-        board.ring(self.rank)
+        self._ring()
         board.wait(lambda: self._barrier(loader, number) or number)
+        if not self._in_rounds:
+            with self._lock:
+                self._decide(loader, number)
         board.parked[self.rank] = NOT_PARKED
+        for exchange in self._exchanges:
+            exchange.catch_up()
+        if self._exchanges and isinstance(self.pace, Local):
+            self._steps = self._exchanges[0].most_steps
         # Who is gone has not finished it; what it had logged before is of an older pass.
         looked = [w for w in range(board.workers) if board.passes(loader)[w] >= number]
         looks = [board.look(loader, number, worker) for worker in looked]
@@ -296,9 +439,21 @@ class Worker:
             raise KeyboardInterrupt
         if sum(look[2] for look in looks):
             self._training_loaders.add(loader)
+        if not self._in_rounds:
+            self._follow_end(ended)
+            return
+        if sum(look[2] for look in looks):
             self._after_pass(number, sum(look[0] for look in looks), sum(look[1] for look in looks))
         if ended and not self.over:  # in a round of the others that this worker was parked in
             self._end(ended, self._stopping.after_round(self.step_number) or "")
+
+    def _ring(self) -> None:
+        """Tell of a change that rounds depend on: at paces without rounds also those who wait for no one in
+        particular."""
+        self._board.ring(self.rank)
+        if not self._in_rounds:
+            with self._lock:
+                self._board.ring(self._board.common)
 
     def _barrier(self, loader: int, number: int) -> Waiting | None:
         """Whom the end of this pass waits for. A worker that had nothing to read, from a loader nobody is known to
@@ -311,6 +466,22 @@ class Worker:
         if board.evaluated[loader] or all(board.parked[w] not in (NOT_PARKED, loader + 1) for w in others):
             return None
         return held
+
+    def _decide(self, loader: int, number: int) -> None:
+        """Under the run's lock: the first to leave the end of a pass draws the conclusions from it for all."""
+        board = self._board
+        if board.decided[loader] >= number:
+            return
+        board.decided[loader] = number
+        looks = [board.look(loader, number, w) for w in range(board.workers) if board.passes(loader)[w] >= number]
+        if not sum(look[2] for look in looks) or max(board.ended):
+            return
+        board.accounts.loss_sum += sum(look[0] for look in looks)
+        board.accounts.samples += sum(look[1] for look in looks)
+        reason = self._stopping.after_pass(number)
+        reason = self._take_look() or reason
+        if reason is not None:
+            self._end_for_all(reason)
 
     def _after_pass(self, number: int, loss: float, samples: float) -> None:
         reason = self._stopping.after_pass(number)
@@ -349,7 +520,7 @@ class Worker:
     def go(self) -> None:
         """Leave: nobody waits for this worker any more."""
         self._board.gone[self.rank] = 1
-        self._board.ring(self.rank)
+        self._ring()
 
     def flush(self) -> None:
         """Send the launcher what it has not seen of the rounds behind this worker."""
@@ -365,8 +536,10 @@ class Worker:
         self._rows += self._row.pack()
         self._row = Row()
 
-    def _drop_unstepped_losses(self) -> None:
-        """Losses logged without a step (an evaluation) are not training's."""
-        if not self._row.stepped and self._row.loss_samples:
-            self._look = (self._look[0] - self._row.loss_sum, self._look[1] - self._row.loss_samples)
-            self._row.loss_sum = self._row.loss_samples = 0.0
+
+def _nothing(entry: Entry) -> None:
+    """What is counted is the first optimizer's steps."""
+
+
+def _added(a: tuple[float, float], b: tuple[float, float]) -> tuple[float, float]:
+    return a[0] + b[0], a[1] + b[1]

@@ -71,8 +71,13 @@ class Shard:
             self._tensors.append(tensor)
             self._gradients.append(gradient)
             stepped[entry.group]["params"].append(tensor)
+        self._vectors = vectors
+        self._folded = self._gradients
+        self._aliases: dict[int, list[torch.Tensor]] = {}  # address of a gradient -> the pieces' ranges of it
         self._optimizer = make(stepped)
         self._saved = 0  # pieces whose state lies in shared memory
+        self._settings = [dict(group) for group in groups]
+        self._rate = 1.0
 
     @property
     def values(self) -> int:
@@ -87,8 +92,28 @@ class Shard:
                 self._optimizer.state[tensor] = state
         self._saved = len(self._optimizer.state)
 
+    def follow(self) -> None:
+        """As ``resume``, for a shard that others step too but whose pieces are always the same: what is an alias of
+        the shared memory already is not looked at again."""
+        if self._saved < len(self._tensors) or self._state.has_numbers:
+            self.resume()
+
+    def forget(self) -> None:
+        """The shared state was replaced: hold on to none of it."""
+        self._optimizer.state.clear()
+        self._saved = 0
+
+    def copy_to(self, vectors: Mapping[str, torch.Tensor]) -> None:
+        """Copy this shard's parameters into flat vectors (by dtype, whole) of the same layout."""
+        for run in self._runs:
+            vectors[run.dtype][run.start : run.stop].copy_(self._vectors[run.dtype][run.start : run.stop])
+
     def fold(self, gradients: Sequence[Mapping[str, torch.Tensor]], weights: Sequence[float]) -> None:
         """Fold the contributors' flat gradients (by dtype, whole vectors) over this shard's range."""
+        if len(gradients) == 1:
+            self._folded = self._alias(gradients[0])
+            return
+        self._folded = self._gradients
         total = sum(weights)
         shares = [weight / total for weight in weights]
         for run in self._runs:
@@ -102,11 +127,36 @@ class Shard:
             if run.sum is not run.gradient:
                 run.gradient.copy_(run.sum)
 
+    def fold_compensated(
+        self, gradient: Mapping[str, torch.Tensor], computed_on: Mapping[str, torch.Tensor], strength: float
+    ) -> None:
+        """Fold g + ``strength`` g^2 (w - w_c) of one worker; w_c are the parameters that g was computed on."""
+        self._folded = self._gradients
+        for run in self._runs:
+            g = gradient[run.dtype][run.start : run.stop]
+            drift = self._vectors[run.dtype][run.start : run.stop] - computed_on[run.dtype][run.start : run.stop]
+            torch.addcmul(g, g * g, drift, value=strength, out=run.gradient)
+
+    def _alias(self, source: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """The pieces' ranges of a gradient, where it lies."""
+        address = next(iter(source.values())).data_ptr()
+        known = self._aliases.get(address)
+        if known is None:
+            known = []
+            for piece in self._pieces:
+                entry = self._table.entries[piece.param]
+                gradient = source[entry.dtype][entry.offset + piece.start : entry.offset + piece.stop]
+                if self._whole:
+                    gradient = gradient.as_strided(entry.shape, entry.stride, gradient.storage_offset())
+                known.append(gradient)
+            self._aliases[address] = known
+        return known
+
     def norm(self, chosen: bytes | None, order: float) -> float:
         """Of what was folded: the sum of |g|^order over the chosen parameters, or the maximum for infinity."""
         norms = [
             torch.linalg.vector_norm(gradient, order, dtype=_NORM_DTYPE.get(gradient.dtype, gradient.dtype))
-            for piece, gradient in zip(self._pieces, self._gradients, strict=True)
+            for piece, gradient in zip(self._pieces, self._folded, strict=True)
             if chosen is None or chosen[piece.param]
         ]
         values = [float(norm) for norm in norms]
@@ -114,16 +164,21 @@ class Shard:
             return max(values, default=0.0)
         return math.fsum(value**order for value in values)
 
-    def step(self, settings: Sequence[Group] | None, has_gradient: bytes | None) -> None:
+    def step(self, settings: Sequence[Group] | None, has_gradient: bytes | None, *, rate: float = 1.0) -> None:
         """One optimizer step with what was folded.
 
         ``settings`` replaces the groups' hyper-parameters (None: unchanged). ``has_gradient[i]`` tells whether anyone
-        had a gradient for parameter i: one without is not stepped, as in torch (None: all have).
+        had a gradient for parameter i: one without is not stepped, as in torch (None: all have). ``rate`` multiplies
+        the learning rate of this step.
         """
         if settings is not None:
-            for group, new in zip(self._optimizer.param_groups, settings, strict=True):
-                group.update(new)
-        for piece, tensor, gradient in zip(self._pieces, self._tensors, self._gradients, strict=True):
+            for known, new in zip(self._settings, settings, strict=True):
+                known.update(new)
+        if settings is not None or rate != self._rate:
+            self._rate = rate
+            for group, known in zip(self._optimizer.param_groups, self._settings, strict=True):
+                group.update(known if rate == 1.0 or "lr" not in known else known | {"lr": known["lr"] * rate})
+        for piece, tensor, gradient in zip(self._pieces, self._tensors, self._folded, strict=True):
             tensor.grad = gradient if has_gradient is None or has_gradient[piece.param] else None
         if self._saved < len(self._tensors):
             self._begin_momentum()

@@ -85,6 +85,30 @@ def _excused(worker: int, board: Board) -> bool:
     return board.parked[worker] == parked and not barrier_open(parked - 1, number, board)
 
 
+def quorum_met(count: int, offered: Sequence[int], board: Board) -> Closed | Waiting:
+    """Pace quorum: may the round be closed with the workers that have ``offered`` a gradient for it?
+
+    Yes with ``count`` of them, or as many as have data left. Who asks must hold the run's lock to act upon a yes.
+    """
+    if len(offered) >= count:
+        return Closed(tuple(offered))
+    for worker in range(len(board.gone)):
+        if worker not in offered and not board.gone[worker] and not _excused(worker, board):
+            return Waiting(worker, f"{len(offered)} of {count} pushes are there, worker {worker}'s is not")
+    return Closed(tuple(offered))
+
+
+def within_bound(worker: int, staleness: int, clocks: Column, board: Board) -> Waiting | None:
+    """Pace bounded: may ``worker`` begin its next step? Its clock is at most ``staleness`` ahead of the slowest.
+
+    A clock counts the steps a worker has finished (Ho et al. 2013). Who is out of data or gone holds nobody back.
+    """
+    for other in range(len(clocks)):
+        if clocks[worker] - clocks[other] > staleness and not board.gone[other] and not _excused(other, board):
+            return Waiting(other, f"worker {other} is {clocks[worker] - clocks[other]} steps behind")
+    return None
+
+
 def next_to_act(board: Board) -> int | None:
     """A worker without whose next word no round can begin; None when all are gone. For servers with nothing to do."""
     present = [worker for worker in range(len(board.gone)) if not board.gone[worker]]

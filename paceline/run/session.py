@@ -23,6 +23,7 @@ from paceline.config import Pace, Sync
 from paceline.data.loader import share
 from paceline.engine import context as contexts
 from paceline.engine.context import Context
+from paceline.engine.exchange import Exchange
 from paceline.engine.worker import Worker
 from paceline.errors import ConfigError, HostError, UsageError
 from paceline.params.table import names_of
@@ -121,7 +122,7 @@ class Run:
         index = len(self._wrapped)
         self._wrapped.add(id(optimizer))
         self._copied.update(id(parameter) for parameter in exchange.parameters)
-        _replace_step(optimizer, self.worker, index)
+        _replace_step(optimizer, self.worker, index, exchange)
 
     def _wrap_model(self, model: nn.Module) -> None:
         """Frozen parameters and buffers are each worker's own; they begin as worker 0's."""
@@ -161,9 +162,11 @@ def init() -> Run:
     return _current
 
 
-def _replace_step(optimizer: optim.Optimizer, worker: Worker, index: int) -> None:
+def _replace_step(optimizer: optim.Optimizer, worker: Worker, index: int, exchange: Exchange) -> None:
     """Make ``optimizer.step()`` the exchange, for torch's schedulers and hooks the same method as before."""
     before = optimizer.step
+    if exchange.inner is not None:
+        exchange.inner.own_step = before
 
     @wraps(before)
     def step(closure: Callable[[], Any] | None = None) -> Any:
@@ -171,6 +174,9 @@ def _replace_step(optimizer: optim.Optimizer, worker: Worker, index: int) -> Non
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if exchange.inner is not None:  # then the step is the optimizer's own, hooks included
+            worker.exchange(index)
+            return loss
         for hook in list(optimizer._optimizer_step_pre_hooks.values()):
             hook(optimizer, (), {})
         worker.exchange(index)

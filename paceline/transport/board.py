@@ -7,6 +7,7 @@ on. Members are the workers by rank, then the servers. The launcher writes ``abo
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 from collections.abc import Callable
@@ -23,8 +24,39 @@ _WAIT_S = 0.5  # a sleeper looks for an abort at least this often, whoever forgo
 T = TypeVar("T")
 
 
+def _cell(place: int) -> property:
+    def read(self: Accounts) -> float:
+        return self._cells[place]
+
+    def write(self: Accounts, value: float) -> None:
+        self._cells[place] = value
+
+    return property(read, write)
+
+
 class Aborted(BaseException):
     """The launcher has told everyone to stop; not an Exception, so that user code does not swallow it."""
+
+
+class Accounts:
+    """Names for floats in shared memory: sums since the last look, steps in all, what looks have found so far."""
+
+    def __init__(self, cells: memoryview[float]) -> None:
+        self._cells = cells
+
+    loss_sum = _cell(0)
+    samples = _cell(1)
+    steps = _cell(2)
+    looks_without_gain = _cell(3)
+
+    @property
+    def best(self) -> float:
+        """The best loss that a look has found."""
+        return self._cells[4] if self._cells[5] else math.inf
+
+    @best.setter
+    def best(self, value: float) -> None:
+        self._cells[4], self._cells[5] = value, 1.0
 
 
 class Board:
@@ -39,6 +71,7 @@ class Board:
         self.workers, self.servers, self.members = workers, servers, workers + servers
         offsets = _offsets(workers, servers)
         self._events = offsets["events"]
+        self.common = self.members  # the place after the members': a change that concerns everybody
         self.gone = self._words[offsets["gone"] : offsets["gone"] + workers]
         self.parked = self._words[offsets["parked"] : offsets["parked"] + workers]
         self.ended = self._words[offsets["ended"] : offsets["ended"] + workers]
@@ -48,8 +81,11 @@ class Board:
         ]
         self._floats = memoryview(memory).cast("d")
         self._looks = offsets["looks"]
-        # The one column with many writers: whoever writes, writes 1.
+        self._accounts = offsets["accounts"]
+        # The two columns with many writers. In "evaluated" whoever writes, writes 1; "decided" (the last pass over a
+        # loader of which the consequences are drawn) is written under the run's lock.
         self.evaluated = self._words[offsets["evaluated"] : offsets["evaluated"] + MAX_LOADERS]
+        self.decided = self._words[offsets["decided"] : offsets["decided"] + MAX_LOADERS]
         # Sleeping costs a wake-up of 10 to 50 microseconds; looking again for a while costs a core. It pays
         # only where every process has a core of its own.
         self._spins = 40 if self.members <= len(os.sched_getaffinity(0)) else 0
@@ -82,6 +118,11 @@ class Board:
         self._words[5] = number
         self.ring(0)
 
+    @property
+    def accounts(self) -> Accounts:
+        """What stop rules go by, where one worker decides for all; under the run's lock."""
+        return Accounts(self._floats[self._accounts : self._accounts + 8])
+
     def passes(self, loader: int) -> memoryview[int]:
         return self._passes[loader]
 
@@ -91,7 +132,10 @@ class Board:
         return self._floats[start : start + 3]
 
     def ring(self, member: int) -> None:
-        """Count a change of ``member``, published before this, and wake those who sleep on it."""
+        """Count a change of ``member``, published before this, and wake those who sleep on it.
+
+        A member rings for itself only; for ``common`` whoever holds the run's lock does.
+        """
         index = self._events + member * _LINE
         self._words[index] += 1
         futex.wake(self._address + index * 8)
@@ -104,7 +148,7 @@ class Board:
         self._words[4] = 1
 
     def wake_all(self) -> None:
-        for member in range(self.members):
+        for member in range(self.members + 1):
             futex.wake(self._address + (self._events + member * _LINE) * 8)
 
     def wait(self, ask: Callable[[], T | Waiting]) -> T:
@@ -135,13 +179,15 @@ def _offsets(workers: int, servers: int) -> dict[str, int]:
     """Where each column begins, in words."""
     place, offsets = 2 * _LINE, {}
     columns = {
-        "events": (workers + servers) * _LINE,
+        "events": (workers + servers + 1) * _LINE,
         "gone": workers,
         "parked": workers,
         "ended": workers,
         "passes": workers * MAX_LOADERS,
         "looks": workers * 6 * MAX_LOADERS,
         "evaluated": MAX_LOADERS,
+        "decided": MAX_LOADERS,
+        "accounts": _LINE,
     }
     for name, words in columns.items():
         offsets[name] = place

@@ -2,12 +2,16 @@
 
     words   pushed[worker], stepped[member], ready[member]: the round each has pushed, has stepped its shards
             of, and has taken up moved shards for; asked[worker], answered[worker]: the same for norms
+    log     where there are parts (paces quorum, bounded, async): the log (protocol/log.py), applied[part], and
+            clocks[worker], steps each has finished
     state   the optimizer's state (params/state.py)
     params  one flat vector a dtype: the parameters, once on this host
-    slots   by worker: a header (weight, loss sums, stop, settings, mask) and the flat gradient
+    slots   by worker: a header (weight, loss sums, stop, settings, mask), the flat gradient, and where there are
+            parts the worker's own copy of the parameters
 
-A worker writes its slot, then its ``pushed`` word: that store *is* the push. A slot has one writer; it is read
-between the closing of its round and the last ``stepped`` of it, and not written in that time.
+A worker writes its slot, then its ``pushed`` word: that store *is* the push. With parts it is the log's entry. A slot
+has one writer; it is read between the closing of its round and the last ``stepped`` of it (or its entry's last
+``applied``), and not written in that time. The copy is written by who applies an entry of the worker's.
 """
 
 from __future__ import annotations
@@ -20,7 +24,9 @@ import torch
 from paceline.params.optimizers import StateItem
 from paceline.params.state import State, StatePlan
 from paceline.params.table import DTYPES, Table
-from paceline.transport.segment import PAGE, page_up
+from paceline.protocol import log
+from paceline.protocol.partition import Piece, partition
+from paceline.transport.segment import PAGE, address, page_up
 
 _WORD = 8
 _HEADER_WORDS = 24  # two halves of eight words, then settings' version and length, and a norm
@@ -35,7 +41,8 @@ class Spec(msgspec.Struct, frozen=True):
     """All that must be equal in every process of an exchange; its bytes are compared and sent to servers.
 
     ``settings`` is the groups' hyper-parameters as they are stepped, encoded; a slot has room for
-    ``settings_bytes`` of them. ``whole``: parameters are never cut.
+    ``settings_bytes`` of them. ``whole``: parameters are never cut. ``parts``: into how many the parameters are cut
+    for good; 0 where each round cuts them anew.
     """
 
     table: Table
@@ -46,22 +53,29 @@ class Spec(msgspec.Struct, frozen=True):
     state: tuple[StateItem, ...]
     workers: int
     servers: int
+    parts: int = 0
+
+    def cut(self, parts: int) -> tuple[tuple[Piece, ...], ...]:
+        return partition([entry.size for entry in self.table.entries], parts, whole=self.whole)
 
 
 class _Offsets:
     def __init__(self, spec: Spec) -> None:
         count = len(spec.table.entries)
         vectors = spec.table.offsets_bytes()
-        self.plan = StatePlan(spec.table, spec.state)
-        self.words = 0
-        self.state = page_up((5 * spec.workers + 2 * spec.servers) * _WORD)
+        pieces = [piece for part in spec.cut(spec.parts) for piece in part] if spec.parts else []
+        self.plan = StatePlan(spec.table, spec.state, pieces)
+        self.log = page_up((5 * spec.workers + 2 * spec.servers) * _WORD)
+        self.log_words = log.words_needed(spec.workers) if spec.parts else 0
+        self.state = page_up(self.log + (self.log_words + spec.parts + spec.workers) * _WORD)
         self.params = page_up(self.state + self.plan.size_bytes)
         self.slots = page_up(self.params + vectors[""])
         self.mask = _HEADER_WORDS * _WORD
         self.chosen = self.mask + -(-count // 64) * 64
         self.settings = self.chosen + -(-count // 64) * 64
         self.gradient = page_up(self.settings + spec.settings_bytes)
-        self.slot_bytes = page_up(self.gradient + vectors[""])
+        self.copy = page_up(self.gradient + vectors[""])
+        self.slot_bytes = page_up(self.copy + vectors[""]) if spec.parts else self.copy
         self.end = self.slots + spec.workers * self.slot_bytes
 
 
@@ -72,7 +86,8 @@ def size_bytes(spec: Spec) -> int:
 
 class Slot:
     """One worker's slot. ``gradient`` is one flat vector a dtype, padded with zeros; ``mask`` tells which
-    parameters have one, ``chosen`` which of them a norm is asked of: one byte a parameter."""
+    parameters have one, ``chosen`` which of them a norm is asked of: one byte a parameter. ``copy`` is the worker's
+    own parameters, flat like the gradient; empty where all workers share them."""
 
     def __init__(self, memory: mmap.mmap, start: int, offsets: _Offsets, spec: Spec) -> None:
         self._words = memoryview(memory)[start : start + offsets.mask].cast("Q")
@@ -83,6 +98,7 @@ class Slot:
         self._settings = memoryview(memory)[start + offsets.settings : start + offsets.gradient]
         self._settings_bytes = spec.settings_bytes
         self.gradient = carve_vectors(memory, start + offsets.gradient, spec.table)
+        self.copy = carve_vectors(memory, start + offsets.copy, spec.table) if spec.parts else {}
 
     def pushed_in(self, number: int) -> bool:
         """Did this worker contribute to round ``number``, the one in progress or the last?"""
@@ -96,6 +112,10 @@ class Slot:
         half = _half(number)
         return self._floats[half + 2], self._floats[half + 3]
 
+    def steps(self, number: int) -> int:
+        """How many local steps are in the push."""
+        return self._words[_half(number) + 5]
+
     def stop(self, number: int) -> bool:
         """Does this worker ask that the round be the last?"""
         return self._words[_half(number) + 4] != 0
@@ -103,12 +123,12 @@ class Slot:
     def write_weight(self, number: int, weight: float) -> None:
         self._floats[_half(number) + 1] = weight
 
-    def write(self, number: int, weight: float, loss: tuple[float, float], stop: bool) -> None:
+    def write(self, number: int, weight: float, loss: tuple[float, float], stop: bool, steps: int = 1) -> None:
         """The header of a push. There are two, for even rounds and odd ones: when a round is over, a fast worker may
         push the next before a slow one has looked at this one's headers; further ahead nobody can be."""
         half = _half(number)
         self._floats[half + 1], self._floats[half + 2], self._floats[half + 3] = weight, *loss
-        self._words[half + 4] = stop
+        self._words[half + 4], self._words[half + 5] = stop, steps
         self._words[half] = number
 
     @property
@@ -140,8 +160,8 @@ class ExchangeMemory:
     def __init__(self, memory: mmap.mmap, spec: Spec) -> None:
         offsets = _Offsets(spec)
         assert len(memory) >= offsets.end, "the segment is smaller than its spec"
-        self._memory = memory
-        words = memoryview(memory)[: offsets.state].cast("Q")
+        self._memory, self._pinned = memory, False
+        words = memoryview(memory)[: offsets.log].cast("Q")
         self.pushed = words[: spec.workers]
         members = spec.workers + spec.servers
         self.stepped = words[spec.workers : spec.workers + members]
@@ -149,6 +169,11 @@ class ExchangeMemory:
         norms = spec.workers + 2 * members
         self.asked = words[norms : norms + spec.workers]
         self.answered = words[norms + spec.workers : norms + 2 * spec.workers]
+        entries = memoryview(memory)[offsets.log : offsets.state].cast("Q")
+        self.log = log.Log(entries[: offsets.log_words], spec.workers)
+        self.applied = entries[offsets.log_words : offsets.log_words + spec.parts]
+        clocks = offsets.log_words + spec.parts
+        self.clocks = entries[clocks : clocks + spec.workers]
         self.params = carve_vectors(memory, offsets.params, spec.table)
         self.state = State(
             spec.table,
@@ -158,6 +183,12 @@ class ExchangeMemory:
         self.slots = [
             Slot(memory, offsets.slots + worker * offsets.slot_bytes, offsets, spec) for worker in range(spec.workers)
         ]
+
+    def pin(self) -> None:
+        """Lock the memory for CUDA, so that copies from and to a GPU need no staging and can be queued."""
+        if not self._pinned:
+            self._pinned = True
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address(self._memory), len(self._memory), 0))
 
 
 def carve_vectors(memory: mmap.mmap, start: int, table: Table) -> dict[str, torch.Tensor]:

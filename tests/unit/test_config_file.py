@@ -59,6 +59,8 @@ def test_none_is_left_out_and_the_rest_is_plain_toml() -> None:
         "servers = 0",
         'pace = "sync"',
         'assign = "round_robin"',
+        'data = "shared"',
+        "staleness_damping = false",
         "seed = 0",
         "steps = 30",
         'runs = "runs"',

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from paceline.cli.options import OPTIONS, JobFlags, ShowFlags, job_field, resolve, switched, variable
-from paceline.config import Job, Sync
+from paceline.config import Bounded, Job
 from paceline.errors import UsageError
 
 PLACES = ("flag", "environment", "file")
@@ -36,8 +36,11 @@ def test_every_option_can_stand_in_the_environment() -> None:
     texts = {
         "workers": "3",
         "servers": "1",
-        "pace": "sync",
+        "pace": "bounded:4",
         "assign": "hash",
+        "data": "own",
+        "staleness_damping": "1",
+        "compensate": "0.5",
         "threads": "2",
         "seed": "7",
         "steps": "10",
@@ -52,10 +55,24 @@ def test_every_option_can_stand_in_the_environment() -> None:
     settings = resolve(JobFlags(), environment)
 
     assert settings.job("train") == Job(
-        "train", 3, 1, Sync(), "hash", 2, 7, 10, 4, until_loss=0.5, patience=6, runs=Path("elsewhere")
+        "train",
+        workers=3,
+        servers=1,
+        pace=Bounded(4),
+        assign="hash",
+        data="own",
+        staleness_damping=True,
+        compensate=0.5,
+        threads=2,
+        seed=7,
+        steps=10,
+        epochs=4,
+        until_loss=0.5,
+        patience=6,
+        runs=Path("elsewhere"),
     )
     assert dict(settings.sources) == {job_field(option): variable(option) for option in OPTIONS}
-    assert settings.job("train") == resolve(JobFlags(**texts), {}).job("train")
+    assert settings.job("train") == resolve(JobFlags(**texts | {"staleness_damping": True}), {}).job("train")
 
 
 def test_nothing_set_is_the_jobs_own_default() -> None:

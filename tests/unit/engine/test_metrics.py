@@ -14,7 +14,7 @@ from paceline.events import Metric
 
 
 def row(step: int, contributors: int = 1, **values: Any) -> bytes:
-    return Row(stepped=True, step=step, contributors=contributors, **values).pack()
+    return Row(stepped=True, key=step, contributors=contributors, **({"steps": 1} | values)).pack()
 
 
 def metrics(merger: Merger, *, everything: bool = False) -> list[Metric]:
@@ -25,10 +25,10 @@ def steps(merger: Merger, *, everything: bool = False) -> list[int]:
     return [metric.step for metric in metrics(merger, everything=everything)]
 
 
-def test_a_row_is_ten_numbers() -> None:
+def test_a_row_is_thirteen_numbers() -> None:
     packed = row(3, 2, epoch=1, time_s=9.5, loss_sum=6.0, loss_samples=4.0, samples=5.0, computing_s=0.25)
-    assert ROW.unpack(packed) == (3.0, 2.0, 1.0, 9.5, 6.0, 4.0, 5.0, 0.25, 0.0, 0.0)
-    assert ROW.size == 80
+    assert ROW.unpack(packed) == (3.0, 2.0, 1.0, 9.5, 1.0, 6.0, 4.0, 5.0, 0.25, 0.0, 0.0, 0.0, 0.0)
+    assert ROW.size == 104
 
 
 def test_a_round_is_told_once_all_its_contributors_have() -> None:

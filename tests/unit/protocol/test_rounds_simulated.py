@@ -257,7 +257,8 @@ def serve(world: World, member: int, nothing: Channel) -> Steps[None]:
     servers = tuple(range(world.workers, world.workers + world.servers))
 
     def question(columns: _Reading) -> Any:
-        return _next(columns, [SimpleNamespace(memory=columns, published_as=0)], member, nothing.fileno())
+        served = SimpleNamespace(memory=columns, published_as=0, spec=SimpleNamespace(parts=0))
+        return _next(columns, [served], member, nothing.fileno())
 
     while True:
         answer = yield from wait(world, question)

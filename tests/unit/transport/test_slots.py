@@ -68,8 +68,9 @@ def regions(memory: ExchangeMemory, spec: Spec) -> Iterator[tuple[str, torch.Ten
         yield f"params {dtype}", as_bytes(vector)
     yield "present", memory.state.present[: len(spec.table.entries)]
     for param, items in memory.state._items.items():
-        for item, tensor in items:
-            yield f"state {param} {item.key}", as_bytes(tensor)
+        for item, tensors in items:
+            for start, tensor in tensors.items():
+                yield f"state {param} {start} {item.key}", as_bytes(tensor)
     for worker, slot in enumerate(memory.slots):
         yield f"header {worker}", torch.frombuffer(slot._words, dtype=torch.uint8)
         for name in ("mask", "chosen"):

@@ -1,0 +1,182 @@
+"""Meet through the log: a push is applied when it comes (bounded, async), or when enough are there (quorum).
+
+gradient in the slot -> under the run's lock: does it count, and is it applied now? -> entry in the log
+  -> applied to every part in its turn, by this worker or the servers, who copy the new parameters back
+  -> bounded: wait while too far ahead, then copy again
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from paceline.config import Bounded, Pace, Quorum
+from paceline.engine.applier import Applier
+from paceline.engine.meeting import Push, Round
+from paceline.protocol.log import COPY, LOAD, STEP, Entry
+from paceline.protocol.rounds import Closed, Waiting, quorum_met, within_bound
+from paceline.transport.board import Board
+from paceline.transport.lock import Lock
+from paceline.transport.slots import ExchangeMemory, Spec
+
+Close = Callable[[Entry], None]  # called under the lock with every STEP, as it is appended
+
+
+class Arrivals:
+    """A worker's side of the log of one exchange. ``applier`` is its hands; None where servers apply."""
+
+    def __init__(
+        self, spec: Spec, memory: ExchangeMemory, pace: Pace, board: Board, lock: Lock, rank: int, close: Close
+    ) -> None:
+        self._spec, self._memory, self._log = spec, memory, memory.log
+        self._board, self._lock, self._rank, self._close = board, lock, rank, close
+        self._quorum = pace.count if isinstance(pace, Quorum) else 0
+        self._bound = pace.staleness if isinstance(pace, Bounded) else None
+        self._slot = memory.slots[rank]
+        self._version = 0  # of the copy that this worker computes on
+        self._loads = 0
+        self.applier: Applier | None = None
+
+    @property
+    def number(self) -> int:
+        """STEPs so far, of all workers."""
+        return self._log.version
+
+    def meet(self, push: Push) -> Round:
+        """Offer what is in the slot; returns when the parameters may be computed on again.
+
+        At quorum, min(k, workers with data) must come here for it to be applied; at bounded the slowest workers must
+        come on. Raises Aborted if the run is stopped while waiting.
+        """
+        memory, rank, log = self._memory, self._rank, self._log
+        self._slot.write(memory.pushed[rank] + 1, push.weight, push.loss, push.stop, push.steps)
+        memory.pushed[rank] += 1
+        begun = time.monotonic()
+        with self._lock:
+            if max(self._board.ended):
+                return Round(log.version, (), 0.0, counted=False, over=True)
+            late = self._quorum > 0 and log.version != self._version
+            staleness = log.version - self._version
+            if self._quorum and not late:
+                log.offer(rank)
+                self._board.ring(self._board.common)
+            elif not late:
+                entry = self._append(STEP, (rank,), staleness)
+            memory.clocks[rank] += 1
+        if late:
+            self.refresh()
+            return Round(log.version, (), 0.0, staleness, counted=False)
+        waited = 0.0
+        if self._quorum:
+            closed = self._board.wait(self._await_quorum)
+            waited = time.monotonic() - begun
+            if closed is None:
+                return Round(log.version, (), waited, counted=False, over=True)
+            entry = closed
+        self._apply(entry)
+        return Round(entry.version, entry.members, waited + self._keep_bound(), staleness)
+
+    def refresh(self) -> None:
+        """Copy the newest parameters, with all that was appended before this."""
+        with self._lock:
+            entry = self._append(COPY, (self._rank,))
+        self._apply(entry)
+
+    def load(self, write: Callable[[], None]) -> None:
+        """Put this worker's parameters and state in place of the shared ones: ``write`` does it, in its turn.
+
+        Of all workers that load their n-th checkpoint only the first one's is taken; the others get what it left.
+        """
+        self._loads += 1
+        with self._lock:
+            fresh = self._loads > self._log.loads
+            entry = self._append(LOAD if fresh else COPY, (self._rank,))
+        if fresh:
+            for part in range(self._spec.parts):
+                self._await_turn(part, entry.number)
+            write()
+            for part in range(self._spec.parts):
+                self._memory.applied[part] = entry.number
+            self._board.ring(self._rank)
+            self.refresh()
+        else:
+            self._apply(entry)
+
+    def catch_up(self) -> None:
+        """Come back from outside the minimum clock: as far as the furthest, so that nobody waits for the past."""
+        with self._lock:
+            self._memory.clocks[self._rank] = max(self._memory.clocks)
+        self._board.ring(self._rank)
+
+    def _append(self, kind: int, members: tuple[int, ...], staleness: int = 0) -> Entry:
+        entry = self._log.append(kind, self._rank, members, staleness)
+        if kind == STEP:
+            self._close(entry)
+        self._board.ring(self._board.common)
+        return entry
+
+    def _await_quorum(self) -> Entry | Waiting | None:
+        """The entry that this worker's gradient is in; it appends it itself if it is the one to see a quorum."""
+        board, log = self._board, self._log
+        fate = log.fate(self._rank)
+        if fate.version > self._version:
+            return Entry(fate.number, STEP, fate.by, fate.version, 0, tuple(range(fate.members)))
+        if max(board.ended) or board.interrupt:
+            return None
+        answer = quorum_met(self._quorum, log.offered, board)
+        if isinstance(answer, Waiting):
+            return Waiting(board.common, answer.reason)
+        with self._lock:
+            offered = log.offered
+            if self._rank not in offered or max(board.ended):
+                return Waiting(board.common, "the round has just been closed")
+            answer = quorum_met(self._quorum, offered, board)
+            if isinstance(answer, Closed):
+                log.clear_offers()
+                return self._append(STEP, answer.contributors)
+        return Waiting(board.common, "a worker has just come back")
+
+    def _apply(self, entry: Entry) -> None:
+        """See the entry applied to all parts, by this worker where it is its own and there are no servers."""
+        for part in range(self._spec.parts):
+            if self.applier is not None and entry.by == self._rank:
+                self._await_turn(part, entry.number)
+                self.applier.apply(part, entry)
+                self._board.ring(self._rank)
+            else:
+                self._board.wait(lambda part=part: self._is_applied(part, entry))  # type: ignore[misc]
+        self._version = entry.version
+
+    def _await_turn(self, part: int, number: int) -> None:
+        applied = self._memory.applied
+        if applied[part] < number - 1:
+            self._board.wait(lambda: applied[part] >= number - 1 or self._waiting_for(part))
+
+    def _is_applied(self, part: int, entry: Entry) -> bool | Waiting:
+        return self._memory.applied[part] >= entry.number or self._waiting_for(part)
+
+    def _waiting_for(self, part: int) -> Waiting:
+        entry = self._log.entry(self._memory.applied[part] + 1)
+        on = applied_by(self._spec, entry, part)
+        return Waiting(on, f"member {on} has not applied entry {entry.number}")
+
+    def _keep_bound(self) -> float:
+        """Pace bounded: wait while too far ahead, then take what has come in the meantime. Seconds waited."""
+        if self._bound is None:
+            return 0.0
+        memory, board, rank, bound = self._memory, self._board, self._rank, self._bound
+        board.ring(rank)  # who waits for this worker's clock
+        if within_bound(rank, bound, memory.clocks, board) is None:
+            return 0.0
+        begun = time.monotonic()
+        board.wait(lambda: max(board.ended) or board.interrupt or within_bound(rank, bound, memory.clocks, board) or 1)
+        waited = time.monotonic() - begun
+        self.refresh()
+        return waited
+
+
+def applied_by(spec: Spec, entry: Entry, part: int) -> int:
+    """The member that applies ``entry`` to ``part``: a server where there are any, but a load is the worker's own."""
+    if not spec.servers or entry.kind == LOAD:
+        return entry.by
+    return spec.workers + part % spec.servers

@@ -1,0 +1,159 @@
+"""A worker's own end of an exchange: its parameters, its gradients, and their places in the shared memory.
+
+    gradients, or what H local steps left -> own slot          parameters <- where their newest values lie
+
+At round paces parameters on the CPU are views of the one set of shared parameters, and there is nothing to pull; where
+each worker has a copy, they are views of the copy in its slot, which who applies its push fills. Parameters that
+cannot be views (on a GPU, with ``share_parameters=False``, or stepped locally) are copied from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn, optim
+
+from paceline.errors import ConfigError
+from paceline.params import optimizers
+from paceline.params.optimizers import Group
+from paceline.transport.slots import ExchangeMemory, Spec
+
+
+class Replica:
+    """The parameters of ``optimizer`` on this worker. ``views``: may they be views of shared memory?"""
+
+    def __init__(
+        self, optimizer: optim.Optimizer, spec: Spec, memory: ExchangeMemory, rank: int, *, views: bool
+    ) -> None:
+        self._optimizer, self._memory = optimizer, memory
+        self._names = [entry.name for entry in spec.table.entries]
+        self.parameters: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
+        self._adopts = [views and p.device.type == "cpu" for p in self.parameters]
+        self._private = not all(self._adopts)
+        self.slot = memory.slots[rank]
+        entries, view = spec.table.entries, spec.table.view
+        self.gradients = [view(entry, self.slot.gradient[entry.dtype]) for entry in entries]
+        self._shared = [view(entry, memory.params[entry.dtype]) for entry in entries]
+        home = self.slot.copy if spec.parts else memory.params
+        self._home = [view(entry, home[entry.dtype]) for entry in entries]
+        self._on_device = sorted({p.device for p in self.parameters if p.device.type == "cuda"}, key=str)
+        if self._on_device:
+            memory.pin()
+        self._places: list[tuple[nn.Parameter, int]] = []
+        self._sent_settings: list[Group] = []
+        self._mask = bytes(len(entries))
+        self._all = bytes([1]) * len(entries)
+
+    def publish(self, state_of: optim.Optimizer) -> None:
+        """Fill the shared memory with this worker's parameters and with the state of an optimizer over them."""
+        with torch.no_grad():
+            for index, (view, parameter) in enumerate(zip(self._shared, self.parameters, strict=True)):
+                if view.data_ptr() != parameter.data_ptr():
+                    view.copy_(parameter)
+                own = state_of.state.get(parameter)
+                if own:
+                    self._memory.state.fill(index, dict(own))
+
+    def adopt(self) -> None:
+        """From now on the parameters lie in the shared memory, those that can."""
+        for home, parameter, adopts in zip(self._home, self.parameters, self._adopts, strict=True):
+            if adopts:
+                parameter.data = home
+                self._places.append((parameter, home.data_ptr()))
+        self.pull()
+
+    def pull(self) -> None:
+        """Copy the newest values into those parameters that are not views of them."""
+        if not self._private:
+            return
+        with torch.no_grad():
+            for home, parameter, adopts in zip(self._home, self.parameters, self._adopts, strict=True):
+                if not adopts:
+                    parameter.copy_(home, non_blocking=True)
+
+    def show_state(self) -> None:
+        """Let the user's optimizer show the state in the shared memory (aliases, or copies for other devices)."""
+        for index, (parameter, adopts) in enumerate(zip(self.parameters, self._adopts, strict=True)):
+            state = self._memory.state.view(index)
+            if state and not adopts:
+                state = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in state.items()}
+            if state:
+                self._optimizer.state[parameter] = state
+
+    def check_unchanged(self) -> None:
+        """Raise ConfigError if the script has replaced a parameter's memory, or added parameters."""
+        count = sum(len(group["params"]) for group in self._optimizer.param_groups)
+        if count != len(self.parameters):
+            raise ConfigError(
+                f"the optimizer had {len(self.parameters)} parameters when it was wrapped and has {count} now",
+                fix="add parameter groups before run.wrap",
+            )
+        for parameter, place in self._places:
+            if parameter.data_ptr() != place:
+                index = next(i for i, p in enumerate(self.parameters) if p is parameter)
+                raise ConfigError(
+                    f"parameter {self._names[index]} was given other memory after run.wrap",
+                    why="its values lie in memory shared by the workers; .to(), .half() or .data = ... replace it",
+                    fix="convert the model before run.wrap, or copy values in place: p.copy_(new)",
+                )
+
+    def write_gradients(self) -> None:
+        """Copy the gradients into the slot, and which parameters have one."""
+        gradients = _dense([parameter.grad for parameter in self.parameters])
+        with torch.no_grad():
+            given = [gradient for gradient in gradients if gradient is not None]
+            if len(given) == len(gradients):
+                self._write_mask(self._all)
+                torch._foreach_copy_(self.gradients, given, non_blocking=True)
+            else:
+                for view, gradient, had in zip(self.gradients, gradients, self._mask, strict=True):
+                    if gradient is not None:
+                        view.copy_(gradient, non_blocking=True)
+                    elif had:
+                        view.zero_()
+                self._write_mask(bytes(gradient is not None for gradient in gradients))
+        self._wait_for_device()
+
+    def add_gradients(self, *, first: bool) -> None:
+        """Add the gradients to what is in the slot since the ``first`` of a period of local steps."""
+        if first:
+            self.write_gradients()
+            return
+        gradients = _dense([parameter.grad for parameter in self.parameters])
+        with torch.no_grad():
+            for view, gradient in zip(self.gradients, gradients, strict=True):
+                if gradient is not None:
+                    view.add_(gradient.to(view.device))
+        self._write_mask(bytes(h or g is not None for h, g in zip(self._mask, gradients, strict=True)))
+
+    def write_difference(self) -> None:
+        """Write (shared parameters - own) into the slot: the outer gradient of local steps (Douillard et al. 2023)."""
+        with torch.no_grad():
+            for view, shared, parameter in zip(self.gradients, self._shared, self.parameters, strict=True):
+                torch.sub(shared, parameter.to(shared.device), out=view)
+        self._write_mask(self._all)
+
+    def write_settings(self, optimizer: optim.Optimizer) -> None:
+        """Schedulers change hyper-parameters between steps; they travel only when they have changed."""
+        settings = optimizers.settings(optimizer)
+        if settings == self._sent_settings:
+            return
+        self._sent_settings = settings
+        # How a shard steps (fused or not) was settled when the memory was laid out.
+        kept = [{k: v for k, v in group.items() if k not in ("fused", "foreach")} for group in settings]
+        self.slot.write_settings(optimizers.encode(kept))
+
+    def _write_mask(self, mask: bytes) -> None:
+        if mask != self._mask:
+            self._mask = mask
+            self.slot.mask[:] = mask
+
+    def _wait_for_device(self) -> None:
+        """Copies from a GPU into pinned memory are queued: a push may tell of them only when they are done."""
+        for device in self._on_device:
+            torch.cuda.current_stream(device).synchronize()
+
+
+def _dense(gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    return [g.to_dense() if g is not None and g.is_sparse else g for g in gradients]

@@ -1,0 +1,144 @@
+"""The log of an exchange: what is done to its parameters at the paces quorum, bounded and async, in one order.
+
+The laws
+  1. An entry is appended under the run's lock and gets the next number, 1, 2, ...
+  2. The parameters are cut into parts, and every part applies all entries in the order of their numbers: entry t is
+     applied to a part when ``applied[part]`` is t-1, by one process, which then stores t. So nobody else is at a
+     part while it is being written or copied, and all parts go through the same versions.
+  3. A worker waits until its entry is applied to all parts before it does anything else. So at most one entry a
+     worker is unapplied, and a ring of RING entries never loses one that is needed.
+
+An entry is a STEP (fold the gradients of its members, step the parameters, copy them to the members), a COPY (only
+copy them), or a LOAD (the worker puts its own parameters and state in their place). ``version`` counts STEPs.
+
+The words are anything indexable: memory shared by processes, or a list in a test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableSequence, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from paceline.config import MAX_WORKERS
+
+Words: TypeAlias = "MutableSequence[int] | memoryview[int]"
+
+STEP, COPY, LOAD = 1, 2, 3
+RING = 2 * MAX_WORKERS
+_SETS = MAX_WORKERS // 64  # words of a set of workers
+_HEADER = 8
+_ENTRY = 8
+_FATE = 4  # words a worker: what became of its last offer
+_APPENDED, _VERSION, _LOADS, _OFFERED = 0, 1, 2, 4
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Entry ``number``, appended ``by`` a worker; ``version`` is the parameters' once it is applied. ``staleness``
+    is how many STEPs lie between what the members' gradients were computed on and what they are applied to."""
+
+    number: int
+    kind: int
+    by: int
+    version: int
+    staleness: int
+    members: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Fate:
+    """What became of a worker's last offer: entry ``number``, appended ``by`` a worker, with so many members."""
+
+    number: int
+    version: int
+    by: int
+    members: int
+
+
+def words_needed(workers: int) -> int:
+    return _HEADER + RING * _ENTRY + workers * _FATE
+
+
+class Log:
+    """The log over ``words``, zeros at first. What writes must be called under the run's lock."""
+
+    def __init__(self, words: Words, workers: int) -> None:
+        self._words, self._workers = words, workers
+        self._fates = _HEADER + RING * _ENTRY
+
+    @property
+    def appended(self) -> int:
+        """The number of the last entry."""
+        return self._words[_APPENDED]
+
+    @property
+    def version(self) -> int:
+        """STEPs so far, applied or not."""
+        return self._words[_VERSION]
+
+    @property
+    def loads(self) -> int:
+        """How many times a checkpoint has been loaded over the parameters."""
+        return self._words[_LOADS]
+
+    def append(self, kind: int, by: int, members: Sequence[int], staleness: int = 0) -> Entry:
+        """Append an entry, and tell each member of it."""
+        words = self._words
+        number = words[_APPENDED] + 1
+        version = words[_VERSION] + (kind == STEP)
+        start = _place(number)
+        words[start], words[start + 1], words[start + 2], words[start + 3] = kind, by, version, staleness
+        self._write_set(start + 4, members)
+        for member in members:
+            fate = self._fates + member * _FATE
+            words[fate + 1], words[fate + 2], words[fate + 3] = version, by, len(members)
+            words[fate] = number
+        words[_VERSION] = version
+        if kind == LOAD:
+            words[_LOADS] += 1
+        words[_APPENDED] = number  # last: from here on it is in the log
+        return Entry(number, kind, by, version, staleness, tuple(members))
+
+    def entry(self, number: int) -> Entry:
+        """Entry ``number``, one of the last RING."""
+        words, start = self._words, _place(number)
+        kind, by, version, staleness = words[start], words[start + 1], words[start + 2], words[start + 3]
+        return Entry(number, kind, by, version, staleness, self._read_set(start + 4))
+
+    def fate(self, worker: int) -> Fate:
+        start = self._fates + worker * _FATE
+        words = self._words
+        return Fate(words[start], words[start + 1], words[start + 2], words[start + 3])
+
+    @property
+    def offered(self) -> tuple[int, ...]:
+        """The workers whose gradients are there for the open round (quorum), lowest rank first."""
+        return self._read_set(_OFFERED)
+
+    def offer(self, worker: int) -> None:
+        self._words[_OFFERED + worker // 64] |= 1 << worker % 64
+
+    def clear_offers(self) -> None:
+        self._write_set(_OFFERED, ())
+
+    def _write_set(self, start: int, members: Sequence[int]) -> None:
+        masks = [0] * _SETS
+        for member in members:
+            masks[member // 64] |= 1 << member % 64
+        for place, mask in enumerate(masks):
+            self._words[start + place] = mask
+
+    def _read_set(self, start: int) -> tuple[int, ...]:
+        members = []
+        for place in range(min(_SETS, -(-self._workers // 64))):
+            mask = self._words[start + place]
+            while mask:
+                lowest = mask & -mask
+                members.append(place * 64 + lowest.bit_length() - 1)
+                mask ^= lowest
+        return tuple(members)
+
+
+def _place(number: int) -> int:
+    return _HEADER + number % RING * _ENTRY
