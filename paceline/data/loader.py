@@ -48,6 +48,16 @@ class Passes(Protocol):
     def over(self) -> bool:
         """Is training over, so that the pass ends here?"""
 
+    def leases(self, loader: int) -> Leases | None:
+        """The leases to draw this pass's batches by, already opened; None where each worker knows its own batches."""
+
+    def verdict(self) -> bool | None:
+        """Did the last push since this was last asked count? None if there was none."""
+
+    @property
+    def may_drop(self) -> bool:
+        """May a push come to nothing, so that its batches have to come again?"""
+
     def end(self, loader: int) -> None:
         """The script has come to the pass's end. Blocks until all workers have."""
 
@@ -55,9 +65,19 @@ class Passes(Protocol):
         """The script has left the pass early. Does not block."""
 
 
+class Leases(Protocol):
+    """Batches by ordinal, drawn by whoever comes first; see ``data/ledger.py``."""
+
+    def draw(self, total: int | None, at_least: int = 0) -> int | None:
+        """The ordinal of a batch to fetch, not before ``at_least``; None if there is none left."""
+
+    def begin(self) -> bool:
+        """The oldest batch drawn goes to the script. False: another worker has it now."""
+
+
 @dataclass(frozen=True)
 class Part:
-    """Which part of every epoch is this worker's."""
+    """Which part of every epoch is this worker's, where it is not drawn by lease."""
 
     rank: int
     workers: int
@@ -137,15 +157,16 @@ class SharedLoader(DataLoader[Any]):
     def __iter__(self) -> Any:
         return _one_pass(self, self._index, self._passes, self._batches)
 
-    def _batches(self) -> Iterator[tuple[Any, int]]:
+    def _batches(self, leases: Leases | None) -> Iterator[tuple[Any, int]]:
         epoch = self._passes.epoch(self._index)
         if self._plan is None:
-            yield from _dealt(super().__iter__(), self._part, epoch, None, self._count)
+            yield from _streamed(super().__iter__(), self._part, epoch, None, self._count, leases)
             return
-        counts = self._plan.start(epoch)
+        counts = self._plan.start(epoch, leases)
         for batch in super().__iter__():
             known = counts.popleft()
-            yield batch, self._count(batch) if known is None else known
+            if leases is None or leases.begin():
+                yield batch, self._count(batch) if known is None else known
 
 
 class SharedBatches:
@@ -170,14 +191,14 @@ class SharedBatches:
     def __iter__(self) -> Iterator[Any]:
         return _one_pass(self, self._index, self._passes, self._batches)
 
-    def _batches(self) -> Iterator[tuple[Any, int]]:
+    def _batches(self, leases: Leases | None) -> Iterator[tuple[Any, int]]:
         epoch = self._passes.epoch(self._index)
         total = len(self._source) if isinstance(self._source, Sized) else None
-        return _dealt(iter(self._source), self._part, epoch, total, self._count)
+        return _streamed(iter(self._source), self._part, epoch, total, self._count, leases)
 
 
 def _one_pass(
-    loader: Any, index: int, passes: Passes, batches: Callable[[], Iterator[tuple[Any, int]]]
+    loader: Any, index: int, passes: Passes, batches: Callable[[Leases | None], Iterator[tuple[Any, int]]]
 ) -> Iterator[Any]:
     """One pass: tell ``passes`` of its beginning, its batches and its end, however it ends."""
     try:
@@ -187,8 +208,9 @@ def _one_pass(
     training = passes.begin(index, length)
     before = passes.over  # then this is a whole evaluation, or a pass of one batch
     ended = False
+    given = batches(passes.leases(index) if training else None)
     try:
-        for batch, samples in batches():
+        for batch, samples in _with_dropped(given, passes) if passes.may_drop else given:
             if training:
                 passes.drawn(samples)
             yield batch
@@ -201,12 +223,34 @@ def _one_pass(
     passes.end(index)
 
 
-def _dealt(
-    batches: Iterable[Any], part: Part, epoch: int, total: int | None, count: Count
+def _with_dropped(batches: Iterator[tuple[Any, int]], passes: Passes) -> Iterator[tuple[Any, int]]:
+    """The batches, and those again that a push was made from which did not count."""
+    again: deque[tuple[Any, int]] = deque()
+    pending: list[tuple[Any, int]] = []  # given since the last push
+    passes.verdict()
+    while (item := again.popleft() if again else next(batches, None)) is not None:
+        pending.append(item)
+        yield item
+        counted = passes.verdict()
+        if counted is not None:
+            if not counted:
+                again.extend(pending)
+            pending = []
+
+
+def _streamed(
+    batches: Iterable[Any], part: Part, epoch: int, total: int | None, count: Count, leases: Leases | None
 ) -> Iterator[tuple[Any, int]]:
+    """This worker's batches of a stream, which it can only read from its beginning to its end."""
+    wanted = leases.draw(None) if leases is not None else None
     for ordinal, batch in enumerate(batches):
-        if part.owns_batch(ordinal, total, epoch):
+        if leases is None:
+            if part.owns_batch(ordinal, total, epoch):
+                yield batch, count(batch)
+        elif ordinal == wanted:
+            leases.begin()
             yield batch, count(batch)
+            wanted = leases.draw(None, ordinal + 1)
 
 
 class _Plan:
@@ -219,11 +263,12 @@ class _Plan:
         self._source, self._part, self._epoch = source, part, 0
         self._counts: deque[int | None] = deque()
         self._drawn: tuple[int, list[Any]] = (-1, [])
+        self._leases: Leases | None = None
         self.by_batch_of_one = source.batch_sampler is None
 
-    def start(self, epoch: int) -> deque[int | None]:
+    def start(self, epoch: int, leases: Leases | None = None) -> deque[int | None]:
         """From now on ``iter`` gives this epoch; the sample counts of its batches appear in the answer, in order."""
-        self._epoch = epoch
+        self._epoch, self._leases = epoch, leases
         self._counts = deque()
         return self._counts
 
@@ -256,9 +301,23 @@ class _Plan:
 
     def _mine(self, epoch: int) -> Iterator[Any]:
         sampler = self._source.batch_sampler
+        if self._leases is not None:
+            return self._leased(self._leases, epoch)
         if self._is_plain(sampler):
             return self._cut(sampler, epoch)
         return iter(self._listed(epoch))
+
+    def _leased(self, leases: Leases, epoch: int) -> Iterator[Any]:
+        sampler, everything = self._source.batch_sampler, Part(0, 1, "round_robin", self._part.seed)
+        if self._is_plain(sampler):
+            order = self._order(sampler.sampler, epoch)
+            total = _count_batches(sampler, len(order))
+            while (ordinal := leases.draw(total)) is not None:
+                yield _batch(order, sampler, ordinal)
+            return
+        listed = _Plan(self._source, everything)._listed(epoch)
+        while (ordinal := leases.draw(len(listed))) is not None:
+            yield listed[ordinal]
 
     def _listed(self, epoch: int) -> list[Any]:
         """The worker's batches by a sampler of the user's, drawn once an epoch: its length is known only then."""
@@ -283,12 +342,10 @@ class _Plan:
         return iter(BatchSampler(held, sampler.batch_size, sampler.drop_last))
 
     def _dealt(self, order: Any, sampler: BatchSampler, epoch: int) -> Iterator[Any]:
-        size = sampler.batch_size
-        count = len(order) // size if sampler.drop_last else -(-len(order) // size)
+        count = _count_batches(sampler, len(order))
         for ordinal in range(count):
             if self._part.owns_batch(ordinal, count, epoch):
-                batch = order[ordinal * size : (ordinal + 1) * size]
-                yield batch.tolist() if isinstance(batch, np.ndarray) else batch
+                yield _batch(order, sampler, ordinal)
 
     def _order(self, sampler: Any, epoch: int) -> Any:
         """The epoch's global order: int64[n] where samples are numbers, else a list."""
@@ -302,6 +359,17 @@ class _Plan:
         if all(isinstance(number, int | np.integer) and number >= 0 for number in drawn):
             return np.array(drawn, dtype=np.int64)
         return drawn
+
+
+def _count_batches(sampler: BatchSampler, samples: int) -> int:
+    size = sampler.batch_size
+    return samples // size if sampler.drop_last else -(-samples // size)
+
+
+def _batch(order: Any, sampler: BatchSampler, ordinal: int) -> Any:
+    size = sampler.batch_size
+    batch = order[ordinal * size : (ordinal + 1) * size]
+    return batch.tolist() if isinstance(batch, np.ndarray) else batch
 
 
 def _is_plain_shuffle(sampler: RandomSampler) -> bool:

@@ -14,7 +14,7 @@ from paceline.config import Bounded, Pace, Quorum
 from paceline.engine.applier import Applier
 from paceline.engine.meeting import Push, Round
 from paceline.protocol.log import COPY, LOAD, STEP, Entry
-from paceline.protocol.rounds import Closed, Waiting, quorum_met, within_bound
+from paceline.protocol.rounds import Waiting, quorum_met, within_bound
 from paceline.transport.board import Board
 from paceline.transport.lock import Lock
 from paceline.transport.slots import ExchangeMemory, Spec
@@ -55,11 +55,12 @@ class Arrivals:
         with self._lock:
             if max(self._board.ended):
                 return Round(log.version, (), 0.0, counted=False, over=True)
-            late = self._quorum > 0 and log.version != self._version
             staleness = log.version - self._version
+            late = self._quorum > 0 and staleness > 0
+            entry = None
             if self._quorum and not late:
                 log.offer(rank)
-                self._board.ring(self._board.common)
+                entry = self._close_round()
             elif not late:
                 entry = self._append(STEP, (rank,), staleness)
             memory.clocks[rank] += 1
@@ -67,12 +68,11 @@ class Arrivals:
             self.refresh()
             return Round(log.version, (), 0.0, staleness, counted=False)
         waited = 0.0
-        if self._quorum:
-            closed = self._board.wait(self._await_quorum)
+        if entry is None:
+            entry = self._board.wait(self._await_quorum)
             waited = time.monotonic() - begun
-            if closed is None:
+            if entry is None:
                 return Round(log.version, (), waited, counted=False, over=True)
-            entry = closed
         self._apply(entry)
         return Round(entry.version, entry.members, waited + self._keep_bound(), staleness)
 
@@ -127,14 +127,18 @@ class Arrivals:
         if isinstance(answer, Waiting):
             return Waiting(board.common, answer.reason)
         with self._lock:
-            offered = log.offered
-            if self._rank not in offered or max(board.ended):
-                return Waiting(board.common, "the round has just been closed")
-            answer = quorum_met(self._quorum, offered, board)
-            if isinstance(answer, Closed):
-                log.clear_offers()
-                return self._append(STEP, answer.contributors)
-        return Waiting(board.common, "a worker has just come back")
+            if self._rank in log.offered and not max(board.ended):
+                return self._close_round() or Waiting(board.common, "a worker has just come back")
+        return Waiting(board.common, "the round has just been closed")
+
+    def _close_round(self) -> Entry | None:
+        """Under the lock: close the open round if a quorum is there."""
+        log = self._log
+        answer = quorum_met(self._quorum, log.offered, self._board)
+        if isinstance(answer, Waiting):
+            return None
+        log.clear_offers()
+        return self._append(STEP, answer.contributors)
 
     def _apply(self, entry: Entry) -> None:
         """See the entry applied to all parts, by this worker where it is its own and there are no servers."""

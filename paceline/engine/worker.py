@@ -13,13 +13,15 @@ from typing import Any
 
 import msgspec
 import torch
-from torch import optim
+from torch import nn, optim
 
 from paceline.config import Local, Quorum, Sync
 from paceline.data.loader import Part
 from paceline.engine import clipping
 from paceline.engine.context import Context
 from paceline.engine.exchange import Exchange, compare
+from paceline.engine.leases import Leases
+from paceline.engine.leases import size_bytes as leases_bytes
 from paceline.engine.meeting import Push, Round
 from paceline.engine.metrics import Row
 from paceline.engine.shards import VOID
@@ -46,7 +48,15 @@ class Worker:
         job = context.job
         self.context, self.rank, self.pace = context, context.rank, job.pace
         assert job.assign is not None
-        self.part = Part(context.rank, job.workers, job.assign, job.seed)
+        self._leased = job.assign == "lease"
+        assign = "round_robin" if self._leased else job.assign
+        # Who has data of its own trains on all of it.
+        place = (0, 1) if job.data == "own" else (context.rank, job.workers)
+        self.part = Part(*place, assign, job.seed)
+        self._leases: dict[int, Leases] = {}
+        self._leasing: set[int] = set()  # loaders whose pass in progress is drawn by lease
+        self._verdict: bool | None = None
+        self._models: list[nn.Module] = []
         self._board, self._channel, self._lock = context.board, context.channel, context.lock
         self._in_rounds = isinstance(job.pace, Sync | Local)
         self._stopping = Stopping(job.steps, job.epochs, job.until_loss, job.patience)
@@ -142,7 +152,40 @@ class Worker:
         number, self._loaders = self._loaders, self._loaders + 1
         if number >= MAX_LOADERS:
             raise ConfigError(f"run.wrap got {number + 1} loaders; a run has at most {MAX_LOADERS}")
+        if self._leased:
+            workers = self._board.workers
+            memory, _ = self._collective("ledger", b"", leases_bytes(workers), f"the ledger of loader {number}")
+            self._leases[number] = Leases(memory, self._lock, self.rank, workers)
         return number
+
+    def knows(self, models: Sequence[nn.Module]) -> None:
+        """The wrapped models: whether they are in training mode tells an evaluation from training."""
+        self._models = list(models)
+
+    # --- passes: whose batches ---
+
+    def leases(self, loader: int) -> Leases | None:
+        """None for an evaluation: it is each worker's own business, and what it reads is not trained on."""
+        leases = self._leases.get(loader)
+        training = torch.is_grad_enabled() and (not self._models or any(model.training for model in self._models))
+        if leases is None or not training or self._ended != _TRAINING:
+            return None
+        leases.open(self.epoch(loader), self._board.gone)
+        self._leasing.add(loader)
+        return leases
+
+    def verdict(self) -> bool | None:
+        verdict, self._verdict = self._verdict, None
+        return verdict
+
+    @property
+    def may_drop(self) -> bool:
+        return isinstance(self.pace, Quorum)
+
+    def _commit(self) -> None:
+        self._verdict = True
+        for leases in self._leases.values():
+            leases.commit()
 
     def _collective(self, kind: str, spec: bytes, size: int, what: str) -> tuple[Any, bytes]:
         """Ask the launcher for memory that all workers get; (mapping, worker 0's spec)."""
@@ -223,9 +266,12 @@ class Worker:
 
     def _after_meeting(self, index: int, round_: Round) -> None:
         row = self._row
+        if round_.counted:
+            self._commit()
         if round_.over:
             self._row = Row()
         elif not round_.counted:
+            self._verdict = self._verdict or False
             self._drop(row)
         elif index == 0:
             row.stepped, row.epoch, row.staleness = True, self._epoch, round_.staleness
@@ -388,6 +434,10 @@ class Worker:
         if self._row.stepped:
             self._close_row()
         self._unstepped = (0.0, 0.0)
+        leases = self._leases.get(loader)
+        if leases is not None and loader in self._leasing:
+            self._leasing.discard(loader)
+            leases.end(trained=steps > 0)
         if steps == 0 and self._drawn > drawn_before:
             if self._evaluating[loader][1] == self._gradient_marks():
                 self._samples = self._evaluating[loader][0]  # no backward came of them: they weigh nothing
@@ -519,7 +569,10 @@ class Worker:
 
     def go(self) -> None:
         """Leave: nobody waits for this worker any more."""
-        self._board.gone[self.rank] = 1
+        with self._lock:
+            for leases in self._leases.values():
+                leases.forgo()
+            self._board.gone[self.rank] = 1
         self._ring()
 
     def flush(self) -> None:

@@ -89,6 +89,7 @@ class Run:
         if self.worker is None:
             return objects[0] if len(objects) == 1 else objects
         self._models += [item for item in objects if isinstance(item, nn.Module)]
+        self.worker.knows(self._models)
         for item in objects:
             if isinstance(item, optim.Optimizer):
                 self._wrap_optimizer(item, share_parameters)

@@ -53,6 +53,14 @@ class Passes:
     def over(self) -> bool:
         return self._over_after is not None and len(self.samples) >= self._over_after
 
+    may_drop = False
+
+    def leases(self, loader: int) -> None:
+        return None
+
+    def verdict(self) -> bool | None:
+        return None
+
     def end(self, loader: int) -> None:
         self.told.append(("end", loader))
 

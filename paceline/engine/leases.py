@@ -1,0 +1,65 @@
+"""A worker's leases of one loader's batches: the pure ledger, in shared memory, under the run's lock."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+
+from paceline.data.ledger import RING, Ledger, words_needed
+from paceline.errors import ConfigError
+from paceline.transport.lock import Lock
+
+
+def size_bytes(workers: int) -> int:
+    return words_needed(workers) * 8
+
+
+class Leases:
+    """A ``data.loader.Leases``."""
+
+    def __init__(self, memory: mmap.mmap, lock: Lock, rank: int, workers: int) -> None:
+        self._ledger = Ledger(memoryview(memory)[: size_bytes(workers)].cast("Q"), workers)
+        self._lock, self._rank = lock, rank
+        self._begun = 0  # in this pass
+        self._uncommitted = False
+
+    def open(self, epoch: int, gone: Sequence[int] | memoryview[int]) -> None:
+        with self._lock:
+            present = [worker for worker in range(len(gone)) if not gone[worker]]
+            self._ledger.open(epoch, self._rank, present)
+        self._begun = 0
+
+    def draw(self, total: int | None, at_least: int = 0) -> int | None:
+        with self._lock:
+            return self._ledger.draw(self._rank, total, at_least)
+
+    def begin(self) -> bool:
+        with self._lock:
+            mine = self._ledger.begin(self._rank)
+        self._begun += mine
+        self._uncommitted = self._uncommitted or mine
+        return mine
+
+    def commit(self) -> None:
+        """A push made from all that was begun counts."""
+        if self._uncommitted:
+            self._uncommitted = False
+            with self._lock:
+                self._ledger.commit(self._rank)
+
+    def end(self, *, trained: bool) -> None:
+        """The pass is over. What was not trained on is there for whoever does. Raises ConfigError if that cannot be."""
+        if not trained and self._begun > RING:
+            raise ConfigError(
+                f"{self._begun} batches were read from a wrapped loader without a step; {RING} can be taken back",
+                why="with --assign lease a batch that a worker reads is a batch that the others do not",
+                fix="read it in evaluation mode (model.eval(), or with torch.no_grad()), or use --assign round_robin",
+            )
+        with self._lock:
+            self._ledger.give_back(self._rank, begun=not trained)
+        if trained:
+            self.commit()
+
+    def forgo(self) -> None:
+        """Leave what was drawn and not begun to others. The caller holds the lock."""
+        self._ledger.give_back(self._rank, begun=False)
