@@ -22,7 +22,7 @@ class Applier:
     ) -> None:
         self._shards, self._memory, self._parts = shards, memory, spec.parts
         self._damping, self._compensate = damping, compensate or 0.0
-        self._loads: dict[Shard, int] = {}
+        self._loaded: dict[Shard, int] = {}  # the last load that the shard knows of
 
     def apply(self, part: int, entry: Entry) -> None:
         """Apply ``entry`` to ``part``; it must be the part's turn (``applied[part] == entry.number - 1``)."""
@@ -40,9 +40,9 @@ class Applier:
         slots, weights = self._shards.weighted(slots, weights)
         if not slots:
             return
-        loads = memory.log.loads
-        if self._loads.get(shard) != loads:
-            self._loads[shard] = loads
+        loaded = memory.log.loaded
+        if self._loaded.get(shard, 0) < loaded < entry.number:
+            self._loaded[shard] = loaded
             shard.forget()
         shard.follow()
         if self._compensate:

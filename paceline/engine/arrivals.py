@@ -34,7 +34,6 @@ class Arrivals:
         self._bound = pace.staleness if isinstance(pace, Bounded) else None
         self._slot = memory.slots[rank]
         self._version = 0  # of the copy that this worker computes on
-        self._loads = 0
         self.applier: Applier | None = None
 
     @property
@@ -82,14 +81,13 @@ class Arrivals:
             entry = self._append(COPY, (self._rank,))
         self._apply(entry)
 
-    def load(self, write: Callable[[], None]) -> None:
-        """Put this worker's parameters and state in place of the shared ones: ``write`` does it, in its turn.
-
-        Of all workers that load their n-th checkpoint only the first one's is taken; the others get what it left.
-        """
-        self._loads += 1
+    def load(self, loads: int, write: Callable[[], None]) -> None:
+        """This worker has loaded its ``loads``-th checkpoint; ``write`` puts it in place of what all share, in its
+        turn, if no other worker has done so. The others get what it left."""
         with self._lock:
-            fresh = self._loads > self._log.loads
+            fresh = loads > self._memory.loads[0]
+            if fresh:
+                self._memory.loads[0] = loads
             entry = self._append(LOAD if fresh else COPY, (self._rank,))
         if fresh:
             for part in range(self._spec.parts):

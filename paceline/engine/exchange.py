@@ -47,6 +47,7 @@ class Exchange:
         self._stepped_by = _outer(optimizer, job.pace) if isinstance(job.pace, Local) else optimizer
         self.spec = self._describe(names)
         self.inner: Inner | None = None
+        self._loads = 0
 
     @property
     def number(self) -> int:
@@ -75,13 +76,14 @@ class Exchange:
                 self._arrivals.applier = Applier(spec, shards, memory, damping=damping, compensate=compensate)
             self._meeting: Rounds | Arrivals = self._arrivals
         else:
-            self._meeting = Rounds(spec, memory, self._stepper, context.board, context.rank)
+            self._meeting = Rounds(spec, memory, self._stepper, context.board, context.lock, context.rank)
         if isinstance(pace, Local) or (isinstance(pace, Async) and pace.every > 1):
             self.inner = Inner(self._replica, pace.every, sums=isinstance(pace, Async))
 
     def publish(self) -> None:
         """Worker 0: fill the memory with its parameters and its optimizer's state."""
-        self._replica.publish(self._stepped_by)
+        self._replica.publish_parameters()
+        self._replica.publish_state(self._stepped_by)
 
     def adopt(self) -> None:
         """Everyone: take the published parameters; from now on they lie in the shared memory."""
@@ -122,6 +124,26 @@ class Exchange:
         if self.spec.parts:
             self._arrivals.catch_up()
         self.refresh()
+
+    def load(self, *, parameters: bool, state: bool) -> None:
+        """Put what the script has just loaded into this worker's model or optimizer in place of what all share.
+
+        All workers load the same, each when it comes to it: the first one's is taken.
+        """
+        if state and self._stepped_by is not self.optimizer:
+            return  # local steps: the optimizer is this worker's own
+
+        def write() -> None:
+            if parameters:
+                self._replica.publish_parameters()
+            if state:
+                self._replica.publish_state(self.optimizer)
+
+        self._loads += 1
+        self._meeting.load(self._loads, write)
+        self._replica.pull()
+        if state and self.inner is None:
+            self.optimizer.state.clear()
 
     @property
     def most_steps(self) -> int:

@@ -45,15 +45,22 @@ class Replica:
         self._mask = bytes(len(entries))
         self._all = bytes([1]) * len(entries)
 
-    def publish(self, state_of: optim.Optimizer) -> None:
-        """Fill the shared memory with this worker's parameters and with the state of an optimizer over them."""
+    def publish_parameters(self) -> None:
+        """Fill the shared memory with this worker's parameters."""
         with torch.no_grad():
-            for index, (view, parameter) in enumerate(zip(self._shared, self.parameters, strict=True)):
+            for view, parameter in zip(self._shared, self.parameters, strict=True):
                 if view.data_ptr() != parameter.data_ptr():
                     view.copy_(parameter)
-                own = state_of.state.get(parameter)
-                if own:
-                    self._memory.state.fill(index, dict(own))
+
+    def publish_state(self, optimizer: optim.Optimizer) -> None:
+        """Fill the shared memory with the state of an optimizer over these parameters, in place of what is there."""
+        state = self._memory.state
+        with torch.no_grad():
+            own = [{key: _kept(value) for key, value in optimizer.state.get(p, {}).items()} for p in self.parameters]
+            state.clear()
+            for index, values in enumerate(own):
+                if values:
+                    state.fill(index, values)
 
     def adopt(self) -> None:
         """From now on the parameters lie in the shared memory, those that can."""
@@ -153,6 +160,11 @@ class Replica:
         """Copies from a GPU into pinned memory are queued: a push may tell of them only when they are done."""
         for device in self._on_device:
             torch.cuda.current_stream(device).synchronize()
+
+
+def _kept(value: object) -> object:
+    """A tensor on its own: what was loaded may be an alias of the memory that is about to be filled."""
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
 
 def _dense(gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:

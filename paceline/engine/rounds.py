@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 
 from paceline.engine.meeting import Push, Round
 from paceline.engine.stepper import Stepper
 from paceline.errors import ConfigError
 from paceline.protocol.rounds import Closed, Waiting, close_round, reached
 from paceline.transport.board import Board
+from paceline.transport.lock import Lock
 from paceline.transport.slots import ExchangeMemory, Spec
 
 
 class Rounds:
     """A worker's side of the rounds of one exchange; ``stepper`` is its hands."""
 
-    def __init__(self, spec: Spec, memory: ExchangeMemory, stepper: Stepper, board: Board, rank: int) -> None:
-        self._memory, self._stepper, self._board, self._rank = memory, stepper, board, rank
+    def __init__(
+        self, spec: Spec, memory: ExchangeMemory, stepper: Stepper, board: Board, lock: Lock, rank: int
+    ) -> None:
+        self._memory, self._stepper, self._board, self._lock, self._rank = memory, stepper, board, lock, rank
         self._slot = memory.slots[rank]
         self._servers = tuple(range(spec.workers, spec.workers + spec.servers))
 
@@ -58,6 +62,14 @@ class Rounds:
             stepped = time.monotonic()
             board.wait(lambda: reached(number, memory.stepped, contributors))
         return Round(number, contributors, (closed - pushed) + (time.monotonic() - stepped))
+
+    def load(self, loads: int, write: Callable[[], None]) -> None:
+        """This worker has loaded its ``loads``-th checkpoint; ``write`` puts it in place of what all share, and is
+        called if no other worker has done so. No round can close in the meantime: this worker has not pushed."""
+        with self._lock:
+            if loads > self._memory.loads[0]:
+                write()
+                self._memory.loads[0] = loads
 
     def refresh(self) -> None:
         """The shared parameters are the newest there are: nothing to ask for."""

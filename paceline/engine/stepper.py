@@ -16,7 +16,7 @@ class Stepper:
 
     def __init__(self, shards: Shards, memory: ExchangeMemory) -> None:
         self._shards, self._memory = shards, memory
-        self._last: tuple[tuple[int, ...], int] = ((), -1)
+        self._last: tuple[tuple[int, ...], int, int] = ((), -1, 0)
         self._shard: Shard | None = None
 
     def take_up(self, number: int, steppers: tuple[int, ...], me: int) -> bool:
@@ -25,16 +25,14 @@ class Stepper:
         All steppers come to the same answer. If it is yes, each has just read state that another may be about to
         step, so all must have come here before anyone calls ``step``.
         """
-        moved = self._last != (steppers, number - 1)
-        self._last = (steppers, number)
+        loads = self._memory.loads[0]  # whoever loads does so before its push, so all see the same here
+        moved = self._last != (steppers, number - 1, loads)
+        self._last = (steppers, number, loads)
         if moved:
             self._shard = self._shards.get(steppers.index(me), len(steppers))
+            self._shard.forget()
             self._shard.resume()
         return moved
-
-    def forget(self) -> None:
-        """The state was replaced: take it up anew."""
-        self._last = ((), -1)
 
     def step(self, number: int, contributors: tuple[int, ...]) -> None:
         """Fold round ``number`` of ``contributors`` and step the share taken up."""

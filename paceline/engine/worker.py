@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -17,7 +17,7 @@ from torch import nn, optim
 
 from paceline.config import Local, Quorum, Sync
 from paceline.data.loader import Part
-from paceline.engine import clipping
+from paceline.engine import buffers, clipping
 from paceline.engine.context import Context
 from paceline.engine.exchange import Exchange, compare
 from paceline.engine.leases import Leases
@@ -71,6 +71,8 @@ class Worker:
         self._training_loaders: set[int] = set()
         self._left: set[int] = set()  # loaders whose last pass the script left early
         self._loaders = 0
+        self._buffers: list[buffers.Buffers] = []
+        self._trained_passes = 0
         self._epoch = 0
         self._look = (0.0, 0.0)  # sums of loss x samples, samples: of steps, not told yet
         self._unstepped = (0.0, 0.0)  # the same of what was logged since the last step
@@ -147,6 +149,14 @@ class Worker:
         if isinstance(self.pace, Sync):
             clipping.register(self)  # at other paces there is no gradient of all: what is clipped is the push
         return exchange
+
+    def average_buffers(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        """From now on these tensors are made equal at the end of every pass that was trained on. A collective."""
+        table = tabulate((name, 0, tensor) for name, tensor in tensors)
+        workers = self._board.workers
+        size = buffers.size_bytes(table, workers)
+        memory, _ = self._collective("buffers", b"", size, f"{len(tensors)} buffers")
+        self._buffers.append(buffers.Buffers(memory, table, [t for _, t in tensors], self.rank, workers))
 
     def next_loader(self) -> int:
         number, self._loaders = self._loaders, self._loaders + 1
@@ -356,6 +366,17 @@ class Worker:
             for exchange in self._exchanges:
                 exchange.refresh()  # what others have pushed until then
 
+    def loaded(self, parameters: Iterable[nn.Parameter]) -> None:
+        """The script has loaded a checkpoint into these parameters: it counts for all workers."""
+        given = {id(parameter) for parameter in parameters}
+        for exchange in self._exchanges:
+            if any(id(parameter) in given for parameter in exchange.parameters):
+                exchange.load(parameters=True, state=False)
+
+    def loaded_state(self, index: int) -> None:
+        """The script has loaded a checkpoint into an optimizer."""
+        self._exchanges[index].load(parameters=False, state=True)
+
     def norm(self, exchange: Exchange, chosen: bytes, order: float) -> float:
         """The norm of a gradient of this exchange over all workers; see engine/clipping.py."""
         index = self._exchanges.index(exchange)
@@ -446,6 +467,8 @@ class Worker:
             return False
         if steps:
             self._training_loaders.add(loader)
+        for one in self._buffers:
+            one.write(self._trained_passes + 1, self._samples - self._evaluating[loader][0] if steps else 0)
         passes = self._board.passes(loader)
         look = self._board.look(loader, passes[self.rank] + 1, self.rank)
         look[0], look[1], look[2] = *self._look, steps
@@ -489,6 +512,9 @@ class Worker:
             raise KeyboardInterrupt
         if sum(look[2] for look in looks):
             self._training_loaders.add(loader)
+            self._trained_passes += 1
+            for one in self._buffers:
+                one.average(self._trained_passes, looked)
         if not self._in_rounds:
             self._follow_end(ended)
             return

@@ -8,6 +8,7 @@ parameters. What state a class keeps is found by asking it: one step on zeros.
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -72,6 +73,13 @@ def check(optimizer: optim.Optimizer, *, servers: int = 0) -> None:
     if isinstance(optimizer, optim.LBFGS):
         raise ConfigError(
             "LBFGS evaluates the loss several times within one step, so its gradients cannot be exchanged once",
+            fix="SGD, Adam, AdamW or another optimizer that steps once from given gradients",
+        )
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty and type(optimizer) is not optim.LBFGS:
+        raise ConfigError(
+            f"{type(optimizer).__name__}.step needs a closure, to evaluate the loss again within a step; its gradients "
+            "cannot be exchanged once",
             fix="SGD, Adam, AdamW or another optimizer that steps once from given gradients",
         )
     if isinstance(optimizer, optim.SparseAdam):

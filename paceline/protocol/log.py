@@ -30,7 +30,7 @@ _SETS = MAX_WORKERS // 64  # words of a set of workers
 _HEADER = 8
 _ENTRY = 8
 _FATE = 4  # words a worker: what became of its last offer
-_APPENDED, _VERSION, _LOADS, _OFFERED = 0, 1, 2, 4
+_APPENDED, _VERSION, _LOADED, _OFFERED = 0, 1, 2, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +78,9 @@ class Log:
         return self._words[_VERSION]
 
     @property
-    def loads(self) -> int:
-        """How many times a checkpoint has been loaded over the parameters."""
-        return self._words[_LOADS]
+    def loaded(self) -> int:
+        """The number of the last LOAD."""
+        return self._words[_LOADED]
 
     def append(self, kind: int, by: int, members: Sequence[int], staleness: int = 0) -> Entry:
         """Append an entry, and tell each member of it."""
@@ -96,7 +96,7 @@ class Log:
             words[fate] = number
         words[_VERSION] = version
         if kind == LOAD:
-            words[_LOADS] += 1
+            words[_LOADED] = number
         words[_APPENDED] = number  # last: from here on it is in the log
         return Entry(number, kind, by, version, staleness, tuple(members))
 

@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from paceline.config import Pace, Sync
 from paceline.data.loader import share
 from paceline.engine import context as contexts
+from paceline.engine import scaling
 from paceline.engine.context import Context
 from paceline.engine.exchange import Exchange
 from paceline.engine.worker import Worker
@@ -100,6 +101,9 @@ class Run:
             # Models have been built alike; from here on dropout must differ between workers.
             torch.manual_seed(torch.initial_seed() + self.rank)
             self._own_stream = True
+        for item in objects:
+            if isinstance(item, LRScheduler):
+                _hold_at_end(item, self.worker)
         wrapped = tuple(self._wrap_loader(item, count) for item in objects)
         return wrapped[0] if len(wrapped) == 1 else wrapped
 
@@ -123,16 +127,26 @@ class Run:
         index = len(self._wrapped)
         self._wrapped.add(id(optimizer))
         self._copied.update(id(parameter) for parameter in exchange.parameters)
-        _replace_step(optimizer, self.worker, index, exchange)
+        worker = self.worker
+        _replace_step(optimizer, worker, index, exchange)
+        scaling.register(optimizer, lambda: worker.exchange(index, void=True))
+        optimizer.register_load_state_dict_post_hook(lambda _: worker.loaded_state(index))
 
     def _wrap_model(self, model: nn.Module) -> None:
-        """Frozen parameters and buffers are each worker's own; they begin as worker 0's."""
+        """Frozen parameters and buffers are each worker's own; they begin as worker 0's. What is loaded into the model
+        later is taken by all."""
         assert self.worker is not None
         tensors = [*model.named_parameters(), *model.named_buffers()]
         fresh = [(name, tensor) for name, tensor in tensors if id(tensor) not in self._copied]
         if fresh:
             self.worker.copy_from_first(fresh)
             self._copied.update(id(tensor) for _, tensor in fresh)
+        fresh_ids = {id(tensor) for _, tensor in fresh}
+        buffers = [(name, buffer) for name, buffer in model.named_buffers() if id(buffer) in fresh_ids]
+        if buffers and self.num_workers > 1:
+            self.worker.average_buffers(buffers)
+        worker = self.worker
+        model.register_load_state_dict_post_hook(lambda *_: worker.loaded(model.parameters()))
 
     def _wrap_loader(self, item: Any, count: Callable[[Any], int] | None) -> Any:
         assert self.worker is not None
@@ -188,6 +202,20 @@ def _replace_step(optimizer: optim.Optimizer, worker: Worker, index: int, exchan
 
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # a scheduler made before is not lost
     optimizer.step = step  # type: ignore[method-assign]
+
+
+def _hold_at_end(scheduler: LRScheduler, worker: Worker) -> None:
+    """A scheduler of a known length keeps its last rate: a fast worker may take more steps than its share."""
+    before = scheduler.step
+
+    @wraps(before)
+    def step(*args: Any, **kwargs: Any) -> None:
+        total = getattr(scheduler, "total_steps", None)
+        if worker.over or (total is not None and scheduler.last_epoch + 1 >= total):
+            return
+        before(*args, **kwargs)
+
+    scheduler.step = step  # type: ignore[method-assign]
 
 
 def _number(name: str, value: Any) -> float:

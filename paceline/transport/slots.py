@@ -1,7 +1,8 @@
 """The memory of one exchange: an optimizer's parameters, its state, and a slot for every worker.
 
     words   pushed[worker], stepped[member], ready[member]: the round each has pushed, has stepped its shards
-            of, and has taken up moved shards for; asked[worker], answered[worker]: the same for norms
+            of, and has taken up moved shards for; asked[worker], answered[worker]: the same for norms; loads[0]:
+            checkpoints loaded over what is here
     log     where there are parts (paces quorum, bounded, async): the log (protocol/log.py), applied[part], and
             clocks[worker], steps each has finished
     state   the optimizer's state (params/state.py)
@@ -65,7 +66,7 @@ class _Offsets:
         vectors = spec.table.offsets_bytes()
         pieces = [piece for part in spec.cut(spec.parts) for piece in part] if spec.parts else []
         self.plan = StatePlan(spec.table, spec.state, pieces)
-        self.log = page_up((5 * spec.workers + 2 * spec.servers) * _WORD)
+        self.log = page_up((5 * spec.workers + 2 * spec.servers + 1) * _WORD)
         self.log_words = log.words_needed(spec.workers) if spec.parts else 0
         self.state = page_up(self.log + (self.log_words + spec.parts + spec.workers) * _WORD)
         self.params = page_up(self.state + self.plan.size_bytes)
@@ -169,6 +170,7 @@ class ExchangeMemory:
         norms = spec.workers + 2 * members
         self.asked = words[norms : norms + spec.workers]
         self.answered = words[norms + spec.workers : norms + 2 * spec.workers]
+        self.loads = words[norms + 2 * spec.workers : norms + 2 * spec.workers + 1]
         entries = memoryview(memory)[offsets.log : offsets.state].cast("Q")
         self.log = log.Log(entries[: offsets.log_words], spec.workers)
         self.applied = entries[offsets.log_words : offsets.log_words + spec.parts]
