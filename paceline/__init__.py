@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _HOME = {
     "init": "paceline.run.session",
     "Run": "paceline.run.session",
+    "Store": "paceline.run.store",
     "launch": "paceline.run.launch",
     "Trainer": "paceline.run.trainer",
     "fit": "paceline.run.trainer",
@@ -34,6 +35,7 @@ __all__ = [
     "PacelineError",
     "Quorum",
     "Run",
+    "Store",
     "Sync",
     "Trainer",
     "__version__",
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from paceline.errors import PacelineError
     from paceline.run.launch import launch
     from paceline.run.session import Run, init
+    from paceline.run.store import Store
     from paceline.run.trainer import Trainer, fit
 
 

@@ -17,16 +17,13 @@ from paceline.transport.slots import ExchangeMemory, Spec
 class Applier:
     """The hands of one process over all parts of ``memory``."""
 
-    def __init__(
-        self, spec: Spec, shards: Shards, memory: ExchangeMemory, *, damping: bool, compensate: float | None
-    ) -> None:
-        self._shards, self._memory, self._parts = shards, memory, spec.parts
-        self._damping, self._compensate = damping, compensate or 0.0
+    def __init__(self, spec: Spec, shards: Shards, memory: ExchangeMemory) -> None:
+        self._shards, self._memory, self._spec = shards, memory, spec
         self._loaded: dict[Shard, int] = {}  # the last load that the shard knows of
 
     def apply(self, part: int, entry: Entry) -> None:
         """Apply ``entry`` to ``part``; it must be the part's turn (``applied[part] == entry.number - 1``)."""
-        shard = self._shards.get(part, self._parts)
+        shard = self._shards.get(part, self._spec.parts)
         if entry.kind == STEP:
             self._step(shard, entry)
         for worker in {entry.by, *entry.members}:
@@ -45,10 +42,10 @@ class Applier:
             self._loaded[shard] = loaded
             shard.forget()
         shard.follow()
-        if self._compensate:
-            shard.fold_compensated(slots[0].gradient, slots[0].copy, self._compensate)
+        if self._spec.compensate:
+            shard.fold_compensated(slots[0].gradient, slots[0].copy, self._spec.compensate)
         else:
             shard.fold([slot.gradient for slot in slots], weights)
         settings = self._shards.new_settings(shard, entry.members[0])
-        rate = 1.0 / max(1, entry.staleness) if self._damping else 1.0
+        rate = 1.0 / max(1, entry.staleness) if self._spec.damping else 1.0
         shard.step(settings, self._shards.union([slot.mask for slot in slots]), rate=rate)

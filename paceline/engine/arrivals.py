@@ -34,6 +34,7 @@ class Arrivals:
         self._bound = pace.staleness if isinstance(pace, Bounded) else None
         self._slot = memory.slots[rank]
         self._version = 0  # of the copy that this worker computes on
+        self._unfinished: Entry | None = None
         self.applier: Applier | None = None
 
     @property
@@ -74,6 +75,21 @@ class Arrivals:
                 return Round(log.version, (), waited, counted=False, over=True)
         self._apply(entry)
         return Round(entry.version, entry.members, waited + self._keep_bound(), staleness)
+
+    def push(self) -> None:
+        """Have what is in the slot applied as one STEP, and go on; the slot is free again after ``finish``."""
+        self._slot.write(self._memory.pushed[self._rank] + 1, 1.0, (0.0, 0.0), stop=False)
+        self._memory.pushed[self._rank] += 1
+        with self._lock:
+            self._unfinished = self._append(STEP, (self._rank,))
+        if self.applier is not None:
+            self.finish()
+
+    def finish(self) -> None:
+        """Return when the last ``push`` is applied."""
+        if self._unfinished is not None:
+            self._apply(self._unfinished)
+            self._unfinished = None
 
     def refresh(self) -> None:
         """Copy the newest parameters, with all that was appended before this."""

@@ -14,7 +14,7 @@ import msgspec
 import torch
 from torch import nn, optim
 
-from paceline.config import Async, Bounded, Local, Quorum
+from paceline.config import Async, Bounded, Local, Pace, Quorum
 from paceline.engine.applier import Applier
 from paceline.engine.arrivals import Arrivals, Close
 from paceline.engine.context import Context
@@ -36,15 +36,17 @@ _VALUES_PER_PART = 1 << 16  # smaller parts are not worth their turns
 class Exchange:
     """One wrapped optimizer. ``spec`` is made before the memory exists; ``attach`` completes it."""
 
-    def __init__(self, optimizer: optim.Optimizer, names: dict[int, str], context: Context, *, share: bool) -> None:
+    def __init__(
+        self, optimizer: optim.Optimizer, names: dict[int, str], context: Context, *, share: bool, pace: Pace
+    ) -> None:
         job = context.job
         optimizers.check(optimizer, servers=job.servers)
         self.parameters: list[nn.Parameter] = [p for g in optimizer.param_groups for p in g["params"]]
         if not self.parameters:
             raise ConfigError("the optimizer has no parameters")
         self.optimizer = optimizer
-        self._context, self._pace, self._share = context, job.pace, share
-        self._stepped_by = _outer(optimizer, job.pace) if isinstance(job.pace, Local) else optimizer
+        self._context, self._pace, self._share = context, pace, share
+        self._stepped_by = _outer(optimizer, pace) if isinstance(pace, Local) else optimizer
         self.spec = self._describe(names)
         self.inner: Inner | None = None
         self._loads = 0
@@ -71,9 +73,7 @@ class Exchange:
         if spec.parts:
             self._arrivals = Arrivals(spec, memory, pace, context.board, context.lock, context.rank, close)
             if not spec.servers:
-                job = context.job
-                damping, compensate = job.staleness_damping, job.compensate
-                self._arrivals.applier = Applier(spec, shards, memory, damping=damping, compensate=compensate)
+                self._arrivals.applier = Applier(spec, shards, memory)
             self._meeting: Rounds | Arrivals = self._arrivals
         else:
             self._meeting = Rounds(spec, memory, self._stepper, context.board, context.lock, context.rank)
@@ -113,6 +113,17 @@ class Exchange:
         round_ = self._meeting.meet(push)
         self._replica.pull()
         return round_
+
+    def push(self) -> None:
+        """Bring a gradient and go on, without the newest parameters; waits for the push before this one."""
+        self.finish()
+        self._replica.write_gradients()
+        self._replica.write_settings(self._stepped_by)
+        self._arrivals.push()
+
+    def finish(self) -> None:
+        """Wait until this worker's last push is applied."""
+        self._arrivals.finish()
 
     def refresh(self) -> None:
         """Take the newest parameters, if this worker does not look at them anyway. Not within a period."""
@@ -190,7 +201,9 @@ class Exchange:
             state=items,
             workers=job.workers,
             servers=job.servers,
-            parts=self._parts(table.values) if isinstance(job.pace, Quorum | Bounded | Async) else 0,
+            parts=self._parts(table.values) if isinstance(self._pace, Quorum | Bounded | Async) else 0,
+            damping=job.staleness_damping and self._pace is job.pace,
+            compensate=(job.compensate or 0.0) if self._pace is job.pace else 0.0,
         )
 
     def _parts(self, values: int) -> int:

@@ -25,13 +25,12 @@ from paceline.transport.slots import ExchangeMemory, Spec
 class _Served:
     """One exchange as a server sees it."""
 
-    def __init__(self, spec: Spec, memory: ExchangeMemory, published_as: int, context: Context) -> None:
-        job = context.job
+    def __init__(self, spec: Spec, memory: ExchangeMemory, published_as: int, rank: int) -> None:
         self.spec, self.memory, self.published_as = spec, memory, published_as
         shards = Shards(spec, memory, find_class(spec.optimizer), {})
         self.stepper = Stepper(shards, memory)
-        self.applier = Applier(spec, shards, memory, damping=job.staleness_damping, compensate=job.compensate)
-        self.parts = range(context.rank, spec.parts, spec.servers)
+        self.applier = Applier(spec, shards, memory)
+        self.parts = range(rank, spec.parts, spec.servers)
 
 
 def serve(context: Context) -> None:
@@ -44,7 +43,7 @@ def serve(context: Context) -> None:
             message, descriptors = channel.receive()
             if not isinstance(message, messages.Memory):
                 return
-            served.append(_take(message, descriptors, context))
+            served.append(_take(message, descriptors, context.rank))
             continue
         answer = board.wait(lambda: _next(board, served, member, channel.fileno()))
         if answer is None:
@@ -117,12 +116,12 @@ def _next_entry(one: _Served, member: int) -> _Turn | Waiting | None:
     return waiting
 
 
-def _take(message: messages.Memory, descriptors: tuple[int, ...], context: Context) -> _Served:
+def _take(message: messages.Memory, descriptors: tuple[int, ...], rank: int) -> _Served:
     spec = msgspec.msgpack.decode(message.spec, type=Spec)
     memory = segment.attach(descriptors[0])
     for descriptor in descriptors:
         os.close(descriptor)
-    return _Served(spec, ExchangeMemory(memory, spec), message.number, context)
+    return _Served(spec, ExchangeMemory(memory, spec), message.number, rank)
 
 
 def _arrived(channel: int) -> bool:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import msgspec
 import torch
 from torch import nn, optim
 
-from paceline.config import Local, Quorum, Sync
+from paceline.config import Async, Local, Quorum, Sync
 from paceline.data.loader import Part
 from paceline.engine import buffers, clipping
 from paceline.engine.context import Context
@@ -131,24 +131,36 @@ class Worker:
 
     def add_exchange(self, optimizer: optim.Optimizer, names: dict[int, str], *, share: bool) -> Exchange:
         """Put an optimizer's parameters and state in shared memory. Raises ConfigError, HostError."""
-        exchange = Exchange(optimizer, names, self.context, share=share)
+        exchange = Exchange(optimizer, names, self.context, share=share, pace=self.pace)
+        self._open(exchange, _nothing if self._exchanges else self._account)
+        self._exchanges.append(exchange)
+        self._samples_at_step.append(self._samples)
+        if isinstance(self.pace, Sync):
+            clipping.register(self)  # at other paces there is no gradient of all: what is clipped is the push
+        return exchange
+
+    def _open(self, exchange: Exchange, account: Callable[[Entry], None]) -> None:
         spec = exchange.spec
-        what = f"{type(optimizer).__name__} over {spec.table.values} parameters"
+        what = f"{type(exchange.optimizer).__name__} over {spec.table.values} parameters"
         data = msgspec.msgpack.encode(spec)
         memory, first = self._collective("exchange", data, size_bytes(spec), what)
         compare(spec, first, self.rank)
-        account = self._account if not self._exchanges else _nothing
         exchange.attach(ExchangeMemory(memory, spec), account)
         if self.rank == 0:
             exchange.publish()
             self._board.publish(self._collectives)
         self._wait_published()
         exchange.adopt()
-        self._exchanges.append(exchange)
-        self._samples_at_step.append(self._samples)
-        if isinstance(self.pace, Sync):
-            clipping.register(self)  # at other paces there is no gradient of all: what is clipped is the push
+
+    def add_store(self, optimizer: optim.Optimizer, names: dict[int, str]) -> Exchange:
+        """Share tensors that are pushed to and pulled outside of any training loop. A collective."""
+        exchange = Exchange(optimizer, names, self.context, share=True, pace=Async())
+        self._open(exchange, _nothing)
         return exchange
+
+    def barrier(self) -> None:
+        """Blocks until all workers have come here. A collective."""
+        self._collective("barrier", b"", 1, "a barrier")
 
     def average_buffers(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         """From now on these tensors are made equal at the end of every pass that was trained on. A collective."""

@@ -28,6 +28,7 @@ from paceline.engine.exchange import Exchange
 from paceline.engine.worker import Worker
 from paceline.errors import ConfigError, HostError, UsageError
 from paceline.params.table import names_of
+from paceline.run.store import Store
 
 
 class Run:
@@ -106,6 +107,19 @@ class Run:
                 _hold_at_end(item, self.worker)
         wrapped = tuple(self._wrap_loader(item, count) for item in objects)
         return wrapped[0] if len(wrapped) == 1 else wrapped
+
+    def store(self, *, optimizer: Callable[[Any], optim.Optimizer] | None = None, **tensors: torch.Tensor) -> Store:
+        """Named tensors shared by all workers, for ``push``, ``pull`` and ``wait``; worker 0's values count.
+
+        ``optimizer`` makes the optimizer that pushed values are gradients for; without one they are added. Every
+        worker must call it, in the same order as ``wrap``. Blocks until all have. Raises ConfigError.
+        """
+        return Store(self.worker, tensors, optimizer)
+
+    def barrier(self) -> None:
+        """Block until every worker has called it, as often and in the same order as ``wrap``."""
+        if self.worker is not None:
+            self.worker.barrier()
 
     def log(self, loss: Any = None, **values: Any) -> None:
         """Report this step's loss (a number or a tensor of one value), and other numbers, to the run.

@@ -43,7 +43,8 @@ class Spec(msgspec.Struct, frozen=True):
 
     ``settings`` is the groups' hyper-parameters as they are stepped, encoded; a slot has room for
     ``settings_bytes`` of them. ``whole``: parameters are never cut. ``parts``: into how many the parameters are cut
-    for good; 0 where each round cuts them anew.
+    for good; 0 where each round cuts them anew. ``damping`` and ``compensate`` are what is done about stale gradients
+    (engine/applier.py).
     """
 
     table: Table
@@ -55,6 +56,8 @@ class Spec(msgspec.Struct, frozen=True):
     workers: int
     servers: int
     parts: int = 0
+    damping: bool = False
+    compensate: float = 0.0
 
     def cut(self, parts: int) -> tuple[tuple[Piece, ...], ...]:
         return partition([entry.size for entry in self.table.entries], parts, whole=self.whole)
