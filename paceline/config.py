@@ -207,8 +207,13 @@ class Job:
 
     def _check_data(self) -> None:
         _among("data", self.data, DATA)
+        if self.data == "own" and self.assign not in (None, "round_robin"):
+            raise UsageError(
+                f"assign is {self.assign} and data is own; where each worker has its own part, nothing is dealt out",
+                fix="leave --assign out, or use --data shared",
+            )
         if self.assign is None:
-            lease = isinstance(self.pace, Bounded | Async) and self.data == "shared"
+            lease = isinstance(self.pace, Bounded | Async) and self.data != "own"
             object.__setattr__(self, "assign", "lease" if lease else "round_robin")
         assert self.assign is not None
         _among("assign", self.assign, ASSIGNMENTS)

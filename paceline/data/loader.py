@@ -102,8 +102,13 @@ class Part:
         return bool(owner[0] == self.rank)
 
 
-def share(loader: Any, index: int, part: Part, passes: Passes, count: Count | None) -> Any:
-    """The worker's version of any loader. Raises ConfigError for one that divides the data itself."""
+def share(
+    loader: Any, index: int, part: Part, passes: Passes, count: Count | None, orders: dict[int, Any] | None = None
+) -> Any:
+    """The worker's version of any loader. Raises ConfigError for one that divides the data itself.
+
+    ``orders`` is common to versions of one loader in one process: its sampler is then asked once an epoch for all.
+    """
     if not isinstance(loader, DataLoader):
         return SharedBatches(loader, index, part, passes, count or count_samples)
     if isinstance(loader.sampler, DistributedSampler):
@@ -111,7 +116,7 @@ def share(loader: Any, index: int, part: Part, passes: Passes, count: Count | No
             "the loader has a DistributedSampler; run.wrap divides the data itself",
             fix="leave the sampler out: DataLoader(dataset, batch_size=..., shuffle=True)",
         )
-    return SharedLoader(loader, index, part, passes, count or count_samples)
+    return SharedLoader(loader, index, part, passes, count or count_samples, orders)
 
 
 class SharedLoader(DataLoader[Any]):
@@ -120,7 +125,15 @@ class SharedLoader(DataLoader[Any]):
     ``len`` is the same on all workers where batches are dealt in turn: ceil(batches / workers).
     """
 
-    def __init__(self, source: DataLoader[Any], index: int, part: Part, passes: Passes, count: Count) -> None:
+    def __init__(
+        self,
+        source: DataLoader[Any],
+        index: int,
+        part: Part,
+        passes: Passes,
+        count: Count,
+        orders: dict[int, Any] | None = None,
+    ) -> None:
         self._index, self._passes, self._count, self._source, self._part = index, passes, count, source, part
         self._plan: _Plan | None = None
         settings: dict[str, Any] = {
@@ -139,7 +152,7 @@ class SharedLoader(DataLoader[Any]):
         if isinstance(source.dataset, IterableDataset):
             settings |= {"batch_size": batch_size, "drop_last": source.drop_last}
         else:
-            self._plan = _Plan(source, part)
+            self._plan = _Plan(source, part, orders)
             if self._plan.by_batch_of_one:
                 settings |= {"batch_size": None, "sampler": self._plan}
             else:
@@ -155,9 +168,10 @@ class SharedLoader(DataLoader[Any]):
         return part.count(len(self._source), self._passes.epoch(self._index))
 
     def __iter__(self) -> Any:
-        return _one_pass(self, self._index, self._passes, self._batches)
+        return one_pass(self, self._index, self._passes, self.batches)
 
-    def _batches(self, leases: Leases | None) -> Iterator[tuple[Any, int]]:
+    def batches(self, leases: Leases | None) -> Iterator[tuple[Any, int]]:
+        """This worker's batches of a pass, each with its samples; tells nobody."""
         epoch = self._passes.epoch(self._index)
         if self._plan is None:
             yield from _streamed(super().__iter__(), self._part, epoch, None, self._count, leases)
@@ -189,15 +203,16 @@ class SharedBatches:
         return getattr(self._source, name)
 
     def __iter__(self) -> Iterator[Any]:
-        return _one_pass(self, self._index, self._passes, self._batches)
+        return one_pass(self, self._index, self._passes, self.batches)
 
-    def _batches(self, leases: Leases | None) -> Iterator[tuple[Any, int]]:
+    def batches(self, leases: Leases | None) -> Iterator[tuple[Any, int]]:
+        """This worker's batches of a pass, each with its samples; tells nobody."""
         epoch = self._passes.epoch(self._index)
         total = len(self._source) if isinstance(self._source, Sized) else None
         return _streamed(iter(self._source), self._part, epoch, total, self._count, leases)
 
 
-def _one_pass(
+def one_pass(
     loader: Any, index: int, passes: Passes, batches: Callable[[Leases | None], Iterator[tuple[Any, int]]]
 ) -> Iterator[Any]:
     """One pass: tell ``passes`` of its beginning, its batches and its end, however it ends."""
@@ -259,7 +274,8 @@ class _Plan:
     A loader with ``batch_size=None`` (its data set yields batches) gives single numbers instead.
     """
 
-    def __init__(self, source: DataLoader[Any], part: Part) -> None:
+    def __init__(self, source: DataLoader[Any], part: Part, orders: dict[int, Any] | None = None) -> None:
+        self._orders: dict[int, Any] = {} if orders is None else orders  # epoch -> what the user's sampler drew
         self._source, self._part, self._epoch = source, part, 0
         self._counts: deque[int | None] = deque()
         self._drawn: tuple[int, list[Any]] = (-1, [])
@@ -315,7 +331,7 @@ class _Plan:
             while (ordinal := leases.draw(total)) is not None:
                 yield _batch(order, sampler, ordinal)
             return
-        listed = _Plan(self._source, everything)._listed(epoch)
+        listed = _Plan(self._source, everything, self._orders)._listed(epoch)
         while (ordinal := leases.draw(len(listed))) is not None:
             yield listed[ordinal]
 
@@ -326,8 +342,7 @@ class _Plan:
             if type(sampler) is BatchSampler:
                 batches = list(self._cut(sampler, epoch))
             else:
-                with _seeded(epoch_seed(part.seed, epoch)):
-                    drawn = list(self._source.sampler if sampler is None else sampler)
+                drawn = self._draw(self._source.sampler if sampler is None else sampler, epoch)
                 batches = [batch for i, batch in enumerate(drawn) if part.owns_batch(i, len(drawn), epoch)]
             self._drawn = (epoch, batches)
         return self._drawn[1]
@@ -354,11 +369,20 @@ class _Plan:
             return np.arange(len(sampler))
         if type(sampler) is RandomSampler and _is_plain_shuffle(sampler):
             return torch.randperm(len(sampler), generator=torch.Generator().manual_seed(seed)).numpy()
-        with _seeded(seed):
-            drawn = list(sampler)
+        drawn = self._draw(sampler, epoch)
         if all(isinstance(number, int | np.integer) and number >= 0 for number in drawn):
             return np.array(drawn, dtype=np.int64)
         return drawn
+
+    def _draw(self, sampler: Any, epoch: int) -> list[Any]:
+        """What a sampler of the user's gives in this epoch; asked once, since it may have a state of its own."""
+        if epoch not in self._orders:
+            with _seeded(epoch_seed(self._part.seed, epoch)):
+                drawn = list(sampler)
+            for old in [known for known in self._orders if known < epoch - 1]:
+                del self._orders[old]
+            self._orders[epoch] = drawn
+        return list(self._orders[epoch])
 
 
 def _count_batches(sampler: BatchSampler, samples: int) -> int:

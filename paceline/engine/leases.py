@@ -19,9 +19,12 @@ class Leases:
 
     def __init__(self, memory: mmap.mmap, lock: Lock, rank: int, workers: int) -> None:
         self._ledger = Ledger(memoryview(memory)[: size_bytes(workers)].cast("Q"), workers)
-        self._lock, self._rank = lock, rank
+        self._memory, self._lock, self._rank, self._workers = memory, lock, rank, workers
         self._begun = 0  # in this pass
-        self._uncommitted = False
+
+    def of(self, rank: int) -> Leases:
+        """The leases of another worker, for whom this process reads."""
+        return Leases(self._memory, self._lock, rank, self._workers)
 
     def open(self, epoch: int, gone: Sequence[int] | memoryview[int]) -> None:
         with self._lock:
@@ -37,15 +40,12 @@ class Leases:
         with self._lock:
             mine = self._ledger.begin(self._rank)
         self._begun += mine
-        self._uncommitted = self._uncommitted or mine
         return mine
 
     def commit(self) -> None:
         """A push made from all that was begun counts."""
-        if self._uncommitted:
-            self._uncommitted = False
-            with self._lock:
-                self._ledger.commit(self._rank)
+        with self._lock:
+            self._ledger.commit(self._rank)
 
     def end(self, *, trained: bool) -> None:
         """The pass is over. What was not trained on is there for whoever does. Raises ConfigError if that cannot be."""

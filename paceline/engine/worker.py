@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -16,7 +17,7 @@ import torch
 from torch import nn, optim
 
 from paceline.config import Async, Local, Quorum, Sync
-from paceline.data.loader import Part
+from paceline.data.loader import Count, Part, share
 from paceline.engine import buffers, clipping
 from paceline.engine.context import Context
 from paceline.engine.exchange import Exchange, compare
@@ -24,6 +25,7 @@ from paceline.engine.leases import Leases
 from paceline.engine.leases import size_bytes as leases_bytes
 from paceline.engine.meeting import Push, Round
 from paceline.engine.metrics import Row
+from paceline.engine.served import Reader, ServedBatches
 from paceline.engine.shards import VOID
 from paceline.errors import ConfigError
 from paceline.params.table import Table, differences, tabulate
@@ -72,6 +74,8 @@ class Worker:
         self._left: set[int] = set()  # loaders whose last pass the script left early
         self._loaders = 0
         self._buffers: list[buffers.Buffers] = []
+        self._readers: list[Reader] = []
+        self._served: list[ServedBatches] = []
         self._trained_passes = 0
         self._epoch = 0
         self._look = (0.0, 0.0)  # sums of loss x samples, samples: of steps, not told yet
@@ -170,7 +174,24 @@ class Worker:
         memory, _ = self._collective("buffers", b"", size, f"{len(tensors)} buffers")
         self._buffers.append(buffers.Buffers(memory, table, [t for _, t in tensors], self.rank, workers))
 
-    def next_loader(self) -> int:
+    def share_loader(self, loader: Any, count: Count | None) -> Any:
+        """This worker's version of a loader. A collective where batches are leased or sent."""
+        index = self._next_loader()
+        if self.context.job.data != "served" or self._board.workers == 1:
+            return share(loader, index, self.part, self, count)
+        if self.rank:
+            _, path = self._collective("served", b"", 1, f"the batches of loader {index}")
+            served = ServedBatches(loader, index, self, path.decode(), self.rank)
+            self._served.append(served)
+            return served
+        reader = Reader(loader, index, count, lambda rank: replace(self.part, rank=rank))
+        self._readers.append(reader)
+        self._collective("served", reader.path.encode(), 1, f"the batches of loader {index}")
+        leases = self._leases.get(index)
+        reader.accept({w: leases.of(w) if leases else None for w in range(1, self._board.workers)})
+        return reader.in_turn(share(loader, index, self.part, self, count, reader.orders))
+
+    def _next_loader(self) -> int:
         number, self._loaders = self._loaders, self._loaders + 1
         if number >= MAX_LOADERS:
             raise ConfigError(f"run.wrap got {number + 1} loaders; a run has at most {MAX_LOADERS}")
@@ -603,6 +624,10 @@ class Worker:
         """The script has come to its end: say so to everybody."""
         self.close()
         self.go()
+        for served in self._served:
+            served.close()
+        for reader in self._readers:
+            reader.join()
         self._channel.send(messages.Finished())
 
     def go(self) -> None:

@@ -20,7 +20,6 @@ from torch import nn, optim
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from paceline.config import Pace, Sync
-from paceline.data.loader import share
 from paceline.engine import context as contexts
 from paceline.engine import scaling
 from paceline.engine.context import Context
@@ -166,7 +165,7 @@ class Run:
         assert self.worker is not None
         if isinstance(item, nn.Module | optim.Optimizer | LRScheduler | ReduceLROnPlateau):
             return item
-        return share(item, self.worker.next_loader(), self.worker.part, self.worker, count)
+        return self.worker.share_loader(item, count)
 
 
 _current: Run | None = None
