@@ -110,6 +110,8 @@ class Notice(msgspec.Struct, frozen=True, tag="notice"):
 class Summary(msgspec.Struct, frozen=True, kw_only=True, tag="summary"):
     """summary.json, and the object that ``--json`` prints. ``run`` is the run directory's path.
 
+    ``steps`` counts rounds, pushes of all divided by the number of workers, or local steps; ``staleness`` is the mean
+    of a push in steps, ``dropped`` how many pushes came too late (quorum).
     ``seconds`` is the time from the first batch to the last step; ``waiting`` the share of it (0 to 1)
     that workers spent waiting for others; ``loss`` the mean over the last 5 % of the steps, at least one.
     """
@@ -129,6 +131,8 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True, tag="summary"):
     epochs: int = 0
     reason: str = ""
     exit_code: int = 0
+    staleness: float = 0.0
+    dropped: int = 0
 
 
 Record = Started | Wrapped | Epoch | Metric | Output | Notice | Summary

@@ -206,6 +206,10 @@ def ending(summary: Summary, *more: str) -> str:
     if summary.steps:
         parts.append(f"{figures.rate(summary.samples_per_s)} samples/s")
         parts.append(f"waited {figures.percent(summary.waiting)} of the time")
+        if summary.staleness >= 0.05:
+            parts.append(f"staleness {summary.staleness:.1f}")
+        if summary.dropped:
+            parts.append(f"{summary.dropped:,} pushes came late")
     else:
         parts.append("no step was recorded")
     return " · ".join(parts)

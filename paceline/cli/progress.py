@@ -51,8 +51,8 @@ class Progress:
         self._epoch, self._epoch_steps, self._done = record.epoch, record.steps, 0
 
     def add(self, metric: Metric) -> None:
+        self._done += metric.step - self._step  # more than one at pace local
         self._time_s, self._step = metric.time_s, metric.step
-        self._done += 1
         self._samples += metric.samples
         self._bytes += metric.bytes_sent
         self._rounds += 1

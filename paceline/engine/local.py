@@ -194,7 +194,7 @@ class _Launcher:
             case messages.Exited(role=whose, rank=its, pid=pid, status=status):
                 self._exited(whose, its, pid, status)
             case messages.Steps(rows=rows):
-                self._merger.add(rows)
+                self._merger.add(rows, rank)
             case messages.Logged(step=step, values=values):
                 self._merger.log(step, values)
             case messages.Pass(number=number, steps=steps):
@@ -330,6 +330,9 @@ class _Launcher:
     def _conclude(self) -> events.Summary:
         for metric in self._merger.ready(everything=True):
             self._recorder.take(metric)
+        for worker, dropped in sorted(self._merger.dropped.items()):
+            text = f"worker {worker} was late {dropped} {'time' if dropped == 1 else 'times'}: its samples came again"
+            self._recorder.take(events.Notice(self._now(), "late", text, "worker", worker))
         self._show_output(last=True)
         if self._log is not None:
             self._log.close()

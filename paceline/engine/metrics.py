@@ -74,8 +74,10 @@ class Merger:
         self._steps = 0
         self._values: dict[int, dict[str, float | None]] = {}
         self.begun_s: float | None = None
+        self.dropped: dict[int, int] = {}  # pushes that came too late, by worker
 
-    def add(self, rows: bytes) -> None:
+    def add(self, rows: bytes, worker: int) -> None:
+        """Take in what a worker tells."""
         for row in ROW.iter_unpack(rows):
             key = int(row[0])
             merged = self._open.get(key)
@@ -85,6 +87,8 @@ class Merger:
             merged.epoch = max(merged.epoch, int(row[2]))
             merged.time_s = max(merged.time_s, row[3])
             merged.steps = max(merged.steps, int(row[4]))
+            if row[12]:
+                self.dropped[worker] = self.dropped.get(worker, 0) + int(row[12])
             for place in range(_SUMS):
                 merged.sums[place] += row[5 + place]
             begun_s = row[3] - row[8] - row[9] - row[10]

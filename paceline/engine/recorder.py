@@ -38,7 +38,8 @@ class Recorder:
         self._losses = array("d")
         self._totals = [0.0, 0.0, 0.0]
         self._samples = self._steps = self._epochs = self._bytes = 0
-        self._last_s = 0.0
+        self._last_s = self._staleness = 0.0
+        self._lines = self._dropped = 0
         self.info = events.RunInfo(
             run=self.directory.name,
             status="starting",
@@ -97,6 +98,8 @@ class Recorder:
             epochs=self._epochs,
             reason=reason,
             exit_code=exit_code,
+            staleness=round(self._staleness / self._lines, 3) if self._lines else 0.0,
+            dropped=self._dropped,
         )
         self._metrics.close()
         _replace(self.directory / "summary.json", self._encoder.encode(summary))
@@ -112,7 +115,10 @@ class Recorder:
         self.close("failed", reason, 1, 0.0)
 
     def _count(self, metric: events.Metric) -> None:
-        self._steps += 1
+        self._steps = metric.step
+        self._lines += 1
+        self._staleness += metric.staleness
+        self._dropped += metric.dropped
         self._samples += metric.samples
         self._epochs = max(self._epochs, metric.epoch)
         self._bytes += metric.bytes_sent

@@ -33,11 +33,11 @@ def test_a_row_is_thirteen_numbers() -> None:
 
 def test_a_round_is_told_once_all_its_contributors_have() -> None:
     merger = Merger(started_s=0.0)
-    merger.add(row(1, 3))
+    merger.add(row(1, 3), 0)
     assert steps(merger) == []
-    merger.add(row(1, 3))
+    merger.add(row(1, 3), 0)
     assert steps(merger) == []
-    merger.add(row(1, 3))
+    merger.add(row(1, 3), 0)
     assert steps(merger) == [1]
     assert steps(merger, everything=True) == []
 
@@ -56,7 +56,8 @@ def test_losses_are_weighted_by_samples_and_durations_are_means() -> None:
             computing_s=2.0,
             waiting_s=0.25,
             exchanging_s=0.5,
-        )
+        ),
+        0,
     )
     merger.add(
         row(
@@ -70,7 +71,8 @@ def test_losses_are_weighted_by_samples_and_durations_are_means() -> None:
             computing_s=1.0,
             waiting_s=1.25,
             exchanging_s=0.25,
-        )
+        ),
+        0,
     )
     assert metrics(merger) == [
         Metric(
@@ -88,13 +90,13 @@ def test_losses_are_weighted_by_samples_and_durations_are_means() -> None:
 
 def test_a_loss_that_nobody_logged_is_none() -> None:
     merger = Merger(started_s=0.0)
-    merger.add(row(1))
+    merger.add(row(1), 0)
     assert metrics(merger)[0].loss is None
 
 
 def test_a_loss_that_only_one_worker_logged_is_its_loss() -> None:
     merger = Merger(started_s=0.0)
-    merger.add(row(1, 2, loss_sum=6.0, loss_samples=2.0) + row(1, 2))
+    merger.add(row(1, 2, loss_sum=6.0, loss_samples=2.0) + row(1, 2), 0)
     assert metrics(merger)[0].loss == 3.0
 
 
@@ -103,13 +105,13 @@ def test_other_values_go_with_their_round_the_last_ones_count() -> None:
     merger.log(1, {"accuracy": 0.25, "rate": 0.1})
     merger.log(1, {"accuracy": 0.5})
     merger.log(2, {"accuracy": 0.75})
-    merger.add(row(1) + row(2) + row(3))
+    merger.add(row(1) + row(2) + row(3), 0)
     assert [metric.values for metric in metrics(merger)] == [{"accuracy": 0.5, "rate": 0.1}, {"accuracy": 0.75}, {}]
 
 
 def test_at_the_end_what_is_incomplete_is_told_too() -> None:
     merger = Merger(started_s=0.0)
-    merger.add(row(1, 1) + row(2, 2, samples=7.0, computing_s=3.0) + row(3, 1))
+    merger.add(row(1, 1) + row(2, 2, samples=7.0, computing_s=3.0) + row(3, 1), 0)
     assert steps(merger) == [1]
     (second, third) = metrics(merger, everything=True)
     assert (second.step, second.samples, second.computing_s) == (2, 7, 3.0)  # means over those that told
@@ -118,18 +120,18 @@ def test_at_the_end_what_is_incomplete_is_told_too() -> None:
 
 def test_a_round_waits_for_the_ones_before_it_that_are_incomplete() -> None:
     merger = Merger(started_s=0.0)
-    merger.add(row(1, 2) + row(2, 1))
+    merger.add(row(1, 2) + row(2, 1), 0)
     assert steps(merger) == []
-    merger.add(row(1, 2))
+    merger.add(row(1, 2), 0)
     assert steps(merger) == [1, 2]
 
 
 def test_a_round_waits_for_the_ones_before_it_that_nobody_has_told_yet() -> None:
     """Worker 0 was alone in round 1 and is slower to tell than worker 1, alone in round 2."""
     merger = Merger(started_s=0.0)
-    merger.add(row(2, 1))
+    merger.add(row(2, 1), 0)
     assert steps(merger) == []
-    merger.add(row(1, 1))
+    merger.add(row(1, 1), 0)
     assert steps(merger) == [1, 2]
 
 
@@ -148,7 +150,7 @@ def test_in_whatever_order_workers_tell_all_rounds_come_once_in_order(rounds: li
     while any(queues.values()):
         worker = random_.choice([worker for worker, rows in queues.items() if rows])
         count = random_.randint(1, len(queues[worker]))
-        merger.add(b"".join(queues[worker][:count]))
+        merger.add(b"".join(queues[worker][:count]), worker)
         del queues[worker][:count]
         found += metrics(merger)
     assert [metric.step for metric in found] == list(range(1, len(rounds) + 1))
@@ -159,17 +161,17 @@ def test_in_whatever_order_workers_tell_all_rounds_come_once_in_order(rounds: li
 def test_the_run_begins_with_its_first_batch() -> None:
     merger = Merger(started_s=100.0)
     assert merger.begun_s is None
-    merger.add(row(1, 2, time_s=110.0, computing_s=2.0, waiting_s=1.0, exchanging_s=0.5))
+    merger.add(row(1, 2, time_s=110.0, computing_s=2.0, waiting_s=1.0, exchanging_s=0.5), 0)
     assert merger.begun_s == 106.5
-    merger.add(row(2, 1, time_s=120.0, computing_s=1.0))
+    merger.add(row(2, 1, time_s=120.0, computing_s=1.0), 0)
     assert merger.begun_s == 106.5
 
 
 def test_the_first_batch_is_the_earliest_of_any_worker() -> None:
     """The worker that tells first need not be the one that began first."""
     merger = Merger(started_s=100.0)
-    merger.add(row(1, 2, time_s=110.0, computing_s=2.0))
-    merger.add(row(1, 2, time_s=110.0, computing_s=5.0))
+    merger.add(row(1, 2, time_s=110.0, computing_s=2.0), 0)
+    merger.add(row(1, 2, time_s=110.0, computing_s=5.0), 0)
     assert merger.begun_s == 105.0
 
 
@@ -179,5 +181,5 @@ def test_several_rows_may_come_at_once(portions: int) -> None:
     data = b"".join(row(number) for number in range(1, 7))
     size = ROW.size * 6 // portions
     for start in range(0, len(data), size):
-        merger.add(data[start : start + size])
+        merger.add(data[start : start + size], 0)
     assert steps(merger) == [1, 2, 3, 4, 5, 6]
