@@ -21,6 +21,7 @@ from paceline.params.table import DTYPES, dtype_name
 
 _LENGTH = struct.Struct("<I")
 _DEPTH = 16
+_NOTHING = torch.empty(0, dtype=torch.uint8)
 _PLAIN = (bool, int, float, str, bytes, type(None))
 
 
@@ -49,14 +50,12 @@ def decode(data: bytes | bytearray) -> Any:
         count = math.prod(shape) if all(0 <= size < 2**40 for size in shape) else -1
         if dtype is None or not 0 <= count <= (len(data) - start) // dtype.itemsize:
             raise ValueError(f"an encoded batch claims a tensor of {name} {shape}, which its bytes do not hold")
-        values = torch.frombuffer(data, dtype=dtype, count=count, offset=start).clone() if count else _none(dtype)
-        tensors.append(values.view(shape))
-        start += count * dtype.itemsize
+        size = count * dtype.itemsize
+        # As bytes first: what lies at an odd address must be moved before it is looked at as numbers.
+        raw = torch.frombuffer(data, dtype=torch.uint8, count=size, offset=start).clone() if size else _NOTHING
+        tensors.append(raw.view(dtype).view(shape))
+        start += size
     return _unpack(structure, tensors, 0)
-
-
-def _none(dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(0, dtype=dtype)
 
 
 def _pack(value: Any, tensors: list[tuple[str, tuple[int, ...], bytes]], depth: int) -> Any:

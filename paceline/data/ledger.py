@@ -55,10 +55,9 @@ class Ledger:
         streams, which do not go back); None if none is left."""
         words, start = self._words, self._start(worker)
         kept, words[start + _KEPT] = words[start + _KEPT] - 1, 0
-        returned = self._returned(at_least)
         if kept >= at_least and (total is None or kept < total):
             lease = kept << 2
-        elif returned is not None:
+        elif (returned := self._returned(at_least)) is not None:
             lease = returned
         elif total is None or words[_NEXT] < total:
             lease = words[_NEXT] << 2

@@ -488,23 +488,27 @@ class Worker:
         if self._row.stepped:
             self._close_row()
         self._unstepped = (0.0, 0.0)
-        leases = self._leases.get(loader)
-        if leases is not None and loader in self._leasing:
+        drawn = self._drawn > drawn_before
+        untouched = self._evaluating[loader][1] == self._gradient_marks()
+        # Fewer batches than there are to a step: they have left a gradient, for a step that comes after the pass.
+        leased = loader in self._leasing
+        trained = steps > 0 or (drawn and not untouched and (leased or loader in self._training_loaders))
+        if leased:
             self._leasing.discard(loader)
-            leases.end(trained=steps > 0)
-        if steps == 0 and self._drawn > drawn_before:
-            if self._evaluating[loader][1] == self._gradient_marks():
+            self._leases[loader].end(trained=trained)
+        if drawn and not trained:
+            if untouched:
                 self._samples = self._evaluating[loader][0]  # no backward came of them: they weigh nothing
             self._board.evaluated[loader] = 1
             self._board.ring(self.rank)
             return False
-        if steps:
+        if trained:
             self._training_loaders.add(loader)
         for one in self._buffers:
-            one.write(self._trained_passes + 1, self._samples - self._evaluating[loader][0] if steps else 0)
+            one.write(self._trained_passes + 1, self._samples - self._evaluating[loader][0] if trained else 0)
         passes = self._board.passes(loader)
         look = self._board.look(loader, passes[self.rank] + 1, self.rank)
-        look[0], look[1], look[2] = *self._look, steps
+        look[0], look[1], look[2] = *self._look, max(steps, int(trained))
         if not self._in_rounds:
             self._look = (0.0, 0.0)
         passes[self.rank] += 1
@@ -622,6 +626,8 @@ class Worker:
 
     def finish(self) -> None:
         """The script has come to its end: say so to everybody."""
+        if not self._in_rounds:
+            self._close_periods()  # local steps behind the end of the last pass; others may go on with them
         self.close()
         self.go()
         for served in self._served:

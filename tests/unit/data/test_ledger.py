@@ -1,0 +1,151 @@
+"""The ledger: every batch of an epoch counts once, whatever the workers do and in whatever order."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from paceline.data.ledger import RING, Ledger, words_needed
+
+
+def make(workers: int) -> Ledger:
+    return Ledger([0] * words_needed(workers), workers)
+
+
+class Worker:
+    """A loader that draws up to ``ahead`` batches before it gives them to a script, which pushes now and then."""
+
+    def __init__(self, ledger: Ledger, rank: int, ahead: int, total: int) -> None:
+        self.ledger, self.rank, self.ahead, self.total = ledger, rank, ahead, total
+        self.drawn: list[int] = []
+        self.begun: list[int] = []
+        self.counted: list[int] = []
+        self.empty = False
+
+    @property
+    def done(self) -> bool:
+        return self.empty and not self.drawn
+
+    def act(self, random_: random.Random) -> None:
+        if not self.empty and len(self.drawn) <= self.ahead:
+            lease = self.ledger.draw(self.rank, self.total)
+            if lease is None:
+                self.empty = True
+            else:
+                self.drawn.append(lease)
+        elif self.drawn:
+            lease = self.drawn.pop(0)
+            if self.ledger.begin(self.rank):
+                self.begun.append(lease)
+        if self.begun and random_.random() < 0.5:
+            self.push()
+
+    def push(self) -> None:
+        self.ledger.commit(self.rank)
+        self.counted += self.begun
+        self.begun = []
+
+
+@given(st.integers(1, 5), st.integers(0, 40), st.integers(0, 4), st.integers(0, 2**32))
+def test_every_batch_counts_once_an_epoch(workers: int, total: int, ahead: int, seed: int) -> None:
+    random_, ledger = random.Random(seed), make(workers)
+    for epoch in range(3):
+        present = list(range(workers))
+        those = [Worker(ledger, rank, random_.randint(0, ahead), total) for rank in present]
+        for one in random_.sample(those, workers):
+            ledger.open(epoch, one.rank, present)
+        while not all(one.done for one in those):
+            random_.choice(those).act(random_)
+        for one in those:
+            one.push()
+        assert Counter(lease for one in those for lease in one.counted) == Counter(range(total))
+        assert ledger.committed == total
+
+
+@given(st.integers(1, 6), st.integers(6, 30), st.integers(0, 2**32))
+def test_everyone_gets_a_batch_where_there_are_enough(workers: int, total: int, seed: int) -> None:
+    ledger, present = make(workers), list(range(workers))
+    for rank in present:
+        ledger.open(0, rank, present)
+    random_ = random.Random(seed)
+    greedy = random_.randrange(workers)
+    while ledger.draw(greedy, total) is not None:
+        pass
+    assert all(ledger.draw(rank, total) is not None for rank in present if rank != greedy)
+
+
+def test_nothing_is_kept_for_those_who_have_left() -> None:
+    ledger = make(3)
+    ledger.open(0, 0, [0, 2])
+    ledger.open(0, 2, [0, 2])
+    assert sorted(lease for _ in range(3) if (lease := ledger.draw(0, 4)) is not None) == [0, 2, 3]
+    assert ledger.draw(0, 4) is None
+    assert ledger.draw(2, 4) == 1
+
+
+def test_what_is_given_back_is_there_for_others_in_order() -> None:
+    ledger = make(2)
+    for rank in (0, 1):
+        ledger.open(0, rank, [0, 1])
+    assert [ledger.draw(0, 10) for _ in range(4)] == [0, 2, 3, 4]
+    assert ledger.begin(0)
+    ledger.give_back(0, begun=False)
+    assert [ledger.draw(1, 10) for _ in range(5)] == [1, 2, 3, 4, 5]
+    ledger.give_back(0, begun=True)
+    assert ledger.draw(1, 10) == 0
+
+
+def test_what_is_kept_for_a_worker_that_leaves_goes_to_the_others() -> None:
+    ledger = make(2)
+    for rank in (0, 1):
+        ledger.open(0, rank, [0, 1])
+    ledger.give_back(1, begun=False)
+    assert {ledger.draw(0, 3) for _ in range(3)} == {0, 1, 2}
+
+
+def test_at_the_tail_what_is_not_begun_is_taken_from_the_end_and_once() -> None:
+    ledger = make(3)
+    for rank in (0, 1, 2):
+        ledger.open(0, rank, [0, 1, 2])
+    assert [ledger.draw(0, 6) for _ in range(4)] == [0, 3, 4, 5]
+    assert ledger.begin(0)
+    assert [ledger.draw(1, 6) for _ in range(3)] == [1, 5, 4]
+    assert ledger.begin(1)
+    assert [ledger.draw(2, 6) for _ in range(3)] == [2, 3, None]
+    assert [ledger.begin(2), ledger.begin(2)] == [True, True]
+    assert [ledger.begin(0) for _ in range(3)] == [False, False, False]
+    assert ledger.draw(0, 6) is None  # what was taken once stays where it is
+
+
+def test_a_stream_gets_no_batch_that_it_has_passed() -> None:
+    ledger = make(2)
+    for rank in (0, 1):
+        ledger.open(0, rank, [0, 1])
+    assert [ledger.draw(1, None, 0), ledger.draw(1, None, 2)] == [1, 2]
+    ledger.give_back(1, begun=False)
+    assert ledger.draw(0, None, 0) == 0
+    assert ledger.draw(0, None, 2) == 2
+    assert ledger.draw(0, None, 3) == 3
+
+
+def test_a_pass_without_end_does_not_fill_the_ledger() -> None:
+    ledger = make(1)
+    ledger.open(0, 0, [0])
+    for ordinal in range(3 * RING):
+        assert ledger.draw(0, None, ordinal) == ordinal
+        assert ledger.begin(0)
+    ledger.commit(0)
+    assert ledger.committed == 3 * RING
+
+
+def test_to_draw_more_ahead_than_there_is_room_for_is_our_own_fault() -> None:
+    ledger = make(1)
+    ledger.open(0, 0, [0])
+    for ordinal in range(RING):
+        ledger.draw(0, None, ordinal)
+    with pytest.raises(AssertionError, match="ahead"):
+        ledger.draw(0, None, RING)
