@@ -6,6 +6,7 @@ import copy
 import math
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -115,11 +116,19 @@ def tensors(
     return [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes]
 
 
+@dataclass
+class Given:
+    """What a worker has pushed."""
+
+    gradient: Vectors
+    rows: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
 def step_all(
     shards: Sequence[Shard], gradients: list[Vectors], weights: list[float], mask: bytes | None = None
 ) -> None:
     for shard in shards:
-        shard.fold(gradients, weights)
+        shard.fold([Given(gradient) for gradient in gradients], weights)
         shard.step(None, mask)
 
 
@@ -265,7 +274,7 @@ def test_a_missing_gradient_leaves_parameter_and_state_untouched(name: str, part
 def test_new_settings_hold_from_their_step_on() -> None:
     job = Job(lambda p: optim.SGD(p, lr=1.0), [torch.zeros(3)])
     shards = job.shards(2)
-    gradients = [vectors_of(job.table, [torch.ones(3)])]
+    gradients = [Given(vectors_of(job.table, [torch.ones(3)]))]
     for settings_, expected in ((None, -1.0), ([{"lr": 10.0}], -11.0), (None, -21.0)):
         for shard in shards:
             shard.fold(gradients, [1.0])
@@ -316,7 +325,7 @@ def test_parts_of_a_norm_add_up_to_the_norm_of_the_fold(parts: int, order: float
     chosen = bytes(random.Random(seed).choice((0, 1)) for _ in SHAPES)
     found = []
     for shard in job.shards(parts):
-        shard.fold([vectors_of(job.table, one) for one in given_], [3.0, 1.0])
+        shard.fold([Given(vectors_of(job.table, one)) for one in given_], [3.0, 1.0])
         found.append(shard.norm(chosen, order))
     folded = [0.75 * a + 0.25 * b for a, b, had in zip(*given_, chosen, strict=True) if had]
     flat = torch.cat([one.flatten() for one in folded]) if folded else torch.zeros(1, dtype=torch.float64)
