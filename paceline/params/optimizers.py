@@ -96,7 +96,8 @@ def takes_rows(optimizer: optim.Optimizer, parameter: torch.Tensor, group: Group
             value = (value[:1] if value.shape == parameter.shape else value).detach().cpu().clone()
         asked.state[table][key] = value
     try:
-        asked.step()
+        with rows.unchecked():
+            asked.step()
     except RuntimeError as error:
         raise ConfigError(
             f"{name} does not step the sparse gradients of an embedding with sparse=True: {str(error).splitlines()[0]}",
@@ -263,7 +264,8 @@ def _probe(
     if entry.row:
         dummy.grad = rows.gradient_of((torch.zeros(1, dtype=torch.int64), dummy[:1].clone()), shape)
     asked = make([group | {"params": [dummy]}])
-    asked.step()
+    with rows.unchecked():
+        asked.step()
     return _items(asked.state[dummy], shape, bool(group.get("fused")), elementwise)
 
 

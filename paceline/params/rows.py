@@ -11,6 +11,8 @@ sends sparse gradients to servers in the same way.)
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,6 +32,12 @@ def parameters_with_rows(models: Iterable[nn.Module]) -> set[int]:
     tables = [module for module in modules if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse]
     weights = [table.weight for table in tables]
     return {id(w) for w in weights if w.dim() == 2 and w.numel() and w.is_contiguous()}
+
+
+def unchecked() -> AbstractContextManager[Any]:
+    """Within it sparse tensors are made without looking for mistakes in them, and without torch's warning that it does
+    not look: its own optimizers make some."""
+    return torch.sparse.check_sparse_tensor_invariants(False)
 
 
 def write(area: torch.Tensor, values: torch.Tensor, gradient: torch.Tensor | None) -> None:

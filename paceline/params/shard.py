@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -231,7 +232,8 @@ class Shard:
             tensor.grad = gradient if has_gradient is None or has_gradient[piece.param] else None
         if self._saved < len(self._tensors):
             self._begin_momentum()
-        self._optimizer.step()
+        with rows.unchecked() if self._by_rows else nullcontext():
+            self._optimizer.step()
         if self._whole or self._state.has_numbers or len(self._optimizer.state) != self._saved:
             for piece, tensor in zip(self._pieces, self._tensors, strict=True):
                 if tensor in self._optimizer.state:

@@ -232,6 +232,7 @@ BY_ROWS: dict[str, tuple[Callable[[Any], optim.Optimizer], bool]] = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("name", BY_ROWS)
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 def test_rows_are_stepped_by_the_classes_that_keep_dense_state_for_them(name: str, dtype: torch.dtype) -> None:
     """SGD's momentum would be a sparse tensor that grows: such gradients are exchanged dense."""
     make, expected = BY_ROWS[name]
