@@ -18,7 +18,7 @@ from torch import optim
 from paceline.params import optimizers
 from paceline.params.shard import Shard
 from paceline.params.state import State, StatePlan
-from paceline.params.table import DTYPES, Table, tabulate
+from paceline.params.table import DTYPES, Entry, Table, tabulate
 from paceline.protocol.partition import Piece, padded, partition
 
 Vectors = dict[str, torch.Tensor]
@@ -315,6 +315,39 @@ def test_padding_stays_zero() -> None:
     vector = job.vectors["float32"]
     assert torch.count_nonzero(vector) == 68
     assert torch.isfinite(vector).all()
+
+
+def test_a_shards_memory_does_not_grow_with_a_table() -> None:
+    """A table of 2^40 rows that exists nowhere: what is folded and stepped is the one row of the gradient."""
+    row, rows = 2, 1 << 40
+    vector = torch.zeros(1).expand(rows * row)
+    table = Table((Entry("table", (rows, row), (row, 1), "float32", 0, 0, rows * row, row),), {"float32 rows": 0})
+    plan = StatePlan(table, ())
+    state = State(table, plan, lambda dtype, at, n: torch.zeros(n, dtype=dtype))
+    piece = Piece(0, (rows // 2) * row, rows * row)
+    stepped: list[torch.Tensor] = []
+
+    class Seen(optim.Optimizer):
+        def step(self, closure: Any = None) -> None:
+            stepped.extend(p.grad for p in self.param_groups[0]["params"])
+
+    shard = Shard(
+        table,
+        [piece],
+        {"float32 rows": vector},
+        state,
+        lambda groups: optimizers.clone({}, Seen, groups),
+        [{}],
+        whole=False,
+    )
+    indices = torch.tensor([2, 1, rows - 3, 0])
+    values = torch.tensor([1.0, 2.0, 3.0, 4.0]).as_strided((4,), (1,))
+    pushed = Given({"float32 rows": values}, {0: indices})
+    shard.fold([pushed, pushed], [1.0, 3.0])
+    shard.step(None, None)
+    assert stepped[0].indices().tolist() == [[rows // 2 - 3]]
+    assert stepped[0].values().tolist() == [[3.0, 4.0]]
+    assert shard.norm(None, 2.0) == 25.0
 
 
 @settings(max_examples=50)
