@@ -24,10 +24,8 @@ class Recommender(nn.Module):
 
     def __init__(self, users: int, items: int, mean: float, width: int = 16) -> None:
         super().__init__()
-        self.users = nn.Embedding(users, width, sparse=True)
-        self.items = nn.Embedding(items, width, sparse=True)
-        for table in (self.users, self.items):
-            nn.init.normal_(table.weight, std=0.1)
+        self.users = nn.Embedding.from_pretrained(0.1 * torch.randn(users, width), freeze=False, sparse=True)
+        self.items = nn.Embedding.from_pretrained(0.1 * torch.randn(items, width), freeze=False, sparse=True)
         self.top = nn.Sequential(nn.Linear(2 * width, 32), nn.ReLU(), nn.Linear(32, 1))
         self.mean = mean
 
@@ -72,8 +70,7 @@ for epoch in range(1, args.epochs + 1):
     for batch, targets in loader:
         predicted, size = model(batch)
         loss = F.mse_loss(predicted, targets)
-        sparse.zero_grad()
-        dense.zero_grad()
+        model.zero_grad()
         (loss + 0.06 * size.mean()).backward()
         sparse.step()
         dense.step()
