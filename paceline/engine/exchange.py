@@ -147,6 +147,11 @@ class Exchange:
         optimizer, job = self._stepped_by, self._context.job
         kind, groups = type(optimizer), optimizer.param_groups
         numbered = [(g, p) for g, group in enumerate(groups) for p in group["params"]]
+        if isinstance(optimizer, optim.SparseAdam) and not self._sends_gradients:
+            raise ConfigError(
+                f"pace {self._pace} pushes sums of gradients, which are dense; SparseAdam steps sparse ones only",
+                fix="--pace async, sync or local:H; or SGD or Adagrad for the embeddings",
+            )
         settings = optimizers.settings(optimizer)
         by_rows = {
             id(p)

@@ -5,8 +5,8 @@
 At round paces parameters on the CPU are views of the one set of shared parameters, and there is nothing to pull; where
 each worker has a copy, they are views of the copy in its slot, which who applies its push fills. Parameters whose
 gradients are sparse rows are views of the one set at every pace: a worker reads rows while others' turns write rows
-(Hogwild, Recht et al. 2011), so no step costs as much as the table is large. Parameters that
-cannot be views (on a GPU, with ``share_parameters=False``, or stepped locally) are copied from there.
+(Hogwild, Recht et al. 2011), so no step costs as much as the table is large. Parameters that cannot be views (on a
+GPU, with ``share_parameters=False``, or stepped locally) are copied from there.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ def check_rows(optimizer: optim.Optimizer, table: Table) -> None:
         raise ConfigError(
             f"SparseAdam has {dense}, whose gradient is exchanged dense; it steps sparse gradients only",
             why="sparse are the gradients of nn.Embedding and nn.EmbeddingBag with sparse=True in a model that "
-            "run.wrap was given with the optimizer or before, at paces sync, quorum, bounded and async",
+            "run.wrap was given with the optimizer or before",
             fix="Adam for the other parameters, SparseAdam for these embeddings; give the model to run.wrap",
         )
 

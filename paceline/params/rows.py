@@ -1,9 +1,9 @@
 """Gradients of embedding tables as rows: which parameters have them, and how they are written, read and folded.
 
 In a slot a parameter's rows lie compactly: ``area`` is int64[rows + 1], a count and then so many row numbers, unique
-and ascending; as many rows of values stand at the start of the parameter's range of the gradient vector. What the
-rest of both holds means nothing, so no work and no touched memory grows with the table. (Parallax, Kim et al. 2019,
-sends sparse gradients to servers in the same way.)
+and ascending; as many rows of values stand at the start of the parameter's range of the gradient vector. There is room
+for all rows, but what lies behind those counted means nothing and is not looked at: the work of a step grows with the
+rows that it has, not with the table. (Parallax, Kim et al. 2019, sends sparse gradients to servers in the same way.)
 
     fold: g = sum over contributors w of  (n_w / N) g_w,   row by row, in rank order
 """

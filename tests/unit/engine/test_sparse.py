@@ -53,11 +53,16 @@ def tables(model: nn.Module) -> list[nn.Parameter]:
     return [model.users.weight, model.words.weight]
 
 
+class Mine(optim.Adagrad):
+    """Not one of torch's own, so never cut within a parameter."""
+
+
 OPTIMIZERS: dict[str, Optimizers] = {
     "sgd": lambda m: [optim.SGD(m.parameters(), lr=0.1)],
     "momentum": lambda m: [optim.SGD(m.parameters(), lr=0.1, momentum=0.9, nesterov=True)],
     "adagrad": lambda m: [optim.Adagrad(m.parameters(), lr=0.05, initial_accumulator_value=0.1)],
     "sparse adam": lambda m: [optim.SparseAdam(tables(m), lr=0.01), optim.Adam(m.top.parameters(), lr=0.01)],
+    "of one's own": lambda m: [Mine(m.parameters(), lr=0.05)],
     "groups": lambda m: [
         optim.SGD([{"params": tables(m), "lr": 0.5}, {"params": m.top.parameters(), "momentum": 0.9}], lr=0.1)
     ],
@@ -382,4 +387,5 @@ def test_sparse_adam_without_its_model_is_refused_with_what_to_wrap() -> None:
 
 def test_sparse_adam_is_refused_where_gradients_are_summed() -> None:
     error = refused(lambda m: optim.SparseAdam(tables(m)), pace="async:4")
-    assert "users.weight, whose gradient is exchanged dense" in error.what
+    assert "pace async:4 pushes sums of gradients" in error.what
+    assert "Adagrad" in error.fix
