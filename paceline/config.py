@@ -152,7 +152,7 @@ class Job:
     ``async``, else ``round_robin``), ``data`` where they are: all on every worker (``shared``), each worker's own
     part with itself (``own``), all with worker 0, who sends the batches (``served``).
     ``staleness_damping`` divides the learning rate by max(1, staleness) (Zhang et al. 2016), ``compensate`` is the
-    lambda of delay compensation (Zheng et al. 2017); both for ``bounded`` and ``async``.
+    lambda of delay compensation (Zheng et al. 2017), of dense gradients only; both for ``bounded`` and ``async``.
     ``threads`` is per process (None: cores // workers, at least 1).
     ``steps`` counts rounds, or pushes of all workers divided by their number, so that every pace sees as many samples;
     ``epochs`` passes over the training loader; ``until_loss`` and

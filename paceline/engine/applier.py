@@ -2,7 +2,7 @@
 
 STEP of one member (bounded, async):  g, unweighted, with lr / max(1, staleness) where damping is asked for
                                       (Zhang et al. 2016), and g + lambda g^2 (w - w_pulled) where compensation is
-                                      (Zheng et al. 2017)
+                                      (Zheng et al. 2017); sparse rows are not compensated
 STEP of a quorum:                     the mean weighted by samples, as in a round of all
 """
 
@@ -43,9 +43,9 @@ class Applier:
             shard.forget()
         shard.follow()
         if self._spec.compensate:
-            shard.fold_compensated(slots[0].gradient, slots[0].copy, self._spec.compensate)
+            shard.fold_compensated(slots[0], slots[0].copy, self._spec.compensate)
         else:
-            shard.fold([slot.gradient for slot in slots], weights)
+            shard.fold(slots, weights)
         settings = self._shards.new_settings(shard, entry.members[0])
         rate = 1.0 / max(1, entry.staleness) if self._spec.damping else 1.0
         shard.step(settings, self._shards.union([slot.mask for slot in slots]), rate=rate)

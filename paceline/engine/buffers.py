@@ -33,7 +33,7 @@ class Buffers:
         first, each = page_up(workers * _COPIES * 8), page_up(max(table.offsets_bytes()[""], 1))
         self._views = []
         for place in range(workers * _COPIES):
-            vectors = carve_vectors(memory, first + place * each, table)
+            vectors = carve_vectors(memory, first + place * each, table.sizes)
             self._views.append([table.view(entry, vectors[entry.dtype]) for entry in table.entries])
 
     def write(self, number: int, weight: float) -> None:

@@ -37,7 +37,14 @@ class Exchange:
     """One wrapped optimizer. ``spec`` is made before the memory exists; ``attach`` completes it."""
 
     def __init__(
-        self, optimizer: optim.Optimizer, names: dict[int, str], context: Context, *, share: bool, pace: Pace
+        self,
+        optimizer: optim.Optimizer,
+        names: dict[int, str],
+        with_rows: set[int],
+        context: Context,
+        *,
+        share: bool,
+        pace: Pace,
     ) -> None:
         job = context.job
         optimizers.check(optimizer, servers=job.servers)
@@ -47,7 +54,7 @@ class Exchange:
         self.optimizer = optimizer
         self._context, self._pace, self._share = context, pace, share
         self._stepped_by = _outer(optimizer, pace) if isinstance(pace, Local) else optimizer
-        self.spec = self._describe(names)
+        self.spec = self._describe(names, with_rows)
         self.inner: Inner | None = None
         self._loads = 0
 
@@ -77,7 +84,8 @@ class Exchange:
             self._meeting: Rounds | Arrivals = self._arrivals
         else:
             self._meeting = Rounds(spec, memory, self._stepper, context.board, context.lock, context.rank)
-        if isinstance(pace, Local) or (isinstance(pace, Async) and pace.every > 1):
+        if not self._sends_gradients:
+            assert isinstance(pace, Local | Async)
             self.inner = Inner(self._replica, pace.every, sums=isinstance(pace, Async))
 
     def publish(self) -> None:
@@ -173,13 +181,27 @@ class Exchange:
         self._replica.write_gradients()
         return rounds.norm(chosen, order, weight)
 
-    def _describe(self, names: dict[int, str]) -> Spec:
+    def _describe(self, names: dict[int, str], with_rows: set[int]) -> Spec:
         optimizer, job = self._stepped_by, self._context.job
         kind, groups = type(optimizer), optimizer.param_groups
-        numbered = ((g, p) for g, group in enumerate(groups) for p in group["params"])
-        table = tabulate((names.get(id(p), f"parameter {i}"), g, p) for i, (g, p) in enumerate(numbered))
+        numbered = [(g, p) for g, group in enumerate(groups) for p in group["params"]]
+        if isinstance(optimizer, optim.SparseAdam) and not self._sends_gradients:
+            raise ConfigError(
+                f"pace {self._pace} pushes sums of gradients, which are dense; SparseAdam steps sparse ones only",
+                fix="--pace async, sync or local:H; or SGD or Adagrad for the embeddings",
+            )
         settings = optimizers.settings(optimizer)
+        by_rows = {
+            id(p)
+            for g, p in numbered
+            if id(p) in with_rows and self._sends_gradients and optimizers.takes_rows(optimizer, p, settings[g])
+        }
+        named = ((names.get(id(p), f"parameter {i}"), g, p) for i, (g, p) in enumerate(numbered))
+        table = tabulate(named, by_rows)
+        optimizers.check_rows(optimizer, table)
         for group, plain in zip(groups, settings, strict=True):
+            if any(id(p) in by_rows for p in group["params"]):
+                continue  # the fused kernels take dense gradients only
             dtypes = [p.dtype for p in group["params"]]
             if optimizers.choose_fused(kind, plain, dtypes, torch.device("cpu")):
                 plain["fused"] = True
@@ -205,6 +227,12 @@ class Exchange:
             damping=job.staleness_damping and self._pace is job.pace,
             compensate=(job.compensate or 0.0) if self._pace is job.pace else 0.0,
         )
+
+    @property
+    def _sends_gradients(self) -> bool:
+        """Is what is pushed one step's gradient, not what several local steps have come to?"""
+        pace = self._pace
+        return not isinstance(pace, Local) and not (isinstance(pace, Async) and pace.every > 1)
 
     def _parts(self, values: int) -> int:
         job = self._context.job

@@ -3,19 +3,21 @@
     gradients, or what H local steps left -> own slot          parameters <- where their newest values lie
 
 At round paces parameters on the CPU are views of the one set of shared parameters, and there is nothing to pull; where
-each worker has a copy, they are views of the copy in its slot, which who applies its push fills. Parameters that
-cannot be views (on a GPU, with ``share_parameters=False``, or stepped locally) are copied from there.
+each worker has a copy, they are views of the copy in its slot, which who applies its push fills. Parameters whose
+gradients are sparse rows are views of the one set at every pace: a worker reads rows while others' turns write rows
+(Hogwild, Recht et al. 2011), so no step costs as much as the table is large. Parameters that cannot be views (on a
+GPU, with ``share_parameters=False``, or stepped locally) are copied from there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn, optim
 
 from paceline.errors import ConfigError
-from paceline.params import optimizers
+from paceline.params import optimizers, rows
 from paceline.params.optimizers import Group
 from paceline.transport.slots import ExchangeMemory, Spec
 
@@ -33,10 +35,12 @@ class Replica:
         self._private = not all(self._adopts)
         self.slot = memory.slots[rank]
         entries, view = spec.table.entries, spec.table.view
-        self.gradients = [view(entry, self.slot.gradient[entry.dtype]) for entry in entries]
-        self._shared = [view(entry, memory.params[entry.dtype]) for entry in entries]
-        home = self.slot.copy if spec.parts else memory.params
-        self._home = [view(entry, home[entry.dtype]) for entry in entries]
+        gradients = [view(entry, self.slot.gradient[entry.vector]) for entry in entries]
+        self._dense = {i: gradients[i] for i, entry in enumerate(entries) if not entry.row}  # parameter -> its range
+        self._by_rows = {i: gradients[i].view(-1) for i, entry in enumerate(entries) if entry.row}
+        self._shared = [view(entry, memory.params[entry.vector]) for entry in entries]
+        home = memory.params | self.slot.copy
+        self._home = [view(entry, home[entry.vector]) for entry in entries]
         self._on_device = sorted({p.device for p in self.parameters if p.device.type == "cuda"}, key=str)
         if self._on_device:
             memory.pin()
@@ -107,19 +111,21 @@ class Replica:
 
     def write_gradients(self) -> None:
         """Copy the gradients into the slot, and which parameters have one."""
-        gradients = _dense([parameter.grad for parameter in self.parameters])
+        gradients = [parameter.grad for parameter in self.parameters]
         with torch.no_grad():
-            given = [gradient for gradient in gradients if gradient is not None]
-            if len(given) == len(gradients):
-                self._write_mask(self._all)
-                torch._foreach_copy_(self.gradients, given, non_blocking=True)
+            for param, values in self._by_rows.items():
+                rows.write(self.slot.rows[param], values, gradients[param])
+            given = {param: _dense(gradients[param]) for param in self._dense}
+            there = [gradient for gradient in given.values() if gradient is not None]
+            if there and len(there) == len(given):
+                torch._foreach_copy_(list(self._dense.values()), there, non_blocking=True)
             else:
-                for view, gradient, had in zip(self.gradients, gradients, self._mask, strict=True):
+                for param, gradient in given.items():
                     if gradient is not None:
-                        view.copy_(gradient, non_blocking=True)
-                    elif had:
-                        view.zero_()
-                self._write_mask(bytes(gradient is not None for gradient in gradients))
+                        self._dense[param].copy_(gradient, non_blocking=True)
+                    elif self._mask[param]:
+                        self._dense[param].zero_()
+            self._write_mask(bytes(gradient is not None for gradient in gradients))
         self._wait_for_device()
 
     def add_gradients(self, *, first: bool) -> None:
@@ -127,9 +133,10 @@ class Replica:
         if first:
             self.write_gradients()
             return
-        gradients = _dense([parameter.grad for parameter in self.parameters])
+        assert not self._by_rows, "sums of local steps are dense"
+        gradients = [_dense(parameter.grad) for parameter in self.parameters]
         with torch.no_grad():
-            for view, gradient in zip(self.gradients, gradients, strict=True):
+            for view, gradient in zip(self._dense.values(), gradients, strict=True):
                 if gradient is not None:
                     view.add_(gradient.to(view.device))
         self._write_mask(bytes(h or g is not None for h, g in zip(self._mask, gradients, strict=True)))
@@ -137,7 +144,7 @@ class Replica:
     def write_difference(self) -> None:
         """Write (shared parameters - own) into the slot: the outer gradient of local steps (Douillard et al. 2023)."""
         with torch.no_grad():
-            for view, shared, parameter in zip(self.gradients, self._shared, self.parameters, strict=True):
+            for view, shared, parameter in zip(self._dense.values(), self._shared, self.parameters, strict=True):
                 torch.sub(shared, parameter.to(shared.device), out=view)
         self._write_mask(self._all)
 
@@ -164,8 +171,8 @@ class Replica:
 
 def _kept(value: object) -> object:
     """A tensor on its own: what was loaded may be an alias of the memory that is about to be filled."""
-    return value.detach().clone() if isinstance(value, torch.Tensor) else value
+    return _dense(value.detach().clone()) if isinstance(value, torch.Tensor) else value
 
 
-def _dense(gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
-    return [g.to_dense() if g is not None and g.is_sparse else g for g in gradients]
+def _dense(value: Any) -> Any:
+    return value.to_dense() if isinstance(value, torch.Tensor) and value.is_sparse else value

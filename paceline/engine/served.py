@@ -21,7 +21,7 @@ from typing import Any
 
 import msgspec
 
-from paceline.data.encode import decode, encode
+from paceline.transport.batches import decode, encode
 from paceline.data.loader import Count, Leases, Part, Passes, one_pass, share
 from paceline.errors import ConfigError
 from paceline.transport.board import Aborted

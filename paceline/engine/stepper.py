@@ -40,7 +40,7 @@ class Stepper:
         assert shard is not None, "step before take_up"
         slots, weights = self._sources(number, contributors)
         if slots:
-            shard.fold([slot.gradient for slot in slots], weights)
+            shard.fold(slots, weights)
             settings = self._shards.new_settings(shard, contributors[0])
             shard.step(settings, self._shards.union([slot.mask for slot in slots]))
 
@@ -51,7 +51,7 @@ class Stepper:
         """
         slots, weights = self._sources(number, contributors)
         shard = self._shards.get(contributors.index(me), len(contributors))
-        shard.fold([slot.gradient for slot in slots], weights)
+        shard.fold(slots, weights)
         return shard.norm(self._shards.union([slot.chosen for slot in slots]), order)
 
     def _sources(self, number: int, contributors: tuple[int, ...]) -> tuple[list[Slot], list[float]]:

@@ -122,8 +122,8 @@ class Worker:
             other = msgspec.msgpack.decode(first, type=Table)
             told = differences(table, other, f"worker {self.rank}", "worker 0")
             raise ConfigError(f"workers do not train the same model: {told}")
-        vectors = carve_vectors(memory, 0, table)
-        views = [table.view(entry, vectors[entry.dtype]) for entry in table.entries]
+        vectors = carve_vectors(memory, 0, table.sizes)
+        views = [table.view(entry, vectors[entry.vector]) for entry in table.entries]
         with torch.no_grad():
             if self.rank == 0:
                 for view, (_, tensor) in zip(views, tensors, strict=True):
@@ -133,9 +133,14 @@ class Worker:
             for view, (_, tensor) in zip(views, tensors, strict=True):
                 tensor.copy_(view)
 
-    def add_exchange(self, optimizer: optim.Optimizer, names: dict[int, str], *, share: bool) -> Exchange:
-        """Put an optimizer's parameters and state in shared memory. Raises ConfigError, HostError."""
-        exchange = Exchange(optimizer, names, self.context, share=share, pace=self.pace)
+    def add_exchange(
+        self, optimizer: optim.Optimizer, names: dict[int, str], with_rows: set[int], *, share: bool
+    ) -> Exchange:
+        """Put an optimizer's parameters and state in shared memory. Raises ConfigError, HostError.
+
+        ``names``: id of a parameter -> its name; ``with_rows``: ids of those whose gradients are sparse rows.
+        """
+        exchange = Exchange(optimizer, names, with_rows, self.context, share=share, pace=self.pace)
         self._open(exchange, _nothing if self._exchanges else self._account)
         self._exchanges.append(exchange)
         self._samples_at_step.append(self._samples)
@@ -158,7 +163,7 @@ class Worker:
 
     def add_store(self, optimizer: optim.Optimizer, names: dict[int, str]) -> Exchange:
         """Share tensors that are pushed to and pulled outside of any training loop. A collective."""
-        exchange = Exchange(optimizer, names, self.context, share=True, pace=Async())
+        exchange = Exchange(optimizer, names, set(), self.context, share=True, pace=Async())
         self._open(exchange, _nothing)
         return exchange
 

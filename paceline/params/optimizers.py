@@ -1,8 +1,9 @@
 """What paceline must know of an optimizer's class to step a part of its parameters elsewhere.
 
 A part is stepped by a *clone*: an object of the user's own class with the same settings, other parameters and
-state of its own. For elementwise classes a part may be any range of values; others are cut between
-parameters. What state a class keeps is found by asking it: one step on zeros.
+state of its own. For elementwise classes a part may be any range of values (of rows, where gradients are sparse
+rows); others are cut between parameters. What state a class keeps, and whether it takes sparse gradients, is found by
+asking it: one step on zeros.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from torch import optim
 
 from paceline.errors import ConfigError
+from paceline.params import rows
 from paceline.params.table import DTYPES, Entry, Table, dtype_name
 from paceline.protocol.partition import ALIGN
 
@@ -35,6 +37,7 @@ ELEMENTWISE = (
     optim.RAdam,
     optim.ASGD,
     optim.Rprop,
+    optim.SparseAdam,
 )
 _SCALARS = ("step", "eta", "mu", "mu_product")  # of the classes above
 _FUSED_ON_CPU = (optim.SGD, optim.Adam, optim.AdamW, optim.Adagrad)
@@ -82,10 +85,50 @@ def check(optimizer: optim.Optimizer, *, servers: int = 0) -> None:
             "cannot be exchanged once",
             fix="SGD, Adam, AdamW or another optimizer that steps once from given gradients",
         )
-    if isinstance(optimizer, optim.SparseAdam):
+
+
+def takes_rows(optimizer: optim.Optimizer, parameter: torch.Tensor, group: Group) -> bool:
+    """Is ``parameter``, a table of ``group`` with sparse gradients, stepped by rows? One step of a row of zeros tells.
+
+    Not if the optimizer's state for it would be a sparse tensor, as SGD's momentum is, which moves every row ever seen
+    at each step: such gradients are exchanged dense. Raises ConfigError if the class refuses sparse gradients.
+    """
+    name, existing = type(optimizer).__name__, optimizer.state.get(parameter) or {}
+    if _has_sparse(existing):
+        return False
+    table = torch.zeros(1, parameter.shape[1], dtype=parameter.dtype)
+    table.grad = rows.gradient_of((torch.zeros(1, dtype=torch.int64), table.clone()), table.shape)
+    asked = clone(vars(optimizer), type(optimizer), [restore(group) | {"params": [table]}])
+    for key, value in existing.items():
+        if isinstance(value, torch.Tensor):
+            value = (value[:1] if value.shape == parameter.shape else value).detach().cpu().clone()
+        asked.state[table][key] = value
+    try:
+        with rows.unchecked():
+            asked.step()
+    except RuntimeError as error:
         raise ConfigError(
-            "SparseAdam takes sparse gradients only, and in this release gradients are exchanged dense",
-            fix="Adam or AdamW; for embeddings with sparse=True also SGD or Adagrad",
+            f"{name} does not step the sparse gradients of an embedding with sparse=True: {str(error).splitlines()[0]}",
+            why="gradients of such embeddings travel and are stepped as rows",
+            fix="SparseAdam, or SGD or Adagrad without weight_decay, for the embeddings (an optimizer of their own "
+            "beside the one for the rest), or build them with sparse=False",
+        ) from None
+    return not _has_sparse(asked.state[table])
+
+
+def _has_sparse(state: Mapping[str, Any]) -> bool:
+    return any(isinstance(value, torch.Tensor) and value.is_sparse for value in state.values())
+
+
+def check_rows(optimizer: optim.Optimizer, table: Table) -> None:
+    """Raise ConfigError if a class that takes nothing but rows has a parameter with a dense gradient."""
+    dense = next((entry.name for entry in table.entries if not entry.row), None)
+    if isinstance(optimizer, optim.SparseAdam) and dense is not None:
+        raise ConfigError(
+            f"SparseAdam has {dense}, whose gradient is exchanged dense; it steps sparse gradients only",
+            why="sparse are the gradients of nn.Embedding and nn.EmbeddingBag with sparse=True in a model that "
+            "run.wrap was given with the optimizer or before",
+            fix="Adam for the other parameters, SparseAdam for these embeddings; give the model to run.wrap",
         )
 
 
@@ -210,7 +253,7 @@ def describe_state(
         if any(isinstance(value, torch.Tensor) for value in existing[index].values()):
             items = _items(existing[index], entry.shape, bool(group.get("fused")), elementwise)
         else:
-            asked = (entry.group, entry.dtype) if elementwise else (index, "")
+            asked = (entry.group, entry.vector) if elementwise else (index, "")
             if asked not in known:
                 known[asked] = _probe(entry, group, make, elementwise)
             items = known[asked]
@@ -223,11 +266,14 @@ def describe_state(
 def _probe(
     entry: Entry, group: Group, make: Callable[[list[Group]], optim.Optimizer], elementwise: bool
 ) -> list[StateItem]:
-    shape = (ALIGN,) if elementwise else entry.shape
+    shape = entry.shape if not elementwise else (ALIGN, entry.row) if entry.row else (ALIGN,)
     dummy = torch.zeros(shape, dtype=DTYPES[entry.dtype])
     dummy.grad = torch.zeros_like(dummy)
+    if entry.row:
+        dummy.grad = rows.gradient_of((torch.zeros(1, dtype=torch.int64), dummy[:1].clone()), shape)
     asked = make([group | {"params": [dummy]}])
-    asked.step()
+    with rows.unchecked():
+        asked.step()
     return _items(asked.state[dummy], shape, bool(group.get("fused")), elementwise)
 
 

@@ -4,33 +4,45 @@
     step: the user's own optimizer over the pieces, with the gradient g
 
 n_w is the number of samples behind worker w's gradient: with unequal batches the plain mean would be wrong. The
-sum runs in rank order for every value, so the number of shards does not change a bit of the result. Knows
-memory and tensors, not processes.
+sum runs in rank order for every value, so the number of shards does not change a bit of the result. Pieces of
+parameters with sparse rows are tables [rows, row] of their own, folded and stepped with sparse gradients
+(params/rows.py): no work or memory of a step grows with such a table. Knows memory and tensors, not processes.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import optim
 
+from paceline.params import rows
 from paceline.params.optimizers import Group
 from paceline.params.state import State
-from paceline.params.table import DTYPES, Table
+from paceline.params.table import Table, vector_dtype
 from paceline.protocol.partition import Piece
 
 _WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}  # sums of 16-bit gradients run in these
 _NORM_DTYPE = _WIDE | {torch.float32: torch.float64}
 
 
+class Pushed(Protocol):
+    """A worker's whole gradient, as it lies in its slot: the table's flat vectors, and for each parameter with sparse
+    rows the numbers of those that it has (params/rows.py)."""
+
+    gradient: dict[str, torch.Tensor]
+    rows: dict[int, torch.Tensor]
+
+
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """Adjacent pieces of one dtype: they fold in one go. ``sum`` and ``gradient`` are one tensor but for 16 bits."""
+    """Adjacent dense pieces: they fold in one go. ``sum`` and ``gradient`` are one tensor but for 16 bits."""
 
-    dtype: str
+    vector: str
     start: int
     stop: int
     sum: torch.Tensor
@@ -38,7 +50,7 @@ class _Run:
 
 
 class Shard:
-    """Steps ``pieces`` of the parameter ``vectors`` (by dtype, shared) with ``make(groups)``, a clone.
+    """Steps ``pieces`` of the parameter ``vectors`` (the table's, shared) with ``make(groups)``, a clone.
 
     ``whole``: every piece is a whole parameter and is stepped in its own shape.
     """
@@ -57,17 +69,23 @@ class Shard:
         self._table, self._pieces, self._state, self._whole = table, tuple(pieces), state, whole
         self._runs = _runs(table, self._pieces)
         self._tensors: list[torch.Tensor] = []
-        self._gradients: list[torch.Tensor] = []
+        self._gradients: list[torch.Tensor] = []  # of a piece with rows: empty, it has one when it is folded
+        self._by_rows = [i for i, piece in enumerate(self._pieces) if table.entries[piece.param].row]
         stepped: list[Group] = [{**group, "params": []} for group in groups]
         for piece in self._pieces:
             entry = table.entries[piece.param]
             at = entry.offset + piece.start
-            run = next(run for run in self._runs if run.dtype == entry.dtype and run.start <= at < run.stop)
-            tensor = vectors[entry.dtype][at : entry.offset + piece.stop]
-            gradient = run.gradient[at - run.start : entry.offset + piece.stop - run.start]
-            if whole:
-                tensor = tensor.as_strided(entry.shape, entry.stride, tensor.storage_offset())
-                gradient = gradient.as_strided(entry.shape, entry.stride, gradient.storage_offset())
+            if entry.row:
+                stop = entry.offset + min(piece.stop, entry.size)
+                tensor = vectors[entry.vector][at:stop].view(-1, entry.row)
+                gradient = tensor.new_zeros(0)
+            else:
+                run = next(run for run in self._runs if run.vector == entry.vector and run.start <= at < run.stop)
+                tensor = vectors[entry.vector][at : entry.offset + piece.stop]
+                gradient = run.gradient[at - run.start : entry.offset + piece.stop - run.start]
+                if whole:
+                    tensor = tensor.as_strided(entry.shape, entry.stride, tensor.storage_offset())
+                    gradient = gradient.as_strided(entry.shape, entry.stride, gradient.storage_offset())
             self._tensors.append(tensor)
             self._gradients.append(gradient)
             stepped[entry.group]["params"].append(tensor)
@@ -104,38 +122,65 @@ class Shard:
         self._saved = 0
 
     def copy_to(self, vectors: Mapping[str, torch.Tensor]) -> None:
-        """Copy this shard's parameters into flat vectors (by dtype, whole) of the same layout."""
+        """Copy this shard's parameters into whole flat vectors of the same layout; not those with sparse rows."""
         for run in self._runs:
-            vectors[run.dtype][run.start : run.stop].copy_(self._vectors[run.dtype][run.start : run.stop])
+            vectors[run.vector][run.start : run.stop].copy_(self._vectors[run.vector][run.start : run.stop])
 
-    def fold(self, gradients: Sequence[Mapping[str, torch.Tensor]], weights: Sequence[float]) -> None:
-        """Fold the contributors' flat gradients (by dtype, whole vectors) over this shard's range."""
-        if len(gradients) == 1:
-            self._folded = self._alias(gradients[0])
+    def fold(self, sources: Sequence[Pushed], weights: Sequence[float]) -> None:
+        """Fold the contributors' gradients over this shard's range."""
+        if len(sources) == 1:
+            self._folded = self._with_rows(self._alias(sources[0].gradient), sources, [1.0])
             return
-        self._folded = self._gradients
         total = sum(weights)
         shares = [weight / total for weight in weights]
+        self._folded = self._with_rows(self._gradients, sources, shares)
         for run in self._runs:
-            sources = [gradient[run.dtype][run.start : run.stop] for gradient in gradients]
+            gradients = [source.gradient[run.vector][run.start : run.stop] for source in sources]
             if run.sum is run.gradient:
-                torch.mul(sources[0], shares[0], out=run.sum)
+                torch.mul(gradients[0], shares[0], out=run.sum)
             else:
-                run.sum.copy_(sources[0]).mul_(shares[0])
-            for source, share in zip(sources[1:], shares[1:], strict=True):
-                run.sum.add_(source, alpha=share)
+                run.sum.copy_(gradients[0]).mul_(shares[0])
+            for gradient, share in zip(gradients[1:], shares[1:], strict=True):
+                run.sum.add_(gradient, alpha=share)
             if run.sum is not run.gradient:
                 run.gradient.copy_(run.sum)
 
-    def fold_compensated(
-        self, gradient: Mapping[str, torch.Tensor], computed_on: Mapping[str, torch.Tensor], strength: float
-    ) -> None:
-        """Fold g + ``strength`` g^2 (w - w_c) of one worker; w_c are the parameters that g was computed on."""
-        self._folded = self._gradients
+    def fold_compensated(self, source: Pushed, computed_on: Mapping[str, torch.Tensor], strength: float) -> None:
+        """Fold g + ``strength`` g^2 (w - w_c) of one worker; w_c are the parameters that g was computed on.
+
+        Of sparse rows g is taken as it is: workers compute on the shared rows, so there is no w_c of them.
+        """
+        self._folded = self._with_rows(self._gradients, [source], [1.0])
         for run in self._runs:
-            g = gradient[run.dtype][run.start : run.stop]
-            drift = self._vectors[run.dtype][run.start : run.stop] - computed_on[run.dtype][run.start : run.stop]
+            g = source.gradient[run.vector][run.start : run.stop]
+            drift = self._vectors[run.vector][run.start : run.stop] - computed_on[run.vector][run.start : run.stop]
             torch.addcmul(g, g * g, drift, value=strength, out=run.gradient)
+
+    def _with_rows(
+        self, dense: list[torch.Tensor], sources: Sequence[Pushed], shares: Sequence[float]
+    ) -> list[torch.Tensor]:
+        """The pieces' gradients: those of ``dense``, and in the places of pieces with rows these folded."""
+        if not self._by_rows:
+            return dense
+        folded = list(dense)
+        for index in self._by_rows:
+            piece, tensor = self._pieces[index], self._tensors[index]
+            entry = self._table.entries[piece.param]
+            first = piece.start // entry.row
+            given = [
+                rows.read(
+                    source.rows[piece.param],
+                    source.gradient[entry.vector][entry.offset : entry.offset + entry.size],
+                    entry.row,
+                    first,
+                    first + len(tensor),
+                )
+                for source in sources
+            ]
+            wide = _WIDE.get(tensor.dtype, tensor.dtype)
+            mean = given[0] if len(given) == 1 else rows.fold(given, shares, wide)
+            folded[index] = rows.gradient_of(mean, tensor.shape)
+        return folded
 
     def _alias(self, source: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """The pieces' ranges of a gradient, where it lies."""
@@ -145,8 +190,8 @@ class Shard:
             known = []
             for piece in self._pieces:
                 entry = self._table.entries[piece.param]
-                gradient = source[entry.dtype][entry.offset + piece.start : entry.offset + piece.stop]
-                if self._whole:
+                gradient = source[entry.vector][entry.offset + piece.start : entry.offset + piece.stop]
+                if self._whole and not entry.row:
                     gradient = gradient.as_strided(entry.shape, entry.stride, gradient.storage_offset())
                 known.append(gradient)
             self._aliases[address] = known
@@ -154,10 +199,15 @@ class Shard:
 
     def norm(self, chosen: bytes | None, order: float) -> float:
         """Of what was folded: the sum of |g|^order over the chosen parameters, or the maximum for infinity."""
-        norms = [
-            torch.linalg.vector_norm(gradient, order, dtype=_NORM_DTYPE.get(gradient.dtype, gradient.dtype))
+        flat = [
+            gradient.values() if gradient.is_sparse else gradient
             for piece, gradient in zip(self._pieces, self._folded, strict=True)
             if chosen is None or chosen[piece.param]
+        ]
+        norms = [
+            torch.linalg.vector_norm(values, order, dtype=_NORM_DTYPE.get(values.dtype, values.dtype))
+            for values in flat
+            if values.numel()
         ]
         values = [float(norm) for norm in norms]
         if order == math.inf:
@@ -182,8 +232,9 @@ class Shard:
             tensor.grad = gradient if has_gradient is None or has_gradient[piece.param] else None
         if self._saved < len(self._tensors):
             self._begin_momentum()
-        self._optimizer.step()
-        if self._whole or len(self._optimizer.state) != self._saved:
+        with rows.unchecked() if self._by_rows else nullcontext():
+            self._optimizer.step()
+        if self._whole or self._state.has_numbers or len(self._optimizer.state) != self._saved:
             for piece, tensor in zip(self._pieces, self._tensors, strict=True):
                 if tensor in self._optimizer.state:
                     self._state.save(piece, self._optimizer.state[tensor], whole=self._whole)
@@ -207,16 +258,18 @@ def _runs(table: Table, pieces: Sequence[Piece]) -> list[_Run]:
     ends: dict[str, int] = {}
     for piece in pieces:
         entry = table.entries[piece.param]
+        if entry.row:
+            continue
         start, stop = entry.offset + piece.start, entry.offset + piece.stop
-        last = ends.get(entry.dtype)
+        last = ends.get(entry.vector)
         if last is not None and spans[last][2] == start:
-            spans[last] = (entry.dtype, spans[last][1], stop)
+            spans[last] = (entry.vector, spans[last][1], stop)
         else:
-            ends[entry.dtype] = len(spans)
-            spans.append((entry.dtype, start, stop))
+            ends[entry.vector] = len(spans)
+            spans.append((entry.vector, start, stop))
     runs = []
-    for dtype, start, stop in spans:
-        gradient = torch.zeros(stop - start, dtype=DTYPES[dtype])
+    for vector, start, stop in spans:
+        gradient = torch.zeros(stop - start, dtype=vector_dtype(vector))
         wide = _WIDE.get(gradient.dtype)
-        runs.append(_Run(dtype, start, stop, gradient.to(wide) if wide else gradient, gradient))
+        runs.append(_Run(vector, start, stop, gradient.to(wide) if wide else gradient, gradient))
     return runs

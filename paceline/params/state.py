@@ -34,12 +34,12 @@ class StatePlan:
         for param, starts in enumerate(self._starts):
             for start in starts or [0]:  # a parameter of no values is in no piece
                 self._rows[param, start] = len(self._rows)
-        self.vectors: dict[tuple[str, str, str], tuple[int, int]] = {}  # (key, dtype, of dtype) -> offset, count
+        self.vectors: dict[tuple[str, str, str], tuple[int, int]] = {}  # (key, dtype, of vector) -> offset, count
         self.cells: dict[tuple[int, int, str], int] = {}  # (parameter, start of piece, key) -> offset
         place = -(-len(self._rows) // 64) * 64  # one byte a piece with cells: has it state yet?
         for item in items:
             if item.kind == "like":
-                of = table.entries[item.param].dtype
+                of = table.entries[item.param].vector
                 if (item.key, item.dtype, of) not in self.vectors:
                     self.vectors[item.key, item.dtype, of] = (place, table.sizes[of])
                     place += -(-table.sizes[of] * DTYPES[item.dtype].itemsize // 64) * 64
@@ -79,7 +79,7 @@ class State:
             entry = table.entries[item.param]
             if item.kind == "like":
                 start, count = entry.offset, -(-entry.size // ALIGN) * ALIGN
-                memory = {0: vectors[item.key, item.dtype, entry.dtype][start : start + count]}
+                memory = {0: vectors[item.key, item.dtype, entry.vector][start : start + count]}
             else:
                 numel = torch.Size(item.shape).numel()
                 memory = {
@@ -149,10 +149,11 @@ class State:
     def _alias(self, item: StateItem, memory: dict[int, torch.Tensor], piece: Piece, whole: bool) -> torch.Tensor:
         if item.kind != "like":
             return memory.get(piece.start, memory[min(memory)])
-        values = memory[0]
+        values, entry = memory[0], self._table.entries[piece.param]
         if whole:
-            entry = self._table.entries[piece.param]
             return values.as_strided(entry.shape, entry.stride, values.storage_offset())
+        if entry.row:
+            return values[piece.start : min(piece.stop, entry.size)].view(-1, entry.row)
         return values[piece.start : piece.stop]
 
 

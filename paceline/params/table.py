@@ -1,20 +1,22 @@
 """The table of an optimizer's parameters: which range of which flat vector each of them is.
 
-There is one flat vector per dtype. Every parameter starts at a multiple of ALIGN values and is padded to one,
+There is one flat vector per dtype, and one more per dtype for parameters whose gradients come as sparse rows: those
+are never copied as a whole. Every parameter starts at a multiple of ALIGN values and is padded to one,
 so that a piece of it never needs the scalar tail of a vector kernel. The table is plain data: it is
 compared between workers, sent to servers, and knows no tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Container, Iterable
 
 import msgspec
 import torch
 from torch import nn
 
 from paceline.errors import ConfigError
-from paceline.protocol.partition import padded
+from paceline.protocol.partition import ALIGN, padded
 
 DTYPES = {
     "float32": torch.float32,
@@ -31,10 +33,14 @@ DTYPES = {
     "bool": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_ROWS = " rows"
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """Parameter ``name``: ``size`` values from ``offset`` of its dtype's vector, laid out by ``stride``."""
+    """Parameter ``name``: ``size`` values from ``offset`` of its vector, laid out by ``stride``.
+
+    ``row`` is the number of values in a row if its gradient comes as sparse rows (params/rows.py), 0 if dense.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -43,10 +49,29 @@ class Entry(msgspec.Struct, frozen=True):
     group: int
     offset: int
     size: int
+    row: int = 0
+
+    @property
+    def vector(self) -> str:
+        """The key of the vector that the parameter lies in."""
+        return self.dtype + _ROWS if self.row else self.dtype
+
+    @property
+    def grain(self) -> int:
+        """Cuts within the parameter fall on multiples of so many values: on whole rows."""
+        return math.lcm(ALIGN, self.row or 1)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the table, 0 if the gradient is dense."""
+        return self.size // self.row if self.row else 0
 
 
 class Table(msgspec.Struct, frozen=True):
-    """``sizes[dtype]`` is the length of that dtype's vector in values, padding included."""
+    """``sizes[vector]`` is the length of that vector in values, padding included.
+
+    Vectors are named by their dtype, those of parameters with sparse rows by dtype and " rows".
+    """
 
     entries: tuple[Entry, ...]
     sizes: dict[str, int]
@@ -55,18 +80,33 @@ class Table(msgspec.Struct, frozen=True):
     def values(self) -> int:
         return sum(entry.size for entry in self.entries)
 
+    @property
+    def dense_sizes(self) -> dict[str, int]:
+        """``sizes`` without the vectors of parameters with sparse rows."""
+        return {vector: size for vector, size in self.sizes.items() if not vector.endswith(_ROWS)}
+
     def offsets_bytes(self) -> dict[str, int]:
-        """Where each dtype's vector begins when all are laid one after the other; "" is the end."""
-        place, offsets = 0, {}
-        for dtype, size in self.sizes.items():
-            offsets[dtype] = place
-            place += size * DTYPES[dtype].itemsize
-            place += -place % 64
-        return offsets | {"": place}
+        """Where each vector begins when all are laid one after the other; "" is the end."""
+        return lay_out(self.sizes)
 
     def view(self, entry: Entry, vector: torch.Tensor) -> torch.Tensor:
         """The parameter's own shape over its range of ``vector`` (an alias)."""
         return vector.as_strided(entry.shape, entry.stride, vector.storage_offset() + entry.offset)
+
+
+def lay_out(sizes: dict[str, int]) -> dict[str, int]:
+    """Where vectors of these sizes begin, in bytes, when laid one after the other; "" is the end."""
+    place, offsets = 0, {}
+    for vector, size in sizes.items():
+        offsets[vector] = place
+        place += size * vector_dtype(vector).itemsize
+        place += -place % 64
+    return offsets | {"": place}
+
+
+def vector_dtype(vector: str) -> torch.dtype:
+    """The dtype of the values in the vector of this name."""
+    return DTYPES[vector.removesuffix(_ROWS)]
 
 
 def dtype_name(dtype: torch.dtype, what: str) -> str:
@@ -76,8 +116,11 @@ def dtype_name(dtype: torch.dtype, what: str) -> str:
     return name
 
 
-def tabulate(tensors: Iterable[tuple[str, int, torch.Tensor]]) -> Table:
-    """The table of ``(name, group, tensor)``s, in their order. Raises ConfigError for what cannot be shared."""
+def tabulate(tensors: Iterable[tuple[str, int, torch.Tensor]], with_rows: Container[int] = ()) -> Table:
+    """The table of ``(name, group, tensor)``s, in their order. Raises ConfigError for what cannot be shared.
+
+    Gradients of the tensors whose ids are in ``with_rows`` come as sparse rows: these must be 2-D and contiguous.
+    """
     entries: list[Entry] = []
     sizes: dict[str, int] = {}
     spans: list[tuple[int, int, str]] = []
@@ -91,10 +134,12 @@ def tabulate(tensors: Iterable[tuple[str, int, torch.Tensor]]) -> Table:
         if tensor.layout is not torch.strided:
             raise ConfigError(f"parameter {name} has layout {tensor.layout}; it must be dense (torch.strided)")
         spans.append((*_span(tensor), name))
-        offset = sizes.get(dtype, 0)
         shape, stride = tuple(tensor.shape), _dense_stride(tensor)
-        entries.append(Entry(name, shape, stride, dtype, group, offset, tensor.numel()))
-        sizes[dtype] = offset + padded(tensor.numel())
+        row = shape[1] if id(tensor) in with_rows else 0
+        vector = dtype + _ROWS if row else dtype
+        offset = sizes.get(vector, 0)
+        entries.append(Entry(name, shape, stride, dtype, group, offset, tensor.numel(), row))
+        sizes[vector] = offset + padded(tensor.numel())
     _check_apart(spans)
     return Table(tuple(entries), sizes)
 
@@ -124,8 +169,8 @@ def differences(mine: Table, other: Table, mine_is: str, other_is: str) -> str:
     for a, b in zip(mine.entries, other.entries, strict=False):
         if a != b:
             return (
-                f"{a.name} {list(a.shape)} {a.dtype} in group {a.group} on {mine_is}, "
-                f"{b.name} {list(b.shape)} {b.dtype} in group {b.group} on {other_is}"
+                f"{a.name} {list(a.shape)} {a.vector} in group {a.group} on {mine_is}, "
+                f"{b.name} {list(b.shape)} {b.vector} in group {b.group} on {other_is}"
             )
     if len(mine.entries) != len(other.entries):
         return f"{len(mine.entries)} parameters on {mine_is}, {len(other.entries)} on {other_is}"

@@ -2,7 +2,8 @@
 
 A piece is a range of one parameter, ``[start, stop)`` in values. Cuts inside a parameter fall on multiples
 of ``ALIGN`` values counted from its first one: torch's fused kernels give other last bits when a vector
-starts elsewhere (measured: SGD cut at odd offsets was not bitwise equal, at multiples of 16 it was).
+starts elsewhere (measured: SGD cut at odd offsets was not bitwise equal, at multiples of 16 it was). Parameters
+that are stepped by rows are cut between rows: at multiples of a larger grain.
 """
 
 from __future__ import annotations
@@ -27,13 +28,18 @@ def padded(size: int) -> int:
     return -(-size // ALIGN) * ALIGN
 
 
-def partition(sizes: Sequence[int], parts: int, *, whole: bool = False) -> tuple[tuple[Piece, ...], ...]:
+def partition(
+    sizes: Sequence[int], parts: int, *, whole: bool = False, grains: Sequence[int] = ()
+) -> tuple[tuple[Piece, ...], ...]:
     """Cut parameters of ``sizes`` values into ``parts`` contiguous shares, in order.
 
     Every padded value of every parameter is in exactly one piece; shares differ by at most ALIGN values,
     or, with ``whole`` (cuts between parameters only), by at most the largest parameter. A share may be empty.
+    ``grains[i]`` is a multiple of ALIGN: parameter i is cut at multiples of it only (default: ALIGN), and a share
+    begins and ends within half a grain of where it would without.
     """
     assert parts >= 1, "no parts to cut into"
+    assert not any(grain % ALIGN for grain in grains), "a grain that is no multiple of ALIGN"
     shares: list[list[Piece]] = [[] for _ in range(parts)]
     total = sum(padded(size) for size in sizes)
     if whole:
@@ -49,11 +55,15 @@ def partition(sizes: Sequence[int], parts: int, *, whole: bool = False) -> tuple
     part, before = 0, 0
     for param, size in enumerate(sizes):
         start, stop = 0, padded(size)
+        grain = grains[param] if grains else ALIGN
         while start < stop:
             while before + start >= ends[part]:
                 part += 1
-            cut = min(stop, ends[part] - before)
-            shares[part].append(Piece(param, start, cut))
-            start = cut
+            cut = stop if part == parts - 1 else min(stop, (ends[part] - before + grain // 2) // grain * grain)
+            if cut > start:
+                shares[part].append(Piece(param, start, cut))
+                start = cut
+            if start < stop:
+                part += 1
         before += stop
     return tuple(tuple(share) for share in shares)

@@ -26,6 +26,7 @@ from paceline.engine.context import Context
 from paceline.engine.exchange import Exchange
 from paceline.engine.worker import Worker
 from paceline.errors import ConfigError, HostError, UsageError
+from paceline.params.rows import parameters_with_rows
 from paceline.params.table import names_of
 from paceline.run.store import Store
 
@@ -136,7 +137,8 @@ class Run:
             return
         wanted = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         names = names_of(wanted, self._models)
-        exchange = self.worker.add_exchange(optimizer, names, share=share_parameters)
+        with_rows = parameters_with_rows(self._models)
+        exchange = self.worker.add_exchange(optimizer, names, with_rows, share=share_parameters)
         index = len(self._wrapped)
         self._wrapped.add(id(optimizer))
         self._copied.update(id(parameter) for parameter in exchange.parameters)

@@ -6,9 +6,12 @@
     log     where there are parts (paces quorum, bounded, async): the log (protocol/log.py), applied[part], and
             clocks[worker], steps each has finished
     state   the optimizer's state (params/state.py)
-    params  one flat vector a dtype: the parameters, once on this host
-    slots   by worker: a header (weight, loss sums, stop, settings, mask), the flat gradient, and where there are
-            parts the worker's own copy of the parameters
+    params  the table's flat vectors: the parameters, once on this host
+    slots   by worker: a header (weight, loss sums, stop, settings, mask), the row numbers of sparse gradients, the
+            flat gradient, and where there are parts the worker's own copy of the parameters
+
+Parameters whose gradients are sparse rows are not copied: tables are large and a step touches few of their rows, so
+with parts, too, workers compute on the one set of them, while others' turns write rows (Hogwild, Recht et al. 2011).
 
 A worker writes its slot, then its ``pushed`` word: that store *is* the push. With parts it is the log's entry. A slot
 has one writer; it is read between the closing of its round and the last ``stepped`` of it (or its entry's last
@@ -24,7 +27,7 @@ import torch
 
 from paceline.params.optimizers import StateItem
 from paceline.params.state import State, StatePlan
-from paceline.params.table import DTYPES, Table
+from paceline.params.table import Table, lay_out, vector_dtype
 from paceline.protocol import log
 from paceline.protocol.partition import Piece, partition
 from paceline.transport.segment import PAGE, address, page_up
@@ -60,7 +63,9 @@ class Spec(msgspec.Struct, frozen=True):
     compensate: float = 0.0
 
     def cut(self, parts: int) -> tuple[tuple[Piece, ...], ...]:
-        return partition([entry.size for entry in self.table.entries], parts, whole=self.whole)
+        entries = self.table.entries
+        sizes, grains = [entry.size for entry in entries], [entry.grain for entry in entries]
+        return partition(sizes, parts, whole=self.whole, grains=grains)
 
 
 class _Offsets:
@@ -77,9 +82,16 @@ class _Offsets:
         self.mask = _HEADER_WORDS * _WORD
         self.chosen = self.mask + -(-count // 64) * 64
         self.settings = self.chosen + -(-count // 64) * 64
-        self.gradient = page_up(self.settings + spec.settings_bytes)
+        place = self.settings + -(-spec.settings_bytes // _WORD) * _WORD
+        self.rows: dict[int, int] = {}  # parameter -> its row numbers
+        for param, entry in enumerate(spec.table.entries):
+            if entry.row:
+                self.rows[param] = place
+                place += (entry.rows + 1) * _WORD
+        self.gradient = page_up(place)
         self.copy = page_up(self.gradient + vectors[""])
-        self.slot_bytes = page_up(self.copy + vectors[""]) if spec.parts else self.copy
+        copied = lay_out(spec.table.dense_sizes)[""]
+        self.slot_bytes = page_up(self.copy + copied) if spec.parts else self.copy
         self.end = self.slots + spec.workers * self.slot_bytes
 
 
@@ -89,9 +101,10 @@ def size_bytes(spec: Spec) -> int:
 
 
 class Slot:
-    """One worker's slot. ``gradient`` is one flat vector a dtype, padded with zeros; ``mask`` tells which
-    parameters have one, ``chosen`` which of them a norm is asked of: one byte a parameter. ``copy`` is the worker's
-    own parameters, flat like the gradient; empty where all workers share them."""
+    """One worker's slot. ``gradient`` is the table's flat vectors, padded with zeros; ``mask`` tells which
+    parameters have one, ``chosen`` which of them a norm is asked of: one byte a parameter. ``rows[param]`` is
+    int64[rows + 1] where the gradient is sparse rows (params/rows.py). ``copy`` is the worker's own parameters, flat
+    like the gradient, without those of sparse rows; empty where all workers share them."""
 
     def __init__(self, memory: mmap.mmap, start: int, offsets: _Offsets, spec: Spec) -> None:
         self._words = memoryview(memory)[start : start + offsets.mask].cast("Q")
@@ -99,10 +112,15 @@ class Slot:
         count = len(spec.table.entries)
         self.mask = memoryview(memory)[start + offsets.mask : start + offsets.mask + count]
         self.chosen = memoryview(memory)[start + offsets.chosen : start + offsets.chosen + count]
-        self._settings = memoryview(memory)[start + offsets.settings : start + offsets.gradient]
+        settings = start + offsets.settings
+        self._settings = memoryview(memory)[settings : settings + spec.settings_bytes]
         self._settings_bytes = spec.settings_bytes
-        self.gradient = carve_vectors(memory, start + offsets.gradient, spec.table)
-        self.copy = carve_vectors(memory, start + offsets.copy, spec.table) if spec.parts else {}
+        self.rows = {
+            param: _carve(memory, torch.int64, start + place, spec.table.entries[param].rows + 1)
+            for param, place in offsets.rows.items()
+        }
+        self.gradient = carve_vectors(memory, start + offsets.gradient, spec.table.sizes)
+        self.copy = carve_vectors(memory, start + offsets.copy, spec.table.dense_sizes) if spec.parts else {}
 
     def pushed_in(self, number: int) -> bool:
         """Did this worker contribute to round ``number``, the one in progress or the last?"""
@@ -179,7 +197,7 @@ class ExchangeMemory:
         self.applied = entries[offsets.log_words : offsets.log_words + spec.parts]
         clocks = offsets.log_words + spec.parts
         self.clocks = entries[clocks : clocks + spec.workers]
-        self.params = carve_vectors(memory, offsets.params, spec.table)
+        self.params = carve_vectors(memory, offsets.params, spec.table.sizes)
         self.state = State(
             spec.table,
             offsets.plan,
@@ -196,10 +214,10 @@ class ExchangeMemory:
             torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address(self._memory), len(self._memory), 0))
 
 
-def carve_vectors(memory: mmap.mmap, start: int, table: Table) -> dict[str, torch.Tensor]:
-    """The table's flat vectors, by dtype, as aliases of ``memory`` from byte ``start``."""
-    places = table.offsets_bytes()
-    return {dtype: _carve(memory, DTYPES[dtype], start + places[dtype], size) for dtype, size in table.sizes.items()}
+def carve_vectors(memory: mmap.mmap, start: int, sizes: dict[str, int]) -> dict[str, torch.Tensor]:
+    """Flat vectors of these sizes (``Table.sizes``), as aliases of ``memory`` from byte ``start``."""
+    places = lay_out(sizes)
+    return {key: _carve(memory, vector_dtype(key), start + places[key], size) for key, size in sizes.items()}
 
 
 def _carve(memory: mmap.mmap, dtype: torch.dtype, offset: int, count: int) -> torch.Tensor:

@@ -84,3 +84,24 @@ def test_the_transformer_runs_on_very_little_text(runner: Runner) -> None:
     assert 1 < loss < 5.7
     assert (ended.answer["steps"], ended.answer["samples"]) == (2, 64)
     assert "\ndef " in ended.out
+
+
+@pytest.mark.parametrize("pace", ["sync", "async"])
+def test_ratings_are_guessed_better_than_by_their_items_means(runner: Runner, pace: str) -> None:
+    options = ("--pace", pace, "--assign", "round_robin")
+    script = (str(EXAMPLES / "ratings.py"), "--epochs", "2")
+    ended = runner.paceline("run", "--json", *options, *script)
+    *_, last = said(ended, r"held-out RMSE (\S+)")
+    (means,) = said(ended, r"each item's mean: RMSE (\S+)")
+    assert last < means
+
+
+def test_ratings_are_read_with_and_without_a_header(runner: Runner) -> None:
+    lines = [f"{user}\t{item}\t{(user + item) % 5 + 1}\t881250949" for user in range(1, 31) for item in range(7, 27)]
+    files = {"u.data": lines, "ml-100k.inter": ["user_id:token\titem_id:token\trating:float\ttimestamp:float", *lines]}
+    told = []
+    for name, text in files.items():
+        (runner.folder / name).write_text("\n".join(text) + "\n")
+        told.append(said(runner.python(str(EXAMPLES / "ratings.py"), "--data", name, "--epochs", "1"), r"RMSE (\S+)"))
+    assert told[0] == told[1]
+    assert len(told[0]) == 2

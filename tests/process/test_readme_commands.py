@@ -37,7 +37,7 @@ LESS: dict[str, str] = {
     "paceline run --workers 2 --pace local:16 examples/digits.py": "--steps 20",
     "paceline run --workers 2 --pace local:16:nesterov examples/mlp.py": "--epochs 2",
     "paceline run --workers 2 --servers 2 examples/push_pull.py": "",
-    "paceline run --workers 2 --pace async examples/ratings.py": "",
+    "paceline run --workers 2 --pace async examples/ratings.py": "--epochs 1",
     "paceline run --workers 3 --assign lease examples/digits.py": "--steps 20",
     "paceline run --workers 2 --data served examples/digits.py": "--steps 20",
     "paceline run --workers 3 --servers 2 counts.py": "",

@@ -211,11 +211,62 @@ def test_lbfgs_is_refused_with_another_to_take() -> None:
     assert "Adam" in caught.value.fix
 
 
-def test_sparse_adam_is_refused_with_another_to_take() -> None:
-    """It takes sparse gradients only, and what is exchanged is dense."""
-    with pytest.raises(ConfigError, match="SparseAdam") as caught:
-        optimizers.check(optim.SparseAdam([torch.zeros(1)]))
-    assert "Adam" in caught.value.fix
+def test_sparse_adam_of_a_dense_parameter_is_refused_by_its_name() -> None:
+    optimizer = optim.SparseAdam([torch.zeros(4, 2), torch.zeros(5)])
+    table, bias = optimizer.param_groups[0]["params"]
+    both = tabulate([("table", 0, table), ("bias", 0, bias)], {id(table)})
+    with pytest.raises(ConfigError, match="SparseAdam has bias, whose gradient is exchanged dense") as caught:
+        optimizers.check_rows(optimizer, both)
+    assert "Adam for the other parameters" in caught.value.fix
+    optimizers.check_rows(optimizer, tabulate([("table", 0, table)], {id(table)}))
+
+
+BY_ROWS: dict[str, tuple[Callable[[Any], optim.Optimizer], bool]] = {
+    "SGD": (lambda p: optim.SGD(p, lr=0.1), True),
+    "SGD foreach": (lambda p: optim.SGD(p, lr=0.1, foreach=True), True),
+    "SGD with momentum": (lambda p: optim.SGD(p, lr=0.1, momentum=0.9), False),
+    "Adagrad": (lambda p: optim.Adagrad(p, lr=0.1), True),
+    "SparseAdam": (lambda p: optim.SparseAdam(p), True),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", BY_ROWS)
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+def test_rows_are_stepped_by_the_classes_that_keep_dense_state_for_them(name: str, dtype: torch.dtype) -> None:
+    """SGD's momentum would be a sparse tensor that grows: such gradients are exchanged dense."""
+    make, expected = BY_ROWS[name]
+    table = torch.zeros(4, 2, dtype=dtype)
+    optimizer = make([table])
+    group = optimizers.settings(optimizer)[0]
+    before = copy.deepcopy(optimizer.state[table])
+    assert optimizers.takes_rows(optimizer, table, group) is expected
+    assert optimizer.state[table].keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in optimizer.state[table].items())
+    for row in (1, 3):
+        gradient = torch.zeros(4, 2, dtype=dtype)
+        gradient[row] = 1.0
+        table.grad = gradient.to_sparse(1)
+        optimizer.step()
+    assert optimizers.takes_rows(optimizer, table, group) is expected, "after steps alone the answer is another"
+
+
+REFUSES_ROWS: dict[str, Callable[[Any], optim.Optimizer]] = {
+    **{name: KINDS[name] for name in KINDS if name not in ("SGD", "Adagrad")},
+    "SGD with weight decay": lambda p: optim.SGD(p, lr=0.1, weight_decay=0.1),
+    "Adagrad with weight decay": lambda p: optim.Adagrad(p, weight_decay=0.1),
+    "Adagrad fused": lambda p: optim.Adagrad(p, fused=True),
+}
+
+
+@pytest.mark.parametrize("name", REFUSES_ROWS)
+def test_what_torch_does_not_step_by_rows_is_refused_with_what_to_take(name: str) -> None:
+    table = torch.zeros(4, 2)
+    optimizer = REFUSES_ROWS[name]([table])
+    with pytest.raises(ConfigError, match="does not step the sparse gradients of an embedding") as caught:
+        optimizers.takes_rows(optimizer, table, optimizers.settings(optimizer)[0])
+    assert type(optimizer).__name__ in caught.value.what
+    assert "SparseAdam" in caught.value.fix
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -6,6 +6,7 @@ import copy
 import math
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from torch import optim
 from paceline.params import optimizers
 from paceline.params.shard import Shard
 from paceline.params.state import State, StatePlan
-from paceline.params.table import DTYPES, Table, tabulate
+from paceline.params.table import DTYPES, Entry, Table, tabulate
 from paceline.protocol.partition import Piece, padded, partition
 
 Vectors = dict[str, torch.Tensor]
@@ -115,11 +116,19 @@ def tensors(
     return [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes]
 
 
+@dataclass
+class Given:
+    """What a worker has pushed."""
+
+    gradient: Vectors
+    rows: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
 def step_all(
     shards: Sequence[Shard], gradients: list[Vectors], weights: list[float], mask: bytes | None = None
 ) -> None:
     for shard in shards:
-        shard.fold(gradients, weights)
+        shard.fold([Given(gradient) for gradient in gradients], weights)
         shard.step(None, mask)
 
 
@@ -265,7 +274,7 @@ def test_a_missing_gradient_leaves_parameter_and_state_untouched(name: str, part
 def test_new_settings_hold_from_their_step_on() -> None:
     job = Job(lambda p: optim.SGD(p, lr=1.0), [torch.zeros(3)])
     shards = job.shards(2)
-    gradients = [vectors_of(job.table, [torch.ones(3)])]
+    gradients = [Given(vectors_of(job.table, [torch.ones(3)]))]
     for settings_, expected in ((None, -1.0), ([{"lr": 10.0}], -11.0), (None, -21.0)):
         for shard in shards:
             shard.fold(gradients, [1.0])
@@ -308,6 +317,39 @@ def test_padding_stays_zero() -> None:
     assert torch.isfinite(vector).all()
 
 
+def test_a_shards_memory_does_not_grow_with_a_table() -> None:
+    """A table of 2^40 rows that exists nowhere: what is folded and stepped is the one row of the gradient."""
+    row, rows = 2, 1 << 40
+    vector = torch.zeros(1).expand(rows * row)
+    table = Table((Entry("table", (rows, row), (row, 1), "float32", 0, 0, rows * row, row),), {"float32 rows": 0})
+    plan = StatePlan(table, ())
+    state = State(table, plan, lambda dtype, at, n: torch.zeros(n, dtype=dtype))
+    piece = Piece(0, (rows // 2) * row, rows * row)
+    stepped: list[torch.Tensor] = []
+
+    class Seen(optim.Optimizer):
+        def step(self, closure: Any = None) -> None:
+            stepped.extend(p.grad for p in self.param_groups[0]["params"])
+
+    shard = Shard(
+        table,
+        [piece],
+        {"float32 rows": vector},
+        state,
+        lambda groups: optimizers.clone({}, Seen, groups),
+        [{}],
+        whole=False,
+    )
+    indices = torch.tensor([2, 1, rows - 3, 0])
+    values = torch.tensor([1.0, 2.0, 3.0, 4.0]).as_strided((4,), (1,))
+    pushed = Given({"float32 rows": values}, {0: indices})
+    shard.fold([pushed, pushed], [1.0, 3.0])
+    shard.step(None, None)
+    assert stepped[0].indices().tolist() == [[rows // 2 - 3]]
+    assert stepped[0].values().tolist() == [[3.0, 4.0]]
+    assert shard.norm(None, 2.0) == 25.0
+
+
 @settings(max_examples=50)
 @given(st.integers(1, 8), st.sampled_from([1.0, 2.0, 3.0, math.inf]), st.integers(0, 2**30))
 def test_parts_of_a_norm_add_up_to_the_norm_of_the_fold(parts: int, order: float, seed: int) -> None:
@@ -316,7 +358,7 @@ def test_parts_of_a_norm_add_up_to_the_norm_of_the_fold(parts: int, order: float
     chosen = bytes(random.Random(seed).choice((0, 1)) for _ in SHAPES)
     found = []
     for shard in job.shards(parts):
-        shard.fold([vectors_of(job.table, one) for one in given_], [3.0, 1.0])
+        shard.fold([Given(vectors_of(job.table, one)) for one in given_], [3.0, 1.0])
         found.append(shard.norm(chosen, order))
     folded = [0.75 * a + 0.25 * b for a, b, had in zip(*given_, chosen, strict=True) if had]
     flat = torch.cat([one.flatten() for one in folded]) if folded else torch.zeros(1, dtype=torch.float64)

@@ -175,6 +175,25 @@ def test_tensors_of_other_shapes_are_kept(shape: tuple[int, ...]) -> None:
         assert torch.equal(state["mean"], torch.full((5,), param + 7.0))
 
 
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_state_of_a_table_is_loaded_in_whole_rows(parts: int) -> None:
+    dense, weight = torch.zeros(50), torch.randn(101, 5)
+    table = tabulate([("dense", 0, dense), ("table", 0, weight)], {id(weight)})
+    memory = Memory(table, like(table, "mean"))
+    memory.view().save(whole(table, 1), {"mean": weight.clone()}, whole=True)
+    pieces = [piece for share in cut_of(table, parts) for piece in share if piece.param == 1]
+    loaded = [memory.view().load(piece, whole=False)["mean"] for piece in pieces]
+    assert torch.equal(torch.cat(loaded), weight)
+    loaded[-1].fill_(3.0)
+    assert torch.equal(memory.view().view(1)["mean"][-len(loaded[-1]) :], loaded[-1])
+    assert not memory.view().view(0)
+
+
+def cut_of(table: Table, parts: int) -> tuple[tuple[Piece, ...], ...]:
+    entries = table.entries
+    return partition([entry.size for entry in entries], parts, grains=[entry.grain for entry in entries])
+
+
 LAYOUTS = {
     "transposed": torch.arange(12.0).view(3, 4).t(),
     "channels_last": torch.arange(120.0).view(2, 3, 4, 5).to(memory_format=torch.channels_last),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from paceline.errors import ConfigError
-from paceline.params.table import DTYPES, Table, differences, dtype_name, tabulate
+from paceline.params.table import DTYPES, Table, differences, dtype_name, tabulate, vector_dtype
 from paceline.protocol.partition import ALIGN, padded
 
 
@@ -117,6 +117,37 @@ def test_a_view_is_an_alias_also_within_a_longer_memory() -> None:
     view = table.view(table.entries[1], memory[128 : 128 + table.sizes["float32"]])
     view[2, 1] = 7.0
     assert memory[128 + 64 + 5].item() == 7.0
+
+
+def test_parameters_with_rows_lie_in_vectors_of_their_own() -> None:
+    """So that what copies all dense parameters leaves the tables alone."""
+    dense, tables = torch.zeros(70), [torch.zeros(10, 3), torch.zeros(9, 8), torch.zeros(4, 5, dtype=torch.float64)]
+    every = [tables[0], dense, tables[1], tables[2]]
+    table = tabulate(((f"p{i}", 0, t) for i, t in enumerate(every)), {id(t) for t in tables})
+    assert [(entry.vector, entry.offset) for entry in table.entries] == [
+        ("float32 rows", 0),
+        ("float32", 0),
+        ("float32 rows", 64),
+        ("float64 rows", 0),
+    ]
+    assert [(entry.row, entry.rows, entry.grain) for entry in table.entries] == [
+        (3, 10, 192),
+        (0, 0, 64),
+        (8, 9, 64),
+        (5, 4, 320),
+    ]
+    assert table.sizes == {"float32 rows": 192, "float32": 128, "float64 rows": 64}
+    assert table.dense_sizes == {"float32": 128}
+    assert [vector_dtype(vector) for vector in table.sizes] == [torch.float32, torch.float32, torch.float64]
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(table), type=Table) == table
+
+
+def test_a_table_that_is_sparse_on_one_worker_only_is_a_difference_that_is_told() -> None:
+    weight = torch.zeros(4, 2)
+    mine, other = tabulate([("w", 0, weight)], {id(weight)}), tabulate([("w", 0, weight)])
+    assert "w [4, 2] float32 rows in group 0 on worker 1, w [4, 2] float32 in" in differences(
+        mine, other, "worker 1", "worker 0"
+    )
 
 
 def test_groups_are_kept() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import pytest
@@ -85,6 +86,32 @@ def test_the_cut_depends_on_nothing_but_its_arguments(sizes: list[int], parts: i
 )
 def test_examples(sizes: list[int], parts: int, expected: list[list[Piece]]) -> None:
     assert [list(share) for share in partition(sizes, parts)] == expected
+
+
+ROWS = st.integers(1, 5 * ALIGN).map(lambda row: math.lcm(ALIGN, row))
+
+
+@given(st.lists(st.tuples(st.integers(0, 10**6), st.one_of(st.just(ALIGN), ROWS)), max_size=12), PARTS)
+def test_tables_are_cut_between_rows_and_nothing_is_left_out(of: list[tuple[int, int]], parts: int) -> None:
+    """Each share ends within half a grain (and a line) of where it would if values were cut apart."""
+    sizes, grains = [size for size, _ in of], [grain for _, grain in of]
+    shares = partition(sizes, parts, grains=grains)
+    place = [0] * len(sizes)
+    for piece in flat(shares):
+        assert piece.start == place[piece.param] < piece.stop
+        assert piece.start % grains[piece.param] == 0
+        assert piece.stop % grains[piece.param] == 0 or piece.stop == padded(sizes[piece.param])
+        place[piece.param] = piece.stop
+    assert place == [padded(size) for size in sizes]
+    before, total = 0, sum(place)
+    for part, share in enumerate(shares[:-1]):
+        before += values(share)
+        assert abs(before - total * (part + 1) / parts) <= max(grains, default=ALIGN) / 2 + ALIGN
+
+
+@given(SIZES, PARTS)
+def test_without_rows_the_grain_changes_nothing(sizes: list[int], parts: int) -> None:
+    assert partition(sizes, parts, grains=[ALIGN] * len(sizes)) == partition(sizes, parts)
 
 
 @given(st.integers(0, 10**15))

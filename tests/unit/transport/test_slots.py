@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,15 +21,18 @@ from paceline.transport.slots import ExchangeMemory, Slot, Spec, size_bytes
 FLOATS = ("float32", "float64", "bfloat16", "float16", "complex64", "complex128")
 
 
-def make_table(parameters: list[tuple[tuple[int, ...], str]]) -> Table:
+def make_table(parameters: list[tuple[tuple[int, ...], str]], *, with_rows: bool = False) -> Table:
+    """``with_rows``: gradients of all that is two-dimensional come as sparse rows."""
     entries: list[Entry] = []
     sizes: dict[str, int] = {}
     for number, (shape, dtype) in enumerate(parameters):
         size = torch.Size(shape).numel()
         stride = tuple(torch.empty(shape, device="meta").stride())
-        offset = sizes.get(dtype, 0)
-        entries.append(Entry(f"p{number}", shape, stride, dtype, 0, offset, size))
-        sizes[dtype] = offset + padded(size)
+        entry = Entry(
+            f"p{number}", shape, stride, dtype, 0, 0, size, shape[1] if with_rows and size and len(shape) == 2 else 0
+        )
+        entries.append(msgspec.structs.replace(entry, offset=sizes.get(entry.vector, 0)))
+        sizes[entry.vector] = entries[-1].offset + padded(size)
     return Table(tuple(entries), sizes)
 
 
@@ -39,7 +43,8 @@ def make_spec(table: Table, items: list[StateItem], workers: int, servers: int, 
 @st.composite
 def specs(draw: st.DrawFn) -> Spec:
     shapes = st.lists(st.integers(0, 9), max_size=3).map(tuple)
-    table = make_table(draw(st.lists(st.tuples(shapes, st.sampled_from(FLOATS)), min_size=1, max_size=6)))
+    parameters = draw(st.lists(st.tuples(shapes, st.sampled_from(FLOATS)), min_size=1, max_size=6))
+    table = make_table(parameters, with_rows=draw(st.booleans()))
     items = []
     for number, entry in enumerate(table.entries):
         keys = draw(st.lists(st.sampled_from(["step", "mean", "square", "row", "count"]), unique=True, max_size=4))
@@ -48,7 +53,8 @@ def specs(draw: st.DrawFn) -> Spec:
             dtype = "float64" if kind in ("int", "float") else draw(st.sampled_from(["float32", entry.dtype, "int64"]))
             shape = {"like": entry.shape, "tensor": draw(shapes)}.get(kind, ())
             items.append(StateItem(number, key, kind, dtype, shape))
-    return make_spec(table, items, draw(st.integers(1, 5)), draw(st.integers(0, 3)), draw(st.integers(0, 300)))
+    spec = make_spec(table, items, draw(st.integers(1, 5)), draw(st.integers(0, 3)), draw(st.integers(0, 300)))
+    return msgspec.structs.replace(spec, parts=draw(st.integers(0, 3)))
 
 
 class Mapped:
@@ -79,6 +85,10 @@ def regions(memory: ExchangeMemory, spec: Spec) -> Iterator[tuple[str, torch.Ten
             yield f"settings {worker}", torch.frombuffer(slot._settings, dtype=torch.uint8, count=spec.settings_bytes)
         for dtype, vector in slot.gradient.items():
             yield f"gradient {worker} {dtype}", as_bytes(vector)
+        for param, rows in slot.rows.items():
+            yield f"rows {worker} {param}", as_bytes(rows)
+        for dtype, vector in slot.copy.items():
+            yield f"copy {worker} {dtype}", as_bytes(vector)
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -122,6 +132,17 @@ def test_a_segment_that_is_too_small_is_refused() -> None:
     with pytest.raises(AssertionError, match="smaller than its spec"):
         ExchangeMemory(segment.attach(fd), spec)
     os.close(fd)
+
+
+def test_tables_with_rows_have_numbers_in_every_slot_and_no_copies() -> None:
+    table = make_table([((5, 3), "float32"), ((7,), "float32"), ((4, 2), "float64")], with_rows=True)
+    spec = msgspec.structs.replace(make_spec(table, [], 2, 0, 0), parts=2)
+    (memory,) = Mapped(spec).views
+    for slot in memory.slots:
+        assert {param: len(rows) for param, rows in slot.rows.items()} == {0: 6, 2: 5}
+        assert list(slot.gradient) == ["float32 rows", "float32", "float64 rows"]
+        assert list(slot.copy) == ["float32"]
+    assert list(memory.params) == ["float32 rows", "float32", "float64 rows"]
 
 
 def test_columns_have_a_cell_for_each_member() -> None:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paceline.data.encode import decode, encode
+from paceline.transport.batches import decode, encode
 from paceline.errors import ConfigError
 from paceline.params.table import DTYPES
 
