@@ -57,8 +57,8 @@ class DiLoCo:
 def by_hand(
     common: nn.Module, make: Make, batches: list[Any], workers: int, every: int, outer: Outer, *, epochs: int = 1
 ) -> Tensors:
-    """Each worker has a copy and an optimizer that it keeps; after ``every`` steps, or at the end of its part of a pass,
-    those who have trained since meet: the mean of (shared - own) weighted by samples goes to the outer step."""
+    """Each worker has a copy and an optimizer that it keeps; after ``every`` steps, or at the end of its part of a
+    pass, those who have trained since meet: the mean of (shared - own) weighted by samples goes to the outer step."""
     models = [copy.deepcopy(common) for _ in range(workers)]
     optimizers = [make(model.parameters()) for model in models]
     shared = parameters(common)
