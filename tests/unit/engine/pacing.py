@@ -33,7 +33,7 @@ OPTIMIZERS: dict[str, Make] = {
     "sgd": lambda p: optim.SGD(p, lr=0.1, fused=True),
     "momentum": lambda p: optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.01, fused=True),
     "adamw": lambda p: optim.AdamW(p, lr=0.01, amsgrad=True, fused=True),
-    "rmsprop": lambda p: optim.RMSprop(p, lr=0.01, momentum=0.5),
+    "adagrad": lambda p: optim.Adagrad(p, lr=0.05, initial_accumulator_value=0.1, fused=True),
     "nadam": lambda p: optim.NAdam(p, lr=0.01),
     "adafactor": lambda p: optim.Adafactor(p),
     "whole": lambda p: WholeSGD(p, lr=0.05, momentum=0.9),

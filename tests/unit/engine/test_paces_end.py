@@ -117,8 +117,8 @@ def is_by_push(pace: Pace) -> bool:
 def test_steps_are_as_many_samples_at_every_pace(
     pace: Pace, workers: int, servers: int, steps: int, schedule: list[int]
 ) -> None:
-    """S steps of n workers are S n pushes of one batch each, S rounds, or S local steps of all. With sums of three local
-    steps in a push the last may be of up to two more."""
+    """S steps of n workers are S n pushes of one batch each, S rounds, or S local steps of all. With sums of three
+    local steps in a push the last may be of up to two more."""
     body = script(99, workers * 5, turns=Turns(workers, drawn(schedule)))
     results = on_workers(body, workers=workers, servers=servers, pace=pace, steps=steps)
     assert all(seen.over for seen in results)
