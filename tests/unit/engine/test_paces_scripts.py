@@ -235,7 +235,7 @@ def test_evaluations_between_passes_and_on_one_worker_alone_hold_nobody(servers:
 @pytest.mark.parametrize("pace", [Quorum(2), Bounded(1), Async(), Local(2)], ids=str)
 @servers_or_none
 def test_settings_of_a_push_are_those_of_its_worker(servers: int, pace: Pace) -> None:
-    """A scheduler of worker 1's own halves its rate; at quorum and local the lowest worker's, or each one's own, hold."""
+    """Worker 1 alone halves its rate. At quorum the lowest worker's settings hold, at local each one's own."""
     turns = Turns(2, in_order(0, 1, 0, 1))
 
     def body(run: Any) -> float:
