@@ -16,10 +16,10 @@ from cyclopts import App, CycloptsError, Parameter
 
 import paceline
 from paceline.cli.failure import misuse, report
-from paceline.cli.options import CONFIG, SHOWN, JobFlags, ShowFlags, flag, switched
+from paceline.cli.options import CONFIG, OPTIONS, SHOWN, TRUTHS, JobFlags, ShowFlags, flag, switched
 from paceline.errors import Interrupted, PacelineError
 
-VALUED = {*map(flag, JobFlags.__dataclass_fields__), "--config"}
+VALUED = {flag(option) for option in OPTIONS if option not in TRUTHS} | {"--config"}
 TRAINING = (["run"], ["demo"])  # the commands that take a script's arguments and print a run as JSON
 
 SCRIPT_ARGS = Parameter(

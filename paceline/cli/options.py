@@ -119,7 +119,7 @@ def resolve(
     sources: dict[str, str] = {}
     for option in OPTIONS:
         key = job_field(option)
-        if option in _TRUTHS:
+        if option in TRUTHS:
             if getattr(flags, option):
                 values[key], sources[key] = True, flag(option)
             elif environment.get(variable(option)):
@@ -171,7 +171,7 @@ def _converted(option: str, text: str, source: str) -> object:
 
 
 _WHOLE: tuple[Callable[[str], object], str] = (int, "a whole number")
-_TRUTHS = ("staleness_damping",)
+TRUTHS = ("staleness_damping",)
 _KINDS: dict[str, tuple[Callable[[str], object], str]] = {
     "data": (str, "a word"),
     "compensate": (float, "a number"),

@@ -21,9 +21,9 @@ from typing import Any
 
 import msgspec
 
-from paceline.transport.batches import decode, encode
 from paceline.data.loader import Count, Leases, Part, Passes, one_pass, share
 from paceline.errors import ConfigError
+from paceline.transport.batches import decode, encode
 from paceline.transport.board import Aborted
 
 _LENGTH = struct.Struct("<Q")

@@ -156,7 +156,13 @@ def test_a_module_beside_the_script_is_found_by_servers(runner: Runner) -> None:
 
 
 MISUSES = {
-    "an unknown pace": (["--pace", "bounded:", "train.py"], "pace 'bounded:' is not known; it must be one of: sync"),
+    "an unknown pace": (["--pace", "bounded:", "train.py"], "pace 'bounded:' has '' where a whole number belongs"),
+    "a quorum of nobody knows how many": (
+        ["--pace", "quorum", "train.py"],
+        "say how many pushes close a round: quorum:3",
+    ),
+    "a quorum of more than there are": (["--pace", "quorum:3", "train.py"], "there are 2 workers"),
+    "damping at a pace without staleness": (["--staleness-damping", "train.py"], "is for paces bounded and async"),
     "a misspelt pace": (["--pace", "synk", "train.py"], "did you mean 'sync'?"),
     "no workers": (["--workers", "0", "train.py"], "workers is 0; it must be 1 or more"),
     "a word for a number": (["--workers", "two", "train.py"], "--workers is 'two'; it must be a whole number"),

@@ -2,23 +2,46 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paceline.config import ASSIGNMENTS, Job, Sync
+from paceline.config import ASSIGNMENTS, DATA, Async, Bounded, Job, Local, Quorum, Sync
 from paceline.config_file import dump, load
 from paceline.errors import ConfigError, UsageError
 
 counts = st.none() | st.integers(1, 2**53)
 paths = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1).map(Path)
+rates = st.floats(0, allow_nan=False, allow_infinity=False)
+in_rounds = st.one_of(
+    st.just(Sync()),
+    st.integers(1, 256).map(Quorum),
+    st.builds(Local, st.integers(1, 2**53), rates, st.floats(0, 1, exclude_max=True)),
+)
+on_arrival = st.integers(0, 2**53).map(Bounded) | st.integers(1, 2**53).map(Async)
+paces = st.one_of(
+    st.fixed_dictionaries({"pace": in_rounds}),
+    st.fixed_dictionaries({"pace": on_arrival, "staleness_damping": st.booleans(), "compensate": st.none() | rates}),
+)
+
+
+def job(of: dict[str, Any], workers: int, **options: Any) -> Job:
+    needed = of["pace"].count if isinstance(of["pace"], Quorum) else 1
+    if options["data"] == "own":
+        options["assign"] = None
+    return Job(**of, workers=max(workers, needed), **options)
+
+
 jobs = st.builds(
-    Job,
+    job,
+    paces,
     name=st.text(),
     workers=st.integers(1, 256),
     servers=st.integers(0, 64),
-    assign=st.sampled_from(ASSIGNMENTS),
+    assign=st.none() | st.sampled_from(ASSIGNMENTS),
+    data=st.sampled_from(DATA),
     threads=counts,
     seed=st.integers(0, 2**63 - 1),
     steps=counts,
@@ -46,6 +69,15 @@ def test_what_is_dumped_is_loaded_the_same(
     expected = {field.name: getattr(job, field.name) for field in dataclasses.fields(job)}
     assert loaded == {key: value for key, value in expected.items() if value is not None}
     assert Job(**loaded) == job  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "pace", [Quorum(2), Bounded(0), Async(), Async(8), Local(4), Local(4, 0.7, 0.9), Local(4, 0.5)]
+)
+def test_each_pace_is_one_word_in_the_file(tmp_path: Path, pace: Quorum | Bounded | Async | Local) -> None:
+    text = dump(Job("train", pace=pace), None, ())
+    assert f'pace = "{pace}"' in text.splitlines()
+    assert load(written(tmp_path, text))["pace"] == pace
 
 
 def test_none_is_left_out_and_the_rest_is_plain_toml() -> None:
@@ -83,6 +115,9 @@ def test_a_file_by_hand_may_hold_a_few_keys(tmp_path: Path) -> None:
         ("args = '--lr 1'", ConfigError, "it must be a list of strings"),
         ("pace = sync", ConfigError, "strings need quotes"),
         ("pace = 'synk'", UsageError, "did you mean 'sync'?"),
+        ("pace = 3", ConfigError, "pace is 3; it must be a string"),
+        ("staleness_damping = 1", ConfigError, "staleness_damping is 1; it must be true or false"),
+        ("compensate = true", ConfigError, "compensate is True; it must be a number"),
     ],
 )
 def test_mistakes_in_a_file_are_named(tmp_path: Path, text: str, error: type[Exception], says: str) -> None:

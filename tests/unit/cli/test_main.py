@@ -31,6 +31,7 @@ def test_a_fence_that_was_typed_stays_and_other_commands_have_none() -> None:
     assert fenced(["run", "--help"]) == ["run", "--help"]
     assert fenced(["runs", "show", "a"]) == ["runs", "show", "a"]
     assert {"--workers", "--until-loss", "--run-dir", "--config"} < VALUED
+    assert fenced(["run", "--staleness-damping", "train.py"]) == ["run", "--staleness-damping", "--", "train.py"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

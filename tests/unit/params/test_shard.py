@@ -19,7 +19,7 @@ from paceline.params import optimizers
 from paceline.params.shard import Shard
 from paceline.params.state import State, StatePlan
 from paceline.params.table import DTYPES, Entry, Table, tabulate
-from paceline.protocol.partition import Piece, padded, partition
+from paceline.protocol.partition import Piece, partition
 
 Vectors = dict[str, torch.Tensor]
 
@@ -52,7 +52,9 @@ def start(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> list[
 class Job:
     """Parameters and state in plain memory, stepped by shards; ``optimizer`` is the user's, for the oracle too."""
 
-    def __init__(self, make: Callable[[Any], optim.Optimizer], tensors: Sequence[torch.Tensor]) -> None:
+    def __init__(
+        self, make: Callable[[Any], optim.Optimizer], tensors: Sequence[torch.Tensor], *, fixed_parts: int = 0
+    ) -> None:
         self.parameters = [torch.nn.Parameter(tensor.clone()) for tensor in tensors]
         self.optimizer = make(self.parameters)
         kind = type(self.optimizer)
@@ -69,14 +71,15 @@ class Job:
             [self.optimizer.state.get(p) or {} for p in self.parameters],
             elementwise=not self.whole,
         )
-        plan = StatePlan(self.table, items)
+        shares = partition([e.size for e in self.table.entries], fixed_parts, whole=self.whole) if fixed_parts else ()
+        plan = StatePlan(self.table, items, [piece for share in shares for piece in share])
         memory = torch.zeros(max(plan.size_bytes, 1), dtype=torch.uint8)
         self.state = State(self.table, plan, lambda dtype, at, n: memory[at : at + n * dtype.itemsize].view(dtype))
         self.vectors = vectors_of(self.table, [p.detach() for p in self.parameters])
         for number, parameter in enumerate(self.parameters):
             own = self.optimizer.state.get(parameter)
             if own:
-                self.state.save(Piece(number, 0, padded(parameter.numel())), dict(own), whole=True)
+                self.state.fill(number, dict(own))
 
     def shards(self, parts: int) -> list[Shard]:
         """One a part, with the state as it is."""
@@ -365,3 +368,165 @@ def test_parts_of_a_norm_add_up_to_the_norm_of_the_fold(parts: int, order: float
     expected = float(torch.linalg.vector_norm(flat, order)) if flat.numel() else 0.0
     total = max(found) if order == math.inf else math.fsum(found) ** (1 / order)
     assert total == pytest.approx(expected, rel=1e-12)
+
+
+# --- parts of a fixed cut, each stepped by turns ---
+
+
+@pytest.mark.parametrize("parts", [1, 3, 7])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_part_is_stepped_by_any_process_in_its_turn(name: str, parts: int) -> None:
+    """Three processes follow one another at each part in an order of its own; every part sees all gradients in the same
+    order. The oracle has one process and one part."""
+    job, alone = Job(OPTIMIZERS[name], start(name), fixed_parts=parts), Job(OPTIMIZERS[name], start(name))
+    processes, whole = [job.shards(parts) for _ in range(3)], alone.shards(1)
+    gradients = [vectors_of(job.table, start(name, seed=step + 1)) for step in range(8)]
+    for gradient in gradients:
+        step_all(whole, [gradient], [1.0])
+    random_ = random.Random(name)
+    for part in range(parts):
+        for gradient in gradients:
+            shard = random_.choice(processes)[part]
+            shard.follow()
+            shard.fold([Given(gradient)], [4.0])
+            shard.step(None, None)
+    assert_same_bits(job.values(), alone.values())
+    assert_same_state(all_state(job), all_state(alone))
+
+
+@pytest.mark.parametrize("name", ["momentum", "adamw", "nadam", "adafactor", "asgd"])
+def test_a_state_that_was_replaced_is_followed_after_it_is_forgotten(name: str) -> None:
+    """As when a checkpoint is loaded over it: back to what it was before the last steps, or to none."""
+    job, again = (Job(OPTIMIZERS[name], start(name), fixed_parts=2) for _ in range(2))
+    (shards, others), expected = (job.shards(2), job.shards(2)), again.shards(2)
+    gradients = [vectors_of(job.table, start(name, seed=step + 1)) for step in range(3)]
+
+    def step(by: Sequence[Shard], gradient: Vectors) -> None:
+        for shard in by:
+            shard.follow()
+        step_all(by, [gradient], [1.0])
+
+    step(shards, gradients[0])
+    saved = job.values(), all_state(job)
+    step(others, gradients[1])
+    step(shards, gradients[1])
+    for number, (value, state) in enumerate(zip(*saved, strict=True)):
+        entry = job.table.entries[number]
+        job.table.view(entry, job.vectors[entry.dtype]).copy_(value)
+        job.state.fill(number, state)
+    for shard in (*shards, *others):
+        shard.forget()
+    step(others, gradients[2])
+    step(shards, gradients[1])
+
+    for gradient in (gradients[0], gradients[2], gradients[1]):
+        step(expected, gradient)
+    assert_same_bits(job.values(), again.values())
+    assert_same_state(all_state(job), all_state(again))
+
+
+@pytest.mark.parametrize("parts", [1, 2, 5])
+def test_parts_are_copied_to_where_they_belong_and_nothing_else_is(parts: int) -> None:
+    shapes = [(70, 3), (5,), (), (0,), (130,), (64,)]
+    values = [*tensors(shapes=shapes), *tensors(torch.float32, seed=1, shapes=[(200,), (3,)])]
+    job = Job(OPTIMIZERS["sgd"], values)
+    shards = job.shards(parts)
+    for chosen in range(parts):
+        copies = {dtype: torch.full_like(vector, 17.0) for dtype, vector in job.vectors.items()}
+        shards[chosen].copy_to(copies)
+        share = partition([entry.size for entry in job.table.entries], parts)[chosen]
+        expected = {dtype: torch.full_like(vector, 17.0) for dtype, vector in job.vectors.items()}
+        for piece in share:
+            entry = job.table.entries[piece.param]
+            place = slice(entry.offset + piece.start, entry.offset + piece.stop)
+            expected[entry.dtype][place] = job.vectors[entry.dtype][place]
+        assert all(torch.equal(copies[dtype], expected[dtype]) for dtype in copies)
+    copies = {dtype: torch.full_like(vector, 17.0) for dtype, vector in job.vectors.items()}
+    for shard in shards:
+        shard.copy_to(copies)
+    assert all(torch.equal(copies[dtype], job.vectors[dtype]) for dtype in copies)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adafactor"])
+def test_one_contributors_gradient_is_stepped_where_it_lies(name: str) -> None:
+    """Folded without a copy: what is written after the fold and before the step is what is stepped. Of several
+    contributors the fold is a sum of its own."""
+    job = Job(OPTIMIZERS[name], start(name))
+    slots = [vectors_of(job.table, start(name, seed=seed)) for seed in (1, 2)]
+    shards = job.shards(2)
+    for shard in shards:
+        shard.fold([Given(slots[0])], [3.0])
+    for vector in slots[0].values():
+        vector.copy_(slots[1]["float64"])
+    for shard in shards:
+        shard.step(None, None)
+    other = Job(OPTIMIZERS[name], start(name))
+    step_all(other.shards(2), [slots[1]], [1.0])
+    assert_same_bits(job.values(), other.values())
+
+    both = [{dtype: vector.clone() for dtype, vector in slot.items()} for slot in slots]
+    for shard in shards:
+        shard.fold([Given(one) for one in both], [1.0, 1.0])
+    for slot in both:
+        slot["float64"].fill_(math.nan)
+    for shard in shards:
+        shard.step(None, None)
+    assert all(torch.isfinite(value).all() for value in job.values())
+
+
+def test_the_gradients_of_several_slots_are_not_taken_for_one_another() -> None:
+    job = Job(lambda p: optim.SGD(p, lr=1.0), [torch.zeros(200, dtype=torch.float64)])
+    slots = [vectors_of(job.table, [torch.full((200,), value, dtype=torch.float64)]) for value in (1.0, 10.0, 100.0)]
+    shards = job.shards(3)
+    for slot in (0, 1, 0, 2, 1):
+        step_all(shards, [slots[slot]], [1.0])
+    step_all(shards, slots[:2], [1.0, 1.0])
+    step_all(shards, [slots[0]], [1.0])
+    assert job.values()[0].tolist() == [-(1 + 10 + 1 + 100 + 10 + 5.5 + 1)] * 200
+
+
+@given(st.integers(1, 5), st.floats(0, 2), st.integers(0, 2**30))
+def test_a_gradient_is_compensated_for_what_has_come_since(parts: int, strength: float, seed: int) -> None:
+    """Zheng et al. 2017: g + lambda g^2 (w - w_c), seen as -(w' - w) of SGD of rate 1. The gradient itself stays."""
+    shapes = [(70, 3), (130,), (), (0, 2)]
+    now, before, given_ = (tensors(seed=seed + n, shapes=shapes) for n in range(3))
+    job = Job(lambda p: optim.SGD(p, lr=1.0), now)
+    gradient, computed_on = vectors_of(job.table, given_), vectors_of(job.table, before)
+    for shard in job.shards(parts):
+        shard.fold_compensated(Given(gradient), computed_on, strength)
+        shard.step(None, None)
+    for found, w, w_c, g in zip(job.values(), now, before, given_, strict=True):
+        torch.testing.assert_close(found, w - (g + strength * g * g * (w - w_c)), rtol=1e-12, atol=1e-12)
+    assert torch.equal(gradient["float64"], vectors_of(job.table, given_)["float64"])
+    assert torch.equal(computed_on["float64"], vectors_of(job.table, before)["float64"])
+
+
+def test_after_a_compensated_gradient_a_plain_one_is_plain() -> None:
+    job = Job(lambda p: optim.SGD(p, lr=1.0), [torch.zeros(3, dtype=torch.float64)])
+    (shard,) = job.shards(1)
+    one, two = (vectors_of(job.table, [torch.full((3,), value, dtype=torch.float64)]) for value in (1.0, 2.0))
+    shard.fold_compensated(Given(two), one, 0.5)  # 2 + 0.5 x 4 x (0 - 1)
+    shard.step(None, None)
+    assert job.values()[0].tolist() == [0.0] * 3
+    shard.fold([Given(two)], [1.0])
+    shard.step(None, None)
+    assert job.values()[0].tolist() == [-2.0] * 3
+
+
+def test_a_rate_holds_for_one_step_and_multiplies_each_groups_own() -> None:
+    def make(parameters: Any) -> optim.Optimizer:
+        return optim.SGD([{"params": parameters[:1], "lr": 1.0}, {"params": parameters[1:], "lr": 8.0}])
+
+    job = Job(make, [torch.zeros(70), torch.zeros(70)])
+    (shard,) = job.shards(1)
+    gradient = vectors_of(job.table, [torch.ones(70), torch.ones(70)])
+    found = []
+    for settings_, rate in ((None, 1.0), (None, 0.5), (None, 0.25), (None, 1.0), ([{"lr": 4.0}, {"lr": 2.0}], 0.5)):
+        before = [value[0].item() for value in job.values()]
+        shard.fold([Given(gradient)], [1.0])
+        shard.step(settings_, None, rate=rate)
+        found.append([old - value[0].item() for old, value in zip(before, job.values(), strict=True)])
+    assert found == [[1, 8], [0.5, 4], [0.25, 2], [1, 8], [2, 1]]
+    shard.fold([Given(gradient)], [1.0])
+    shard.step(None, None)
+    assert [value[0].item() for value in job.values()] == [-4.75 - 4, -23 - 2]

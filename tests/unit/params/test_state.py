@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -31,8 +32,8 @@ def cells(table: Table, key: str, kind: str = "tensor", shape: tuple[int, ...] =
 class Memory:
     """One area of state, as each process maps it."""
 
-    def __init__(self, table: Table, items: list[StateItem]) -> None:
-        self.table, self.plan = table, StatePlan(table, items)
+    def __init__(self, table: Table, items: list[StateItem], cut: Sequence[Piece] = ()) -> None:
+        self.table, self.plan = table, StatePlan(table, items, cut)
         self._bytes = torch.zeros(max(self.plan.size_bytes, 1), dtype=torch.uint8)
 
     def view(self) -> State:
@@ -249,3 +250,77 @@ def test_a_plan_is_the_same_wherever_it_is_made(of: list[tuple[int, str]]) -> No
     items = like(table, "mean") + cells(table, "step")
     one, other = StatePlan(table, items), StatePlan(table, tuple(items))
     assert (one.vectors, one.cells, one.size_bytes) == (other.vectors, other.cells, other.size_bytes)
+
+
+# --- a cut that is fixed ---
+
+
+def pieces_of(sizes: list[int], parts: int) -> list[Piece]:
+    return [piece for part in partition(sizes, parts) for piece in part]
+
+
+@given(st.lists(st.integers(0, 400), min_size=1, max_size=5), st.integers(1, 6))
+def test_where_the_cut_is_fixed_every_piece_has_cells_of_its_own(sizes: list[int], parts: int) -> None:
+    """Pieces of one parameter are stepped at different times: each counts its own steps, in memory that all see."""
+    table, pieces = table_of(*(torch.zeros(size) for size in sizes)), pieces_of(sizes, parts)
+    memory = Memory(table, like(table, "mean") + cells(table, "step") + cells(table, "count", "int"), pieces)
+    mine, its = memory.view(), memory.view()
+    for number, piece in enumerate(pieces):
+        assert memory.plan.owns_cells(piece)
+        assert its.load(piece, whole=False) == {}
+        values = torch.full((piece.stop - piece.start,), number + 0.5)
+        mine.save(piece, {"mean": values, "step": torch.tensor(number + 1.0), "count": number}, whole=False)
+    for number, piece in enumerate(pieces):
+        state = its.load(piece, whole=False)
+        assert state["mean"].tolist() == [number + 0.5] * (piece.stop - piece.start)
+        assert (state["step"].item(), state["count"]) == (number + 1.0, number)
+        state["step"] += 100  # an alias: what one process counts the other reads
+        assert mine.load(piece, whole=False)["step"].item() == number + 101.0
+    for param, size in enumerate(sizes):
+        shown = mine.view(param)
+        first = next((n for n, piece in enumerate(pieces) if piece.param == param), None)
+        assert (first is None) == (shown == {}) == (size == 0)
+        if first is not None:
+            assert (shown["step"].item(), shown["count"]) == (first + 101.0, first)
+            assert shown["mean"].shape == (size,)
+
+
+@given(st.lists(st.integers(0, 400), min_size=1, max_size=4), st.integers(1, 6))
+def test_a_loaded_state_of_a_whole_parameter_is_in_all_pieces_of_a_fixed_cut(sizes: list[int], parts: int) -> None:
+    table, pieces = table_of(*(torch.zeros(size) for size in sizes)), pieces_of(sizes, parts)
+    memory = Memory(table, like(table, "mean") + cells(table, "step") + cells(table, "count", "float"), pieces)
+    for param, size in enumerate(sizes):
+        if size:
+            state = {"mean": torch.arange(size) + 1000.0 * param, "step": torch.tensor(7.0), "count": param + 0.5}
+            memory.view().fill(param, state)
+    for piece in pieces:
+        state = memory.view().load(piece, whole=False)
+        real = max(0, min(piece.stop, sizes[piece.param]) - piece.start)
+        assert torch.equal(state["mean"][:real], torch.arange(piece.start, piece.start + real) + 1000.0 * piece.param)
+        assert (state["step"].item(), state["count"]) == (7.0, piece.param + 0.5)
+
+
+def test_a_piece_that_was_stepped_first_does_not_make_the_others_have_state() -> None:
+    table = table_of(torch.zeros(128))
+    memory = Memory(table, like(table, "mean") + cells(table, "step"), pieces_of([128], 2))
+    memory.view().save(Piece(0, 64, 128), {"mean": torch.ones(64), "step": torch.tensor(1.0)}, whole=False)
+    assert memory.view().load(Piece(0, 0, 64), whole=False) == {}
+    assert memory.view().load(Piece(0, 64, 128), whole=False)["step"].item() == 1.0
+
+
+@pytest.mark.parametrize("parts", [0, 3])
+def test_cleared_state_is_none_in_any_view(parts: int) -> None:
+    table = table_of(torch.zeros(200), torch.zeros(70))
+    memory = Memory(table, like(table, "mean") + cells(table, "step"), pieces_of([200, 70], parts) if parts else ())
+    for param, size in enumerate((200, 70)):
+        memory.view().fill(param, {"mean": torch.ones(size), "step": torch.tensor(2.0)})
+    its = memory.view()
+    assert its.view(1)["step"].item() == 2.0
+    memory.view().clear()
+    assert its.view(0) == its.view(1) == {}
+
+
+@pytest.mark.parametrize(("kind", "numbers"), [("int", True), ("float", True), ("tensor", False)])
+def test_only_numbers_must_be_looked_at_again(kind: str, numbers: bool) -> None:
+    table = table_of(torch.zeros(3))
+    assert Memory(table, cells(table, "step", kind)).view().has_numbers is numbers

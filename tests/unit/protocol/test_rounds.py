@@ -6,8 +6,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from paceline.protocol.rounds import Closed, Waiting, barrier_open, close_round, holding, next_to_act, reached
+from paceline.protocol.rounds import (
+    Closed,
+    Waiting,
+    barrier_open,
+    close_round,
+    holding,
+    next_to_act,
+    quorum_met,
+    reached,
+    within_bound,
+)
 
 
 @dataclass
@@ -149,3 +161,81 @@ def test_a_worker_that_finishes_and_leaves_while_it_is_looked_at_counts_as_done(
 )
 def test_a_server_with_nothing_to_do_looks_to_one_that_can_act(where: Lists, worker: int | None) -> None:
     assert next_to_act(where) == worker
+
+
+# --- quorum ---
+
+
+@pytest.mark.parametrize(
+    ("count", "offered", "where"),
+    [
+        pytest.param(1, (2,), board("000", "000"), id="one is enough"),
+        pytest.param(2, (0, 2), board("000", "000"), id="as many as asked for"),
+        pytest.param(3, (0, 1, 2), board("000", "000"), id="all"),
+        pytest.param(3, (0, 2), board("010", "000"), id="the one that is missing is gone"),
+        pytest.param(3, (0, 2), board("000", "010", loader0="010"), id="the one that is missing is parked"),
+        pytest.param(2, (0,), board("001", "010", loader0="010"), id="one has data left"),
+        pytest.param(2, (1,), board("101", "000"), id="one is left"),
+    ],
+)
+def test_a_quorum_is_met_with_as_many_as_asked_for_or_as_have_data(
+    count: int, offered: tuple[int, ...], where: Lists
+) -> None:
+    assert quorum_met(count, offered, where) == Closed(offered)
+
+
+@pytest.mark.parametrize(
+    ("count", "offered", "where", "on"),
+    [
+        pytest.param(2, (1,), board("000", "000"), 0, id="the first that is missing is named"),
+        pytest.param(2, (0,), board("010", "000"), 2, id="one is gone, one may come"),
+        pytest.param(3, (0, 1), board("000", "001", loader0="111"), 2, id="parked, but free to go"),
+        pytest.param(3, (0, 1), board("000", "001", loader0="001", loader1="000"), None, id="parked and held"),
+        pytest.param(1, (), board("00", "00"), 0, id="nobody has offered"),
+    ],
+)
+def test_a_quorum_waits_for_who_may_still_come(
+    count: int, offered: tuple[int, ...], where: Lists, on: int | None
+) -> None:
+    answer = quorum_met(count, offered, where)
+    if on is None:
+        assert answer == Closed(offered)
+    else:
+        assert answer == Waiting(on, f"{len(offered)} of {count} pushes are there, worker {on}'s is not")
+
+
+# --- the bound ---
+
+
+@pytest.mark.parametrize(
+    ("worker", "staleness", "clocks", "where", "on"),
+    [
+        pytest.param(0, 0, "55", board("00", "00"), None, id="equal"),
+        pytest.param(0, 0, "65", board("00", "00"), 1, id="a bound of nothing"),
+        pytest.param(0, 3, "85", board("00", "00"), None, id="at the bound"),
+        pytest.param(0, 3, "95", board("00", "00"), 1, id="one too far"),
+        pytest.param(1, 3, "95", board("00", "00"), None, id="the slowest"),
+        pytest.param(2, 1, "7590", board("0001", "0000"), 0, id="the first that is behind is named"),
+        pytest.param(2, 1, "7590", board("1001", "0000"), 1, id="those that are gone do not count"),
+        pytest.param(2, 1, "7590", board("1101", "0000"), None, id="all others are gone"),
+        pytest.param(0, 1, "90", board("00", "01", loader0="01"), None, id="parked, held by the one that asks"),
+        pytest.param(0, 1, "90", board("00", "01", loader0="11"), 1, id="parked, but free to go"),
+        pytest.param(0, 0, "9", board("0", "0"), None, id="alone"),
+    ],
+)
+def test_a_step_begins_within_the_bound_of_the_slowest_with_data(
+    worker: int, staleness: int, clocks: str, where: Lists, on: int | None
+) -> None:
+    column = [int(digit) for digit in clocks]
+    answer = within_bound(worker, staleness, column, where)
+    behind = None if on is None else Waiting(on, f"worker {on} is {column[worker] - column[on]} steps behind")
+    assert answer == behind
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(0, 4))
+def test_the_slowest_never_waits_and_the_others_as_arithmetic_says(clocks: list[int], staleness: int) -> None:
+    where = Lists([0] * len(clocks), [0] * len(clocks))
+    for worker, clock in enumerate(clocks):
+        admitted = within_bound(worker, staleness, clocks, where) is None
+        assert admitted == (clock - min(clocks) <= staleness)
+    assert within_bound(clocks.index(min(clocks)), staleness, clocks, where) is None

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paceline.transport.batches import decode, encode
 from paceline.errors import ConfigError
 from paceline.params.table import DTYPES
+from paceline.transport.batches import decode, encode
 
 TENSORS = st.builds(
     lambda dtype, shape: (torch.arange(int(np.prod(shape)), dtype=torch.int64) % 2).to(dtype).view(shape),

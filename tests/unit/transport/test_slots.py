@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from paceline.params.optimizers import StateItem
 from paceline.params.table import DTYPES, Entry, Table
+from paceline.protocol.log import STEP
 from paceline.protocol.partition import Piece, padded
 from paceline.transport import segment
 from paceline.transport.slots import ExchangeMemory, Slot, Spec, size_bytes
@@ -36,8 +37,17 @@ def make_table(parameters: list[tuple[tuple[int, ...], str]], *, with_rows: bool
     return Table(tuple(entries), sizes)
 
 
-def make_spec(table: Table, items: list[StateItem], workers: int, servers: int, settings_bytes: int) -> Spec:
-    return Spec(table, "torch.optim.sgd:SGD", False, b"", settings_bytes, tuple(items), workers, servers)
+def make_spec(
+    table: Table,
+    items: list[StateItem],
+    workers: int,
+    servers: int,
+    settings_bytes: int,
+    parts: int = 0,
+    *,
+    whole: bool = False,
+) -> Spec:
+    return Spec(table, "torch.optim.sgd:SGD", whole, b"", settings_bytes, tuple(items), workers, servers, parts)
 
 
 @st.composite
@@ -53,8 +63,15 @@ def specs(draw: st.DrawFn) -> Spec:
             dtype = "float64" if kind in ("int", "float") else draw(st.sampled_from(["float32", entry.dtype, "int64"]))
             shape = {"like": entry.shape, "tensor": draw(shapes)}.get(kind, ())
             items.append(StateItem(number, key, kind, dtype, shape))
-    spec = make_spec(table, items, draw(st.integers(1, 5)), draw(st.integers(0, 3)), draw(st.integers(0, 300)))
-    return msgspec.structs.replace(spec, parts=draw(st.integers(0, 3)))
+    return make_spec(
+        table,
+        items,
+        draw(st.integers(1, 5)),
+        draw(st.integers(0, 3)),
+        draw(st.integers(0, 300)),
+        draw(st.integers(0, 7)),
+        whole=draw(st.booleans()),
+    )
 
 
 class Mapped:
@@ -70,9 +87,13 @@ def regions(memory: ExchangeMemory, spec: Spec) -> Iterator[tuple[str, torch.Ten
     """Every range of bytes that has a meaning of its own, as uint8 over the shared memory."""
     for name in ("pushed", "stepped", "ready", "asked", "answered"):
         yield name, torch.frombuffer(getattr(memory, name), dtype=torch.uint8)
+    yield "clocks", torch.frombuffer(memory.clocks, dtype=torch.uint8)
+    if spec.parts:
+        yield "log", torch.frombuffer(memory.log._words, dtype=torch.uint8)
+        yield "applied", torch.frombuffer(memory.applied, dtype=torch.uint8)
     for dtype, vector in memory.params.items():
         yield f"params {dtype}", as_bytes(vector)
-    yield "present", memory.state.present[: len(spec.table.entries)]
+    yield "present", memory.state.present
     for param, items in memory.state._items.items():
         for item, tensors in items:
             for start, tensor in tensors.items():
@@ -122,7 +143,7 @@ def test_everything_lies_within_the_size_that_was_asked_for_and_is_aligned(spec:
         if region.numel():
             assert start <= region.data_ptr(), name
             assert region.data_ptr() + region.numel() <= end, name
-    vectors = [exchange.params, *(slot.gradient for slot in exchange.slots)]
+    vectors = [exchange.params, *(slot.gradient for slot in exchange.slots), *(slot.copy for slot in exchange.slots)]
     assert all(vector.data_ptr() % 64 == 0 for by_dtype in vectors for vector in by_dtype.values() if vector.numel())
 
 
@@ -152,6 +173,43 @@ def test_columns_have_a_cell_for_each_member() -> None:
     assert len(memory.slots) == 3
 
 
+def test_only_with_parts_are_there_a_log_and_copies() -> None:
+    table = make_table([((3,), "float32"), ((200,), "float64")])
+    (without,) = Mapped(make_spec(table, [], 3, 2, 0)).views
+    assert (list(without.applied), len(without.clocks)) == ([], 3)
+    assert all(slot.copy == {} for slot in without.slots)
+    (memory,) = Mapped(make_spec(table, [], 3, 2, 0, 4)).views
+    assert (list(memory.applied), len(memory.clocks)) == ([0] * 4, 3)
+    for slot in memory.slots:
+        assert {dtype: vector.numel() for dtype, vector in slot.copy.items()} == table.sizes
+    assert memory.log.appended == 0
+
+
+@given(specs())
+def test_parts_cut_all_values_once(spec: Spec) -> None:
+    for parts in (1, 2, 5):
+        cut = spec.cut(parts)
+        assert len(cut) == parts
+        for param, entry in enumerate(spec.table.entries):
+            pieces = sorted((piece.start, piece.stop) for part in cut for piece in part if piece.param == param)
+            assert [stop for _, stop in pieces] == [*[start for start, _ in pieces[1:]], padded(entry.size)][
+                : len(pieces)
+            ]
+            assert not spec.whole or len(pieces) <= 1
+            assert sum(stop - start for start, stop in pieces) == padded(entry.size)
+
+
+def test_an_entry_appended_by_one_process_is_read_by_another() -> None:
+    mapped = Mapped(make_spec(make_table([((3,), "float32")]), [], 70, 0, 0, 2), views=2)
+    mine, its = mapped.views
+    entry = mine.log.append(STEP, 69, (0, 68, 69), 5)
+    assert (its.log.appended, its.log.version, its.log.entry(1)) == (1, 1, entry)
+    assert its.log.fate(68).number == 1
+    mine.applied[1] = 1
+    mine.clocks[69] = 7
+    assert (list(its.applied), its.clocks[69], its.clocks[68]) == ([0, 1], 7, 0)
+
+
 # --- one slot ---
 
 
@@ -165,15 +223,18 @@ def pair() -> tuple[Slot, Slot]:
 NUMBERS = st.floats(allow_nan=False)
 
 
-@given(NUMBERS, NUMBERS, NUMBERS, st.booleans(), NUMBERS)
-def test_the_header_comes_back(weight: float, loss: float, samples: float, stop: bool, norm: float) -> None:
+@given(NUMBERS, NUMBERS, NUMBERS, st.booleans(), NUMBERS, st.integers(1, 2**53))
+def test_the_header_comes_back(weight: float, loss: float, samples: float, stop: bool, norm: float, steps: int) -> None:
     mapped = Mapped(make_spec(make_table([((1,), "float32")]), [], 1, 0, 64), views=2)
     mine, its = mapped.views[0].slots[0], mapped.views[1].slots[0]
     mine.write_settings(b"lr")
     mine.write_norm(norm)
-    mine.write(7, weight, (loss, samples), stop)
+    mine.write(7, weight, (loss, samples), stop, steps)
+    mine.write(8, 0.5, (1.5, 2.5), not stop)
     assert (its.weight(7), its.loss(7), its.stop(7), its.norm) == (weight, (loss, samples), stop, norm)
+    assert (its.steps(7), its.steps(8)) == (steps, 1)
     assert its.pushed_in(7)
+    assert its.pushed_in(8)
     assert not its.pushed_in(6)
     assert its.settings == b"lr"
 
