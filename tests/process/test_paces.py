@@ -6,6 +6,7 @@ That a pace does what it promises is shown in tests/unit/engine; here it is held
 from __future__ import annotations
 
 import json
+import signal
 from typing import Any
 
 import pytest
@@ -117,7 +118,7 @@ def test_dropped_pushes_are_told_and_their_samples_do_not_count(runner: Runner) 
     falls(ended)
 
 
-@pytest.mark.parametrize(("pace", "servers", "more"), [("bounded:2", 0, 0), ("async:3", 1, 2), ("local:4", 0, 0)])
+@pytest.mark.parametrize(("pace", "servers", "more"), [("async:3", 1, 2), ("local:4", 0, 0)])
 def test_steps_are_as_many_samples_at_every_pace(pace: str, servers: int, more: int, runner: Runner) -> None:
     """Nine steps of two workers are 18 batches. With three local steps in a push the last may be of up to two more."""
     options = ["--pace", pace, "--workers", "2", "--servers", str(servers), "--steps", "9", "--assign", "round_robin"]
@@ -128,3 +129,50 @@ def test_steps_are_as_many_samples_at_every_pace(pace: str, servers: int, more: 
     assert said(ended.out, "model") == said(ended.log(1), "model")
     if not more:
         assert ended.metrics[-1]["step"] == 9
+
+
+ENDLESS = """
+import os
+import signal
+import sys
+
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import paceline
+
+run = paceline.init()
+weight = torch.nn.Parameter(torch.zeros(6))
+optimizer, loader = run.wrap(torch.optim.SGD([weight], lr=0.1), DataLoader(TensorDataset(torch.randn(52, 6))))
+steps = 0
+while True:
+    for number, (x,) in enumerate(loader):
+        optimizer.zero_grad()
+        (weight * x).sum().backward()
+        optimizer.step()
+        steps += 1
+        if run.is_main:
+            print("own step", steps)
+        elif "dies" in sys.argv and number == 5:
+            run.worker.context.lock.__enter__()
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_worker_that_is_killed_while_it_holds_the_lock_ends_the_run(runner: Runner) -> None:
+    options = ["--pace", "async", "--workers", "2", "--servers", "1", "--assign", "round_robin"]
+    ended = runner.run(ENDLESS, *options, args=["dies"])
+    assert ended.code == 5, ended.err
+    assert ended.error.startswith("worker 1 (pid ")
+    assert "was killed by SIGKILL" in ended.error
+    assert ended.answer["status"] == "failed"
+
+
+def test_ctrl_c_ends_a_run_in_which_nobody_waits(runner: Runner) -> None:
+    running = runner.start_run(ENDLESS, "--pace", "async", "--workers", "2", "--assign", "round_robin")
+    running.until("own step 40\n")
+    running.signal(signal.SIGINT)
+    ended = running.end()
+    assert ended.code == 130, ended.err
+    assert ended.answer["status"] == "interrupted"
+    assert ended.metrics[-1]["step"] >= 20

@@ -312,3 +312,26 @@ def test_all_workers_end_with_the_same_parameters_when_steps_are_done(steps: int
     results = on_workers(body, workers=3, servers=servers, pace=pace, steps=steps)
     for result in results[1:]:
         assert_same_bits(result, results[0])
+
+
+@settings(max_examples=30)
+@given(st.sampled_from(PACES), st.sampled_from([0, 2]), st.integers(1, 9), SCHEDULE)
+def test_without_a_loader_all_workers_see_the_last_push_when_steps_are_done(
+    pace: Pace, servers: int, steps: int, schedule: list[int]
+) -> None:
+    """There is no end of a pass to meet at: who learns of the end takes what others have pushed until then."""
+    turns = Turns(3, drawn(schedule))
+
+    def body(run: Any) -> list[float]:
+        weight = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+        optimizer = optim.SGD([weight], lr=1.0)
+        run.wrap(optimizer)
+        with scheduled(run, turns):
+            while not run.worker.over:
+                weight.grad = torch.full_like(weight, -1.0)
+                turns.take(run.rank)
+                optimizer.step()
+        return weight.tolist()
+
+    results = on_workers(body, workers=3, servers=servers, pace=pace, steps=steps)
+    assert results == [results[0]] * 3
