@@ -106,14 +106,14 @@ def test_a_pace_trains_on_all_samples_and_tells_of_them(pace: str, servers: int,
     falls(ended)
 
 
-def test_dropped_pushes_are_told_and_their_samples_do_not_count(runner: Runner) -> None:
+def test_dropped_pushes_are_told_and_their_samples_come_again(runner: Runner) -> None:
     options = ["--pace", "quorum:1", "--workers", "2", "--servers", "1", "--assign", "round_robin"]
     ended = runner.run(TRAIN, *options)
     assert ended.code == 0, ended.err
     dropped = sum(metric["dropped"] for metric in ended.metrics)
     assert dropped >= 1
-    assert ended.answer["samples"] == sum(metric["samples"] for metric in ended.metrics)
-    assert ended.answer["samples"] <= (BATCHES - dropped) * BATCH
+    assert ended.answer["samples"] == sum(metric["samples"] for metric in ended.metrics) == SAMPLES * PASSES
+    assert ended.answer["dropped"] == dropped
     assert all(metric["staleness"] == 0 for metric in ended.metrics)
     falls(ended)
 

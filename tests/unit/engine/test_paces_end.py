@@ -79,15 +79,17 @@ def script(
         with scheduled(run, turns):
             for number in range(passes):
                 seen.steps.append(0)
-                for index, _ in enumerate(loader):
+                for _ in loader:
                     run.log(loss=loss(number))
                     weight.grad = torch.full_like(weight, -1.0)
                     if turns is not None:
                         turns.take(run.rank)
                     before = run.worker.over
                     optimizer.step()
-                    seen.steps[-1] += not before
-                    leaving = leaves(run.rank, number, index)
+                    if before or run.worker._batch_dropped:  # then the batch comes again
+                        continue
+                    seen.steps[-1] += 1
+                    leaving = leaves(run.rank, number, seen.steps[-1] - 1)
                     if leaving == "the script":
                         seen.weight = weight.tolist()
                         return seen

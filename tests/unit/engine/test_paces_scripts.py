@@ -309,7 +309,7 @@ def test_what_is_loaded_over_the_parameters_is_what_all_go_on_with(servers: int,
         run.wrap(optimizer)
         exchange = run.worker.exchanges[0]
         loader = run.wrap(DataLoader(TensorDataset(torch.arange(4.0))))
-        for value in (100.0, 1000.0):
+        for loads, value in enumerate((100.0, 1000.0), 1):
             for _ in loader:
                 weight.grad = torch.zeros_like(weight)
                 optimizer.step()
@@ -318,7 +318,7 @@ def test_what_is_loaded_over_the_parameters_is_what_all_go_on_with(servers: int,
                 exchange._memory.params["float64"].fill_(value)
                 exchange._memory.state.clear()
 
-            exchange._arrivals.load(write)
+            exchange._arrivals.load(loads, write)
         return sorted(set(weight.tolist()))
 
     with small_parts():
