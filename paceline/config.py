@@ -96,7 +96,7 @@ class Local:
 
 
 Pace = Sync | Quorum | Bounded | Async | Local
-PACES = ("sync", "quorum:K", "bounded:S", "async", "async:H", "local:H", "local:H:nesterov")
+PACES = ("sync", "quorum:K", "bounded:S", "async", "async:H", "local:H", "local:H:nesterov", "local:H:LR:MOMENTUM")
 _WORDS = ("sync", "quorum", "bounded", "async", "local")
 
 
@@ -200,7 +200,8 @@ class Job:
         if self.staleness_damping and not on_arrival:
             raise UsageError(f"staleness-damping is for paces bounded and async; the pace is {pace}")
         if self.compensate is not None:
-            if isinstance(self.compensate, bool) or not 0 <= self.compensate < math.inf:
+            number = isinstance(self.compensate, int | float) and not isinstance(self.compensate, bool)
+            if not number or not 0 <= self.compensate < math.inf:
                 raise UsageError(f"compensate is {self.compensate!r}; it must be a number, 0 or more")
             if not on_arrival:
                 raise UsageError(f"compensate is for paces bounded and async; the pace is {pace}")

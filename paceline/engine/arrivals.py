@@ -14,7 +14,7 @@ from paceline.config import Bounded, Pace, Quorum
 from paceline.engine.applier import Applier
 from paceline.engine.meeting import Push, Round
 from paceline.protocol.log import COPY, LOAD, STEP, Entry
-from paceline.protocol.rounds import Waiting, quorum_met, within_bound
+from paceline.protocol.rounds import Waiting, is_out, quorum_met, within_bound
 from paceline.transport.board import Board
 from paceline.transport.lock import Lock
 from paceline.transport.slots import ExchangeMemory, Spec
@@ -64,6 +64,8 @@ class Arrivals:
             elif not late:
                 entry = self._append(STEP, (rank,), staleness)
             memory.clocks[rank] += 1
+            # What the bound asks a reader to have seen is in its copy if the clocks were near enough already now.
+            ahead = self._bound is not None and within_bound(rank, self._bound, memory.clocks, self._board) is not None
         if late:
             self.refresh()
             return Round(log.version, (), 0.0, staleness, counted=False)
@@ -74,7 +76,11 @@ class Arrivals:
             if entry is None:
                 return Round(log.version, (), waited, counted=False, over=True)
         self._apply(entry)
-        return Round(entry.version, entry.members, waited + self._keep_bound(), staleness)
+        if ahead:
+            waited += self._await_slower()
+        elif self._bound is not None:
+            self._board.ring(rank)  # who waits for this worker's clock
+        return Round(entry.version, entry.members, waited, staleness)
 
     def push(self) -> None:
         """Have what is in the slot applied as one STEP, and go on; the slot is free again after ``finish``."""
@@ -116,11 +122,20 @@ class Arrivals:
         else:
             self._apply(entry)
 
+    def level(self) -> None:
+        """Under the lock: nobody waits for steps of the past."""
+        clocks = self._memory.clocks
+        furthest = max(clocks)
+        for worker in range(len(clocks)):
+            clocks[worker] = furthest
+
     def catch_up(self) -> None:
-        """Come back from outside the minimum clock: as far as the furthest, so that nobody waits for the past."""
+        """Come back from outside the minimum clock: at the clock of the slowest of the others."""
+        clocks, board = self._memory.clocks, self._board
         with self._lock:
-            self._memory.clocks[self._rank] = max(self._memory.clocks)
-        self._board.ring(self._rank)
+            others = [clocks[w] for w in range(len(clocks)) if w != self._rank and not is_out(w, board)]
+            clocks[self._rank] = max(clocks[self._rank], min(others, default=0))
+        board.ring(self._rank)
 
     def _append(self, kind: int, members: tuple[int, ...], staleness: int = 0) -> Entry:
         entry = self._log.append(kind, self._rank, members, staleness)
@@ -178,14 +193,11 @@ class Arrivals:
         on = applied_by(self._spec, entry, part)
         return Waiting(on, f"member {on} has not applied entry {entry.number}")
 
-    def _keep_bound(self) -> float:
+    def _await_slower(self) -> float:
         """Pace bounded: wait while too far ahead, then take what has come in the meantime. Seconds waited."""
-        if self._bound is None:
-            return 0.0
         memory, board, rank, bound = self._memory, self._board, self._rank, self._bound
+        assert bound is not None
         board.ring(rank)  # who waits for this worker's clock
-        if within_bound(rank, bound, memory.clocks, board) is None:
-            return 0.0
         begun = time.monotonic()
         board.wait(lambda: max(board.ended) or board.interrupt or within_bound(rank, bound, memory.clocks, board) or 1)
         waited = time.monotonic() - begun

@@ -138,11 +138,15 @@ class Exchange:
         self._meeting.refresh()
         self._replica.pull()
 
+    def level(self) -> None:
+        """Under the run's lock, at the end of a pass: the next one begins with equal clocks."""
+        if self.spec.parts:
+            self._arrivals.level()
+
     def catch_up(self) -> None:
-        """Come back from the end of a pass."""
+        """Come back from a wait in which the others have trained on."""
         if self.spec.parts:
             self._arrivals.catch_up()
-        self.refresh()
 
     def load(self, *, parameters: bool, state: bool) -> None:
         """Put what the script has just loaded into this worker's model or optimizer in place of what all share.

@@ -31,10 +31,10 @@ from paceline.errors import ConfigError
 from paceline.params.table import Table, differences, tabulate
 from paceline.protocol import messages
 from paceline.protocol.log import Entry
-from paceline.protocol.rounds import NOT_PARKED, Waiting, holding
+from paceline.protocol.rounds import NOT_PARKED, Waiting, holding, waits_elsewhere
 from paceline.protocol.stopping import CHECK_ROUNDS, Stopping
 from paceline.transport import segment
-from paceline.transport.board import MAX_LOADERS, Aborted
+from paceline.transport.board import COLLECTIVES, Aborted
 from paceline.transport.channel import Closed
 from paceline.transport.slots import ExchangeMemory, carve_vectors, size_bytes
 
@@ -198,8 +198,8 @@ class Worker:
 
     def _next_loader(self) -> int:
         number, self._loaders = self._loaders, self._loaders + 1
-        if number >= MAX_LOADERS:
-            raise ConfigError(f"run.wrap got {number + 1} loaders; a run has at most {MAX_LOADERS}")
+        if number >= COLLECTIVES:
+            raise ConfigError(f"run.wrap got {number + 1} loaders; a run has at most {COLLECTIVES}")
         if self._leased:
             workers = self._board.workers
             memory, _ = self._collective("ledger", b"", leases_bytes(workers), f"the ledger of loader {number}")
@@ -239,12 +239,17 @@ class Worker:
         """Ask the launcher for memory that all workers get; (mapping, worker 0's spec)."""
         self._collectives += 1
         self._channel.send(messages.Wrap(self._collectives, kind, spec, size, what))
+        # To be here is to be at the end of a pass of all: nobody in a round must wait for this worker.
+        self._board.passes(COLLECTIVES)[self.rank] = self._collectives
+        self._board.parked[self.rank] = COLLECTIVES + 1
+        self._ring()
         try:
             message, descriptors = self._channel.receive()
         except Closed:
             raise Aborted("the launcher is gone") from None
         if not isinstance(message, messages.Memory):
             raise Aborted("told to stop while sharing a model")
+        self._board.parked[self.rank] = NOT_PARKED
         memory = segment.attach(descriptors[0])
         for descriptor in descriptors:
             os.close(descriptor)
@@ -264,8 +269,7 @@ class Worker:
             self._idle()
             return
         if not self._in_rounds and self._board.interrupt:
-            self._end(_INTERRUPTED, "interrupted")
-            raise KeyboardInterrupt
+            self._follow_end(_INTERRUPTED)
         exchange = self._exchanges[index]
         begun = time.monotonic()
         row = self._row
@@ -331,7 +335,7 @@ class Worker:
             return
         if index == 0:
             self._look = (0.0, 0.0)
-        self._follow_end(max(self._board.ended))
+        self._follow_end(max(self._board.ended) or (_INTERRUPTED if self._board.interrupt else _TRAINING))
 
     def _drop(self, row: Row) -> None:
         """The push came too late for its round: it counts for nothing, and its samples come again."""
@@ -400,7 +404,9 @@ class Worker:
 
     def _follow_end(self, ended: int) -> None:
         if ended and self._ended == _TRAINING:
-            self._end(ended, "")
+            self._end(ended, "interrupted" if ended == _INTERRUPTED else "")
+            if ended == _INTERRUPTED:
+                raise KeyboardInterrupt
             for exchange in self._exchanges:
                 exchange.refresh()  # what others have pushed until then
 
@@ -537,13 +543,16 @@ class Worker:
             with self._lock:
                 self._decide(loader, number)
         board.parked[self.rank] = NOT_PARKED
-        for exchange in self._exchanges:
-            exchange.catch_up()
-        if self._exchanges and isinstance(self.pace, Local):
-            self._steps = self._exchanges[0].most_steps
         # Who is gone has not finished it; what it had logged before is of an older pass.
         looked = [w for w in range(board.workers) if board.passes(loader)[w] >= number]
         looks = [board.look(loader, number, worker) for worker in looked]
+        trained = any(look[2] for look in looks)
+        for exchange in self._exchanges:
+            if not trained:
+                exchange.catch_up()
+            exchange.refresh()
+        if self._exchanges and isinstance(self.pace, Local):
+            self._steps = self._exchanges[0].most_steps
         self._row.waiting_s += time.monotonic() - begun
         self._step_done_s = time.monotonic()
         if self._ended != _TRAINING:
@@ -552,7 +561,7 @@ class Worker:
         if ended == _INTERRUPTED:
             self._end(ended, "interrupted")
             raise KeyboardInterrupt
-        if sum(look[2] for look in looks):
+        if trained:
             self._training_loaders.add(loader)
             self._trained_passes += 1
             for one in self._buffers:
@@ -560,7 +569,7 @@ class Worker:
         if not self._in_rounds:
             self._follow_end(ended)
             return
-        if sum(look[2] for look in looks):
+        if trained:
             self._after_pass(number, sum(look[0] for look in looks), sum(look[1] for look in looks))
         if ended and not self.over:  # in a round of the others that this worker was parked in
             self._end(ended, self._stopping.after_round(self.step_number) or "")
@@ -581,7 +590,7 @@ class Worker:
         if held is None or loader in self._training_loaders:
             return held
         others = [w for w in range(board.workers) if w != self.rank and not board.gone[w]]
-        if board.evaluated[loader] or all(board.parked[w] not in (NOT_PARKED, loader + 1) for w in others):
+        if board.evaluated[loader] or all(waits_elsewhere(w, loader, board) for w in others):
             return None
         return held
 
@@ -594,6 +603,8 @@ class Worker:
         looks = [board.look(loader, number, w) for w in range(board.workers) if board.passes(loader)[w] >= number]
         if not sum(look[2] for look in looks) or max(board.ended):
             return
+        for exchange in self._exchanges:
+            exchange.level()
         board.accounts.loss_sum += sum(look[0] for look in looks)
         board.accounts.samples += sum(look[1] for look in looks)
         reason = self._stopping.after_pass(number)

@@ -109,6 +109,16 @@ def within_bound(worker: int, staleness: int, clocks: Column, board: Board) -> W
     return None
 
 
+def waits_elsewhere(worker: int, loader: int, board: Board) -> bool:
+    """Does the worker wait for others, and not for the end of a pass over ``loader``?"""
+    return board.parked[worker] != loader + 1 and _excused(worker, board)
+
+
+def is_out(worker: int, board: Board) -> bool:
+    """Is the worker gone, or out of data for now?"""
+    return board.gone[worker] != 0 or _excused(worker, board)
+
+
 def next_to_act(board: Board) -> int | None:
     """A worker without whose next word no round can begin; None when all are gone. For servers with nothing to do."""
     present = [worker for worker in range(len(board.gone)) if not board.gone[worker]]

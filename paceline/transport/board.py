@@ -18,6 +18,7 @@ from paceline.transport import futex, segment
 
 MAGIC = 0x31304C4341504C43
 MAX_LOADERS = 1024  # some scripts make and wrap a loader for every epoch
+COLLECTIVES = MAX_LOADERS - 1  # stands for a loader: its passes are what all workers have called together, as run.wrap
 _LINE = 8  # words in a cache line: members' change counts do not share one
 _WAIT_S = 0.5  # a sleeper looks for an abort at least this often, whoever forgot to wake it
 

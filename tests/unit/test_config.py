@@ -83,7 +83,7 @@ def test_the_shortest_word_is_shown() -> None:
 
 def test_every_pace_that_errors_name_is_one() -> None:
     for word in PACES:
-        numbered = word.replace("K", "2").replace("S", "2").replace("H", "2")
+        numbered = word.replace(":LR:MOMENTUM", ":0.5:0.5").replace("K", "2").replace("S", "2").replace("H", "2")
         assert str(parse_pace(numbered)) == numbered
 
 

@@ -157,6 +157,8 @@ def test_the_users_optimizer_shows_the_state(servers: int, pace: Pace) -> None:
 @every_pace
 @servers_or_none
 def test_private_copies_follow_the_same_way(servers: int, pace: Pace) -> None:
+    if pace == Quorum(1):
+        pytest.skip("how often a batch comes again, and so the order of the pushes, is not the schedule's to say")
     data, model = make_data(BATCH * 12), make_model()
 
     def body(run: Any, share: bool, turns: Turns) -> Tensors:
