@@ -1,4 +1,4 @@
-"""Bugs of pace bounded."""
+"""What a worker at pace bounded has seen when it is let into its next step."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Bug: at paces through the log a worker that learns of Ctrl-C by another's end goes on with its script."""
+"""Ctrl-C reaches a worker that waits for others, also where it learns of it by another one's end."""
 
 from typing import Any
 
