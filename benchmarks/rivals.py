@@ -43,11 +43,12 @@ class Way:
     workers: int = 2
     servers: int = 0
     fused: bool = False
+    pace: str = "sync"
 
     @property
     def together(self) -> bool:
         """Do its workers wait for each other, so that all must take equally many steps?"""
-        return self.kind != "apart"
+        return self.kind != "apart" and self.pace != "async"
 
     @property
     def started(self) -> int:
@@ -64,6 +65,10 @@ WAYS = {
         Way("ddp_fused", "the same, AdamW(fused=True)", "ddp", fused=True),
         Way("sync", "paceline sync", "paceline"),
         Way("sync_server", "paceline sync, 1 server", "paceline", servers=1),
+        Way("bounded", "paceline bounded:4", "paceline", pace="bounded:4"),
+        Way("async", "paceline async", "paceline", pace="async"),
+        Way("async_server", "paceline async, 1 server", "paceline", servers=1, pace="async"),
+        Way("local", "paceline local:16", "paceline", pace="local:16"),
     )
 }
 
@@ -114,6 +119,7 @@ def _launch_paceline(way: Way, job: Job, path: str) -> None:
         (way.name, job.name, path),
         workers=way.workers,
         servers=way.servers,
+        pace=way.pace,
         threads=1,
         runs=Path(f"{path}.runs"),
         watch=lambda _: None,

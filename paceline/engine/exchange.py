@@ -135,6 +135,7 @@ class Exchange:
 
     def refresh(self) -> None:
         """Take the newest parameters, if this worker does not look at them anyway. Not within a period."""
+        self._replica.wait_for_device()  # a pull that is still queued reads what is about to be written
         self._meeting.refresh()
         self._replica.pull()
 

@@ -126,7 +126,7 @@ class Replica:
                     elif self._mask[param]:
                         self._dense[param].zero_()
             self._write_mask(bytes(gradient is not None for gradient in gradients))
-        self._wait_for_device()
+        self.wait_for_device()
 
     def add_gradients(self, *, first: bool) -> None:
         """Add the gradients to what is in the slot since the ``first`` of a period of local steps."""
@@ -163,8 +163,8 @@ class Replica:
             self._mask = mask
             self.slot.mask[:] = mask
 
-    def _wait_for_device(self) -> None:
-        """Copies from a GPU into pinned memory are queued: a push may tell of them only when they are done."""
+    def wait_for_device(self) -> None:
+        """Copies between a GPU and pinned memory are queued: a push may tell of them only when they are done."""
         for device in self._on_device:
             torch.cuda.current_stream(device).synchronize()
 
