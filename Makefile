@@ -27,7 +27,7 @@ demo: $(READY) ## train a real model on this machine's cores
 	@$(BIN)/paceline demo $(ARGS)
 
 test: $(READY) ## run the tests
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(ARGS)
 
 check: lint types test ## lint, types and tests: what must pass before a change lands
 
