@@ -1,6 +1,7 @@
 """What every test starts from: one thread a process, no screen, and nothing of the caller's environment."""
 
 import os
+import resource
 
 from hypothesis import settings
 
@@ -8,6 +9,10 @@ from hypothesis import settings
 # cores is slow and uneven if each of them brings a pool of its own.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
+
+# Jobs in threads leave their mappings to the end of the process, and each has a descriptor.
+_most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (_most, _most))
 
 # A test under `paceline run`, torchrun or SLURM, or with options in the environment, must see none of it.
 FOREIGN = ("PACELINE_", "SLURM_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "RAY_ADDRESS")

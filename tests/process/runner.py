@@ -148,10 +148,13 @@ class Running:
         """Take in what has come; False when both streams are at their end."""
         if not self._open:
             return False
-        ready, _, _ = select.select(list(self._open), [], [], self._left_s())
+        poll = select.poll()  # select() knows no descriptor above 1023
+        for stream in self._open:
+            poll.register(stream, select.POLLIN)
+        ready = {fd for fd, _ in poll.poll(self._left_s() * 1000)}
         if not ready:
             raise TimeoutError(f"nothing came for the rest of {TIMEOUT_S:g} s")
-        for stream in ready:
+        for stream in [stream for stream in self._open if stream.fileno() in ready]:
             data = os.read(stream.fileno(), _CHUNK)
             self._texts[stream] += data
             if not data:
