@@ -23,7 +23,7 @@ from paceline.cli.host import cores
 from paceline.cli.options import JobFlags, ShowFlags, resolve
 from paceline.cli.progress import Progress
 from paceline.cli.run import Ending, Engine, train
-from paceline.config import Job
+from paceline.config import Job, Sync
 from paceline.engine.program import Script
 from paceline.errors import HostError, UsageError
 from paceline.events import Metric, Record
@@ -82,7 +82,8 @@ class Comparison:
         console.say("measuring one process first")
         whole = replace(self._job, epochs=None, until_loss=None, patience=None)
         with tempfile.TemporaryDirectory(prefix="paceline-") as folder:
-            trial = replace(whole, workers=1, servers=0, steps=TRIAL_STEPS, runs=Path(folder))
+            plain = replace(whole, pace=Sync(), assign=None, data="shared", staleness_damping=False, compensate=None)
+            trial = replace(plain, workers=1, servers=0, steps=TRIAL_STEPS, runs=Path(folder))
             progress = Progress(trial)
 
             def watch(record: Record) -> None:
