@@ -68,6 +68,11 @@ class Exchange:
         """The rounds, where the pace has them."""
         return self._meeting if isinstance(self._meeting, Rounds) else None
 
+    @property
+    def in_period(self) -> bool:
+        """Are there local steps that have not been brought to a meeting?"""
+        return self.inner is not None and self.inner.steps > 0
+
     def attach(self, memory: ExchangeMemory, close: Close) -> None:
         """Take the memory into use; worker 0 must call ``publish`` before anyone calls ``adopt``."""
         context, spec, pace = self._context, self.spec, self._pace
@@ -112,7 +117,7 @@ class Exchange:
 
     def flush(self) -> Round | None:
         """Close a period of local steps early, at the end of the data; None if there is none open."""
-        if self.inner is None or not self.inner.steps:
+        if self.inner is None or not self.in_period:
             return None
         return self._meet(self.inner.close())
 

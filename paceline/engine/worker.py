@@ -31,7 +31,7 @@ from paceline.errors import ConfigError
 from paceline.params.table import Table, differences, tabulate
 from paceline.protocol import messages
 from paceline.protocol.log import Entry
-from paceline.protocol.rounds import NOT_PARKED, Waiting, holding, waits_elsewhere
+from paceline.protocol.rounds import EMPTY, NOT_PARKED, Waiting, held_at_end
 from paceline.protocol.stopping import CHECK_ROUNDS, Stopping
 from paceline.transport import segment
 from paceline.transport.board import COLLECTIVES, Aborted
@@ -72,6 +72,7 @@ class Worker:
         self._evaluating: dict[int, tuple[int, object]] = {}  # loader -> samples and gradients at that time
         self._training_loaders: set[int] = set()
         self._left: set[int] = set()  # loaders whose last pass the script left early
+        self._empty: set[int] = set()  # loaders whose last pass had nothing to read
         self._loaders = 0
         self._buffers: list[buffers.Buffers] = []
         self._readers: list[Reader] = []
@@ -490,7 +491,8 @@ class Worker:
         """Was it a pass to train on? If so it is counted, and its end is one for all.
 
         A pass that was read without a step is an evaluation: it is nobody else's business, since scripts evaluate in
-        the midst of training, and on worker 0 alone. A pass with nothing to read may be either: see ``_await_all``.
+        the midst of training, and on worker 0 alone. A pass with nothing to read may be either: its worker parks empty
+        (``protocol/rounds.py``).
         """
         steps_before, drawn_before = self._pass_starts[loader]
         steps = self._own_steps - steps_before
@@ -511,7 +513,7 @@ class Worker:
             if untouched:
                 self._samples = self._evaluating[loader][0]  # no backward came of them: they weigh nothing
             self._board.evaluated[loader] = 1
-            self._board.ring(self.rank)
+            self._ring()
             return False
         if trained:
             self._training_loaders.add(loader)
@@ -523,7 +525,8 @@ class Worker:
         if not self._in_rounds:
             self._look = (0.0, 0.0)
         passes[self.rank] += 1
-        self._board.ring(self.rank)
+        (self._empty.discard if drawn else self._empty.add)(loader)
+        self._ring()
         return True
 
     def _gradient_marks(self) -> list[tuple[int, int]]:
@@ -536,13 +539,16 @@ class Worker:
         board = self._board
         number = board.passes(loader)[self.rank]
         begun = time.monotonic()
-        board.parked[self.rank] = loader + 1
+        empty = loader in self._empty and loader not in self._training_loaders
+        board.parked[self.rank] = loader + 1 + (EMPTY if empty else 0)
         self._ring()
-        board.wait(lambda: self._barrier(loader, number) or number)
+        board.wait(lambda: held_at_end(self.rank, board) or number)
         if not self._in_rounds:
             with self._lock:
                 self._decide(loader, number)
         board.parked[self.rank] = NOT_PARKED
+        if empty:
+            self._ring()  # it may have gone on although the barrier is shut
         # Who is gone has not finished it; what it had logged before is of an older pass.
         looked = [w for w in range(board.workers) if board.passes(loader)[w] >= number]
         looks = [board.look(loader, number, worker) for worker in looked]
@@ -550,7 +556,8 @@ class Worker:
         for exchange in self._exchanges:
             if not trained:
                 exchange.catch_up()
-            exchange.refresh()
+            if not exchange.in_period:  # an evaluation in the midst of local steps, with nothing to read
+                exchange.refresh()
         if self._exchanges and isinstance(self.pace, Local):
             self._steps = self._exchanges[0].most_steps
         self._row.waiting_s += time.monotonic() - begun
@@ -575,24 +582,10 @@ class Worker:
             self._end(ended, self._stopping.after_round(self.step_number) or "")
 
     def _ring(self) -> None:
-        """Tell of a change that rounds depend on: at paces without rounds also those who wait for no one in
-        particular."""
+        """Tell of a change that rounds depend on, also those who wait for no one in particular."""
         self._board.ring(self.rank)
-        if not self._in_rounds:
-            with self._lock:
-                self._board.ring(self._board.common)
-
-    def _barrier(self, loader: int, number: int) -> Waiting | None:
-        """Whom the end of this pass waits for. A worker that had nothing to read, from a loader nobody is known to
-        train on, also goes on when another has read it without a step, or when all others wait for something else."""
-        board = self._board
-        held = holding(loader, number, board)
-        if held is None or loader in self._training_loaders:
-            return held
-        others = [w for w in range(board.workers) if w != self.rank and not board.gone[w]]
-        if board.evaluated[loader] or all(waits_elsewhere(w, loader, board) for w in others):
-            return None
-        return held
+        with self._lock:
+            self._board.ring(self._board.common)
 
     def _decide(self, loader: int, number: int) -> None:
         """Under the run's lock: the first to leave the end of a pass draws the conclusions from it for all."""

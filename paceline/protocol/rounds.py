@@ -6,12 +6,15 @@ The laws
   2. A worker *parks* at the end of a pass over a loader and stays parked until every worker that is not
      gone has finished that pass. A parked worker cannot push, so rounds need not wait for it.
   3. Nobody pushes r+1 before every stepper of r has stepped r.
+  4. Who had nothing to read, from a loader nobody is known to train on, parks *empty*: that pass may have been an
+     evaluation, which is each worker's own business. It may go on as well when another has read the loader without
+     a step (an evaluation then), or as the first, when everybody stands at the end of some pass and cannot go on.
 
-Why all who ask get the same contributors, each at its own moment: a worker is excused from r only while
-somebody still in the data holds its barrier shut, and that somebody is waiting for round r itself. So an
-excused worker cannot come to push r before r is over, and "pushed" and "gone" never go back.
+Why all who ask get the same contributors, each at its own time: r is seen closed only if at one moment everybody who
+has not pushed it was gone, or parked and not free to go on. From that moment until r is over nobody can free them: to
+open a barrier or to evaluate one must be neither parked nor waiting for r, and there is no such worker left.
 
-Columns are read in the order pushed, gone, parked, passes. A column is anything indexable by rank: memory
+Columns are read in the order pushed, gone, parked, passes, evaluated. A column is anything indexable by rank: memory
 shared by processes, or a list in a test or a simulation.
 """
 
@@ -24,13 +27,15 @@ from typing import Protocol, TypeAlias
 Column: TypeAlias = "Sequence[int] | memoryview[int]"
 
 NOT_PARKED = 0
+EMPTY = 1 << 32  # added to where a worker parks
 
 
 class Board(Protocol):
     """What the workers of a job have published of themselves; each column has one writer a cell.
 
-    ``parked[w]`` is 0, or 1 + the loader at whose end worker w waits; ``passes(l)[w]`` is how many passes over
-    loader l worker w has finished; ``gone[w]`` is 1 once w has left.
+    ``parked[w]`` is 0, or 1 + the loader at whose end worker w waits, with EMPTY added by law 4; ``passes(l)[w]`` is
+    how many passes over loader l worker w has finished; ``gone[w]`` is 1 once w has left; ``evaluated[l]`` is 1 once
+    anyone has read loader l without a step.
     """
 
     @property
@@ -38,6 +43,13 @@ class Board(Protocol):
 
     @property
     def parked(self) -> Column: ...
+
+    @property
+    def evaluated(self) -> Column: ...
+
+    @property
+    def common(self) -> int:
+        """The place, behind the members', that stands for a change of anybody's."""
 
     def passes(self, loader: int) -> Column: ...
 
@@ -69,8 +81,12 @@ def close_round(number: int, pushed: Column, board: Board) -> Closed | Waiting:
             contributors.append(worker)
         else:
             missing.append(worker)
+    before = _places(missing, board)
     for worker in missing:
-        if not board.gone[worker] and not _excused(worker, board):
+        if not is_out(worker, board):
+            return Waiting(worker, f"worker {worker} has not pushed round {number}")
+    for worker, then, now in zip(missing, before, _places(missing, board), strict=True):
+        if then != now:
             return Waiting(worker, f"worker {worker} has not pushed round {number}")
     return Closed(tuple(contributors))
 
@@ -80,9 +96,55 @@ def _excused(worker: int, board: Board) -> bool:
     parked = board.parked[worker]
     if parked == NOT_PARKED:
         return False
-    number = board.passes(parked - 1)[worker]
+    loader = parked_at(parked)
+    number = board.passes(loader)[worker]
     # Looked at twice: if it has gone on in between, that number may be of a pass it left without parking.
-    return board.parked[worker] == parked and not barrier_open(parked - 1, number, board)
+    shut = board.parked[worker] == parked and not barrier_open(loader, number, board)
+    return shut and not _free_to_go(parked, board)
+
+
+def parked_at(parked: int) -> int:
+    """The loader at whose end a worker waits that is parked."""
+    return (parked & ~EMPTY) - 1
+
+
+def _free_to_go(parked: int, board: Board) -> bool:
+    return parked & EMPTY != 0 and board.evaluated[parked_at(parked)] != 0
+
+
+def held_at_end(worker: int, board: Board) -> Waiting | None:
+    """Whom ``worker``, which is parked, still waits for; None if it may go on."""
+    parked = board.parked[worker]
+    loader = parked_at(parked)
+    held = holding(loader, board.passes(loader)[worker], board)
+    if held is None or not parked & EMPTY:
+        return held
+    if _free_to_go(parked, board) or _first_if_all_stand(board) == worker:
+        return None
+    return Waiting(board.common, held.reason)  # whoever evaluates or parks may end this
+
+
+def _first_if_all_stand(board: Board) -> int | None:
+    """If at one moment everybody who is not gone is parked behind a barrier that is shut: who goes on first.
+
+    One alone, and the same for all who ask, since the others are excused from rounds until it has done something.
+    """
+    everybody = range(len(board.gone))
+    places = _places(everybody, board)
+    if not all(is_out(worker, board) for worker in everybody) or _places(everybody, board) != places:
+        return None
+    empty = [(passes, worker) for worker, (_, parked, passes) in enumerate(places) if parked & EMPTY]
+    return min(empty)[1] if empty else None
+
+
+def _places(workers: Sequence[int], board: Board) -> list[tuple[int, int, int]]:
+    """Where workers wait. Passes are counted: who is at the same place as before has not been away."""
+    found = []
+    for worker in workers:
+        gone, parked = board.gone[worker], board.parked[worker]
+        passes = board.passes(parked_at(parked))[worker] if parked and not gone else 0
+        found.append((gone, 0 if gone else parked, passes))
+    return found
 
 
 def quorum_met(count: int, offered: Sequence[int], board: Board) -> Closed | Waiting:
@@ -93,7 +155,7 @@ def quorum_met(count: int, offered: Sequence[int], board: Board) -> Closed | Wai
     if len(offered) >= count:
         return Closed(tuple(offered))
     for worker in range(len(board.gone)):
-        if worker not in offered and not board.gone[worker] and not _excused(worker, board):
+        if worker not in offered and not is_out(worker, board):
             return Waiting(worker, f"{len(offered)} of {count} pushes are there, worker {worker}'s is not")
     return Closed(tuple(offered))
 
@@ -104,14 +166,9 @@ def within_bound(worker: int, staleness: int, clocks: Column, board: Board) -> W
     A clock counts the steps a worker has finished (Ho et al. 2013). Who is out of data or gone holds nobody back.
     """
     for other in range(len(clocks)):
-        if clocks[worker] - clocks[other] > staleness and not board.gone[other] and not _excused(other, board):
+        if clocks[worker] - clocks[other] > staleness and not is_out(other, board):
             return Waiting(other, f"worker {other} is {clocks[worker] - clocks[other]} steps behind")
     return None
-
-
-def waits_elsewhere(worker: int, loader: int, board: Board) -> bool:
-    """Does the worker wait for others, and not for the end of a pass over ``loader``?"""
-    return board.parked[worker] != loader + 1 and _excused(worker, board)
 
 
 def is_out(worker: int, board: Board) -> bool:
@@ -120,12 +177,13 @@ def is_out(worker: int, board: Board) -> bool:
 
 
 def next_to_act(board: Board) -> int | None:
-    """A worker without whose next word no round can begin; None when all are gone. For servers with nothing to do."""
+    """A worker without whose next word no round can begin, or ``common`` if they all stand; None when all are gone.
+    For servers with nothing to do."""
     present = [worker for worker in range(len(board.gone)) if not board.gone[worker]]
     for worker in present:
         if not _excused(worker, board):
             return worker
-    return present[0] if present else None
+    return board.common if present else None
 
 
 def reached(number: int, column: Column, members: Sequence[int]) -> Closed | Waiting:

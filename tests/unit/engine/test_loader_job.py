@@ -11,6 +11,7 @@ import torch
 from torch import nn, optim
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from paceline.config import Async, Local
 from paceline.errors import ConfigError
 from paceline.protocol.rounds import Waiting
 from tests.driver import run_job
@@ -124,6 +125,27 @@ def test_an_evaluation_of_fewer_batches_than_workers_takes_nobody_out_of_trainin
     results = run_job(body, workers=2)
     times = 1 if when == "before training" else 3
     assert results == [(12, [5] * times), (12, [0] * times)]
+
+
+@pytest.mark.parametrize("pace", [Local(every=4), Async(every=4)])
+def test_an_evaluation_with_nothing_to_read_keeps_the_local_steps_of_an_open_period(pace: Local | Async) -> None:
+    """Worker 1 has no batch to evaluate; what it has learned since the last meeting must still be there afterwards."""
+
+    def body(run: Any) -> list[float]:
+        weight = Weight()
+        _, train, test = run.wrap(weight.optimizer, numbers(12), numbers(5, batch_size=5))
+        lost = []
+        for step, (batch,) in enumerate(train, start=1):
+            weight.step(batch + 1)
+            before = weight.value.item()
+            if step % 4:
+                for _ in test:
+                    pass
+                lost.append(weight.value.item() - before)
+        return lost
+
+    results = run_job(body, workers=2, pace=pace, assign="round_robin")
+    assert results == [[0.0] * 5] * 2
 
 
 def test_an_evaluation_on_worker_0_alone_does_not_take_it_out_of_training() -> None:

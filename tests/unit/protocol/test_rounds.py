@@ -10,10 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from paceline.protocol.rounds import (
+    EMPTY,
     Closed,
     Waiting,
     barrier_open,
     close_round,
+    held_at_end,
     holding,
     next_to_act,
     quorum_met,
@@ -29,6 +31,8 @@ class Lists:
     gone: list[int]
     parked: list[int]
     finished: dict[int, list[int]] = field(default_factory=dict)
+    evaluated: list[int] = field(default_factory=lambda: [0, 0])
+    common: int = 9
 
     def passes(self, loader: int) -> list[int]:
         return self.finished.get(loader, [0] * len(self.gone))
@@ -136,6 +140,53 @@ def test_a_worker_that_leaves_its_next_pass_while_it_is_looked_at_can_still_push
 
     where.parked = WhileRead(where.parked, at=0, then=go_on)
     assert close_round(3, [2, 3], where) == Waiting(0, "worker 0 has not pushed round 3")
+
+
+def test_who_had_nothing_to_read_is_excused_until_somebody_evaluates_there() -> None:
+    where = board("000", "010", loader0="010")
+    where.parked[1] += EMPTY
+    assert close_round(3, [3, 2, 3], where) == Closed((0, 2))
+    assert held_at_end(1, where) == Waiting(where.common, "worker 0 has not finished its part of the data")
+    where.evaluated = [0, 1]
+    assert close_round(3, [3, 2, 3], where) == Closed((0, 2))
+    where.evaluated = [1, 0]
+    assert close_round(3, [3, 2, 3], where) == Waiting(1, "worker 1 has not pushed round 3")
+    assert held_at_end(1, where) is None
+
+
+def test_who_had_nothing_to_read_goes_on_when_all_stand_and_nobody_else_can() -> None:
+    where = board("000", "012", loader0="010", loader1="001")
+    where.parked[1] += EMPTY
+    assert isinstance(held_at_end(1, where), Waiting)
+    where.gone[0] = 1
+    assert held_at_end(1, where) is None
+    assert isinstance(held_at_end(2, where), Waiting)
+
+
+def test_all_stand_at_one_moment_or_not_at_all() -> None:
+    """Worker 1 asks. Worker 0 is seen held, and is on its way when worker 2 is looked at."""
+    where = board("000", "122", loader0="100", loader1="011")
+    where.parked[1] += EMPTY
+    assert held_at_end(1, where) is None
+
+    def go_on() -> None:
+        where.parked[0] = 0
+
+    where.gone = WhileRead(where.gone, at=2, then=go_on)
+    assert isinstance(held_at_end(1, where), Waiting)
+
+
+def test_an_evaluation_seen_while_a_round_is_looked_at_excuses_nobody() -> None:
+    """Worker 0 is parked empty; worker 2 evaluates and parks elsewhere just after worker 0 was looked at."""
+    where = board("000", "100", loader0="100", loader1="001")
+    where.parked[0] += EMPTY
+
+    def evaluate_and_park() -> None:
+        where.evaluated[0] = 1
+        where.parked[2] = 2
+
+    where.finished[0] = WhileRead(where.finished[0], at=1, then=evaluate_and_park)
+    assert close_round(3, [2, 3, 2], where) == Waiting(0, "worker 0 has not pushed round 3")
 
 
 def test_a_worker_that_finishes_and_leaves_while_it_is_looked_at_counts_as_done() -> None:

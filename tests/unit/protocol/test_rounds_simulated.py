@@ -1,8 +1,8 @@
 """The laws of rounds under every interleaving that a seeded scheduler thinks of.
 
 Workers and servers are coroutines over plain columns. One turn of a coroutine reads or writes one cell, also within
-``close_round``, ``holding`` and ``reached``: those are run again from their first read with what was read before, until
-they come to a cell they have not seen, which is then read a turn later. Sleepers wake only when the member they
+``close_round``, ``held_at_end`` and ``reached``: those are run again from their first read, with what was read before,
+until they come to a cell they have not seen, which is read a turn later. Sleepers wake only when the member they
 sleep on rings, so a lost wake-up is a deadlock here.
 
 A failing seed is named in the failure; to replay it with a trace of its turns:
@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import pytest
 
 from paceline.engine.server import _next
-from paceline.protocol.rounds import Waiting, close_round, holding, reached
+from paceline.protocol.rounds import EMPTY, Waiting, close_round, held_at_end, reached
 from paceline.transport.channel import Channel
 
 SEEDS = 2000
@@ -42,7 +42,8 @@ class Plan:
     breaks_after: tuple[int | None, ...]  # in pass p, leave after so many batches
     steps_after_break: tuple[bool, ...]  # step once more outside of the loader
     accumulate: tuple[int, ...]
-    evaluates: tuple[bool, ...]  # the same on all workers
+    evaluates: tuple[int | None, ...]  # batches of the evaluation after the pass; on all workers, or on none
+    evaluates_every: int | None  # and in the midst of a pass, as many as after the first
     ends_in: int | None  # the script ends in this pass: after its break, or after its end
 
 
@@ -58,6 +59,7 @@ class World:
     gone: list[int] = field(init=False)
     parked: list[int] = field(init=False)
     passes: list[list[int]] = field(init=False)
+    evaluated: list[int] = field(init=False)
     events: list[int] = field(init=False)
     slots: list[tuple[Batch, ...]] = field(init=False)
     rounds: dict[int, dict[int, tuple[int, ...]]] = field(default_factory=dict)  # round -> stepper -> contributors
@@ -68,7 +70,8 @@ class World:
     def __post_init__(self) -> None:
         members = self.workers + self.servers
         self.pushed, self.gone, self.parked = [0] * self.workers, [0] * self.workers, [0] * self.workers
-        self.stepped, self.ready, self.events = [0] * members, [0] * members, [0] * members
+        self.stepped, self.ready, self.events = [0] * members, [0] * members, [0] * (members + 1)
+        self.evaluated = [0, 0]
         self.passes = [[0] * self.workers for _ in (TRAIN, EVALUATE)]
         self.slots = [()] * self.workers
 
@@ -105,9 +108,18 @@ class _Reading:
 
     def __init__(self, world: World, known: Iterator[int]) -> None:
         self.workers = world.workers
-        self.pushed, self.stepped, self.ready, self.gone, self.parked, self.events = (
+        self.common = world.workers + world.servers
+        self.pushed, self.stepped, self.ready, self.gone, self.parked, self.evaluated, self.events = (
             _Cells(column, known)
-            for column in (world.pushed, world.stepped, world.ready, world.gone, world.parked, world.events)
+            for column in (
+                world.pushed,
+                world.stepped,
+                world.ready,
+                world.gone,
+                world.parked,
+                world.evaluated,
+                world.events,
+            )
         )
         self._passes = [_Cells(column, known) for column in world.passes]
 
@@ -134,6 +146,11 @@ def put(column: list[int], index: int, value: int) -> Steps[None]:
 def ring(world: World, member: int) -> Steps[None]:
     yield
     world.events[member] += 1
+
+
+def ring_all(world: World, member: int) -> Steps[None]:
+    yield from ring(world, member)
+    yield from ring(world, world.workers + world.servers)
 
 
 class Asleep:
@@ -208,26 +225,38 @@ def exchange(world: World, me: int, batches: tuple[Batch, ...], last: list[objec
 
 def finish_pass(world: World, me: int, loader: int) -> Steps[None]:
     yield from put(world.passes[loader], me, world.passes[loader][me] + 1)
-    yield from ring(world, me)
+    yield from ring_all(world, me)
 
 
-def await_all(world: World, me: int, loader: int) -> Steps[None]:
+def await_all(world: World, me: int, loader: int, *, empty: bool = False) -> Steps[None]:
     """The barrier at the end of a pass, as engine/worker.py keeps it."""
-    number = world.passes[loader][me]
-    yield from put(world.parked, me, loader + 1)
-    yield from ring(world, me)
-    yield from wait(world, lambda columns: holding(loader, number, columns) or number)
+    yield from put(world.parked, me, loader + 1 + (EMPTY if empty else 0))
+    yield from ring_all(world, me)
+    yield from wait(world, lambda columns: held_at_end(me, columns) or 1)
     yield from put(world.parked, me, 0)
+    if empty:
+        yield from ring_all(world, me)
+
+
+def evaluate(world: World, me: int, batches: int | None) -> Steps[None]:
+    """A pass without a step, of which this worker may have nothing to read."""
+    if batches:
+        yield from put(world.evaluated, EVALUATE, 1)
+        yield from ring_all(world, me)
+    elif batches is not None:
+        yield from finish_pass(world, me, EVALUATE)
+        yield from await_all(world, me, EVALUATE, empty=True)
 
 
 def work(world: World, me: int, plan: Plan) -> Steps[None]:
     """A training script: passes with rounds, evaluations without, breaks, and an end."""
     last: list[object] = [((), -1)]
     pending: tuple[Batch, ...] = ()
-    left = False
+    left = knows = False
+    steps = 0
     for number, count in enumerate(plan.batches):
         if left:
-            yield from await_all(world, me, TRAIN)
+            yield from await_all(world, me, TRAIN, empty=not knows)
         left = plan.breaks_after[number] is not None and plan.breaks_after[number] < count
         for place in range(plan.breaks_after[number] if left else count):
             world.drawn.append((me, number, place))
@@ -235,20 +264,21 @@ def work(world: World, me: int, plan: Plan) -> Steps[None]:
             if len(pending) >= plan.accumulate[number]:
                 yield from exchange(world, me, pending, last)
                 pending = ()
+                steps, knows = steps + 1, True
+                if plan.evaluates_every and steps % plan.evaluates_every == 0:
+                    yield from evaluate(world, me, plan.evaluates[0])
         yield from finish_pass(world, me, TRAIN)
         if not left:
-            yield from await_all(world, me, TRAIN)
+            yield from await_all(world, me, TRAIN, empty=not knows)
         elif plan.steps_after_break[number]:
             yield from exchange(world, me, pending, last)
             pending = ()
         if plan.ends_in == number:
             break
-        if plan.evaluates[number]:
-            yield from finish_pass(world, me, EVALUATE)
-            yield from await_all(world, me, EVALUATE)
+        yield from evaluate(world, me, plan.evaluates[number])
     world.left_over += pending
     yield from put(world.gone, me, 1)
-    yield from ring(world, me)
+    yield from ring_all(world, me)
 
 
 def serve(world: World, member: int, nothing: Channel) -> Steps[None]:
@@ -273,10 +303,12 @@ def serve(world: World, member: int, nothing: Channel) -> Steps[None]:
 
 def plans(random_: random.Random, workers: int) -> list[Plan]:
     passes = random_.randint(1, 3)
-    evaluates = tuple(random_.random() < 0.4 for _ in range(passes))
+    evaluates = [random_.random() < 0.4 for _ in range(passes)]
+    to_evaluate = random_.randint(1, workers)  # batches, dealt in turn
+    evaluates_every = random_.choice((None, 1, 2, 3))
     some = random_.choice((0.0, 0.2, 0.5))  # how often anything unusual happens in this run
     found = []
-    for _ in range(workers):
+    for rank in range(workers):
         batches = tuple(random_.randint(0, 3) for _ in range(passes))
         breaks = tuple(random_.randint(0, 2) if random_.random() < some else None for _ in range(passes))
         found.append(
@@ -285,7 +317,8 @@ def plans(random_: random.Random, workers: int) -> list[Plan]:
                 breaks_after=breaks,
                 steps_after_break=tuple(random_.random() < some for _ in range(passes)),
                 accumulate=tuple(random_.choice((1, 1, 2)) for _ in range(passes)),
-                evaluates=evaluates,
+                evaluates=tuple(int(rank < to_evaluate) if asked else None for asked in evaluates),
+                evaluates_every=evaluates_every,
                 ends_in=random_.randrange(passes) if random_.random() < some else None,
             )
         )
