@@ -39,6 +39,11 @@ class Ledger:
         """Batches of this epoch that count."""
         return self._words[_COMMITTED]
 
+    @property
+    def returned(self) -> int:
+        """Batches on the table that were drawn before."""
+        return self._words[_RETURNED]
+
     def open(self, epoch: int, worker: int, present: Sequence[int]) -> None:
         """``worker`` begins a pass: the first to begin a new epoch puts all its batches on the table, but the first
         ones, which are for those ``present``."""

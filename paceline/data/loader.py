@@ -51,6 +51,9 @@ class Passes(Protocol):
     def leases(self, loader: int) -> Leases | None:
         """The leases to draw this pass's batches by, already opened; None where each worker knows its own batches."""
 
+    def more(self, loader: int) -> bool:
+        """None is left to draw by lease. Blocks until others have given some back (True), or can do so no more."""
+
     def verdict(self) -> bool | None:
         """Did the last push since this was last asked count? None if there was none."""
 
@@ -223,7 +226,8 @@ def one_pass(
     training = passes.begin(index, length)
     before = passes.over  # then this is a whole evaluation, or a pass of one batch
     ended = False
-    given = batches(passes.leases(index) if training else None)
+    leases = passes.leases(index) if training else None
+    given = batches(None) if leases is None else _leased(batches, leases, lambda: passes.more(index))
     try:
         for batch, samples in _with_dropped(given, passes) if passes.may_drop else given:
             if training:
@@ -236,6 +240,14 @@ def one_pass(
         if not ended:
             passes.leave(index)
     passes.end(index)
+
+
+def _leased(
+    batches: Callable[[Leases | None], Iterator[tuple[Any, int]]], leases: Leases, more: Callable[[], bool]
+) -> Iterator[tuple[Any, int]]:
+    yield from batches(leases)
+    while more():
+        yield from batches(leases)
 
 
 def _with_dropped(batches: Iterator[tuple[Any, int]], passes: Passes) -> Iterator[tuple[Any, int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from paceline.data.ledger import RING, Ledger, words_needed
 from paceline.errors import ConfigError
@@ -15,26 +15,29 @@ def size_bytes(workers: int) -> int:
 
 
 class Leases:
-    """A ``data.loader.Leases``."""
+    """A ``data.loader.Leases``. ``tell`` is called under the lock with how many batches have come back by then."""
 
-    def __init__(self, memory: mmap.mmap, lock: Lock, rank: int, workers: int) -> None:
+    def __init__(self, memory: mmap.mmap, lock: Lock, rank: int, workers: int, tell: Callable[[int], None]) -> None:
         self._ledger = Ledger(memoryview(memory)[: size_bytes(workers)].cast("Q"), workers)
-        self._memory, self._lock, self._rank, self._workers = memory, lock, rank, workers
+        self._memory, self._lock, self._rank, self._workers, self._tell = memory, lock, rank, workers, tell
         self._begun = 0  # in this pass
 
     def of(self, rank: int) -> Leases:
         """The leases of another worker, for whom this process reads."""
-        return Leases(self._memory, self._lock, rank, self._workers)
+        return Leases(self._memory, self._lock, rank, self._workers, self._tell)
 
     def open(self, epoch: int, gone: Sequence[int] | memoryview[int]) -> None:
         with self._lock:
             present = [worker for worker in range(len(gone)) if not gone[worker]]
             self._ledger.open(epoch, self._rank, present)
+            self._tell(self._ledger.returned)
         self._begun = 0
 
     def draw(self, total: int | None, at_least: int = 0) -> int | None:
         with self._lock:
-            return self._ledger.draw(self._rank, total, at_least)
+            drawn = self._ledger.draw(self._rank, total, at_least)
+            self._tell(self._ledger.returned)
+            return drawn
 
     def begin(self) -> bool:
         with self._lock:
@@ -56,10 +59,14 @@ class Leases:
                 fix="read it in evaluation mode (model.eval(), or with torch.no_grad()), or use --assign round_robin",
             )
         with self._lock:
-            self._ledger.give_back(self._rank, begun=not trained)
-        if trained:
-            self.commit()
+            self._give_back(begun=not trained)
+            if trained:
+                self._ledger.commit(self._rank)
 
     def forgo(self) -> None:
         """Leave what was drawn and not begun to others. The caller holds the lock."""
-        self._ledger.give_back(self._rank, begun=False)
+        self._give_back(begun=False)
+
+    def _give_back(self, *, begun: bool) -> None:
+        self._ledger.give_back(self._rank, begun=begun)
+        self._tell(self._ledger.returned)

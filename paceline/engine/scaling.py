@@ -6,14 +6,13 @@ would be a round behind the others ever after; so it brings a push that weighs n
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 from torch import optim
 from torch.amp.grad_scaler import GradScaler
 
-_skips: weakref.WeakKeyDictionary[optim.Optimizer, Callable[[], None]] = weakref.WeakKeyDictionary()
+_skips: dict[optim.Optimizer, Callable[[], None]] = {}  # who is wrapped is so to the end of the run
 _usual_step = GradScaler._maybe_opt_step
 
 

@@ -50,6 +50,9 @@ class _Elsewhere:
 
     def leases(self, loader: int) -> None: ...
 
+    def more(self, loader: int) -> bool:
+        return False  # who reads the batches asks for itself
+
     def verdict(self) -> None: ...
 
     def end(self, loader: int) -> None: ...

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -31,7 +32,7 @@ from paceline.errors import ConfigError
 from paceline.params.table import Table, differences, tabulate
 from paceline.protocol import messages
 from paceline.protocol.log import Entry
-from paceline.protocol.rounds import EMPTY, NOT_PARKED, Waiting, held_at_end
+from paceline.protocol.rounds import EMPTY, NOT_PARKED, TAIL, Waiting, held_at_end, is_drained, more_at_tail
 from paceline.protocol.stopping import CHECK_ROUNDS, Stopping
 from paceline.transport import segment
 from paceline.transport.board import COLLECTIVES, Aborted
@@ -204,7 +205,7 @@ class Worker:
         if self._leased:
             workers = self._board.workers
             memory, _ = self._collective("ledger", b"", leases_bytes(workers), f"the ledger of loader {number}")
-            self._leases[number] = Leases(memory, self._lock, self.rank, workers)
+            self._leases[number] = Leases(memory, self._lock, self.rank, workers, partial(self._tell_returned, number))
         return number
 
     def knows(self, models: Sequence[nn.Module]) -> None:
@@ -222,6 +223,52 @@ class Worker:
         leases.open(self.epoch(loader), self._board.gone)
         self._leasing.add(loader)
         return leases
+
+    def more(self, loader: int) -> bool:
+        """Wait at the tail of a pass that is trained on; see ``protocol/rounds.py``."""
+        board, rank = self._board, self.rank
+        if self._own_steps == self._pass_starts[loader][0] or self._ended != _TRAINING:
+            return False
+        self._close_periods()
+        if self._row.stepped:
+            self._close_row()
+        begun = time.monotonic()
+        with self._lock:
+            self._drain(loader, arriving=rank)
+            more = board.returned[loader] > 0
+            if not more and board.drained[loader] <= board.passes(loader)[rank]:
+                board.parked[rank] = loader + 1 + TAIL
+        if board.parked[rank]:
+            self._ring()
+            while board.parked[rank]:
+                board.wait(lambda: more_at_tail(rank, board))
+                with self._lock:  # others may have been faster
+                    answer = more_at_tail(rank, board)
+                    if not isinstance(answer, Waiting):
+                        more = answer
+                        board.parked[rank] = NOT_PARKED
+            self._ring()
+            for exchange in self._exchanges:
+                exchange.catch_up()
+                exchange.refresh()
+        self._row.waiting_s += time.monotonic() - begun
+        self._step_done_s = time.monotonic()
+        return more
+
+    def _tell_returned(self, loader: int, count: int) -> None:
+        board = self._board
+        if board.returned[loader] != count:
+            board.returned[loader] = count
+            board.ring(board.common)
+
+    def _drain(self, loader: int, arriving: int | None = None) -> None:
+        """Under the run's lock, after any change that may drain a pass over ``loader``."""
+        board = self._board
+        before = board.drained[loader]
+        while is_drained(loader, board.drained[loader] + 1, arriving, board):
+            board.drained[loader] += 1
+        if board.drained[loader] > before:
+            board.ring(board.common)
 
     def verdict(self) -> bool | None:
         verdict, self._verdict = self._verdict, None
@@ -524,7 +571,10 @@ class Worker:
         look[0], look[1], look[2] = *self._look, max(steps, int(trained))
         if not self._in_rounds:
             self._look = (0.0, 0.0)
-        passes[self.rank] += 1
+        with self._lock:
+            passes[self.rank] += 1
+            if leased:
+                self._drain(loader)
         (self._empty.discard if drawn else self._empty.add)(loader)
         self._ring()
         return True
@@ -651,6 +701,8 @@ class Worker:
             for leases in self._leases.values():
                 leases.forgo()
             self._board.gone[self.rank] = 1
+            for loader in self._leases:
+                self._drain(loader)
         self._ring()
 
     def flush(self) -> None:

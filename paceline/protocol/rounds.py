@@ -9,12 +9,16 @@ The laws
   4. Who had nothing to read, from a loader nobody is known to train on, parks *empty*: that pass may have been an
      evaluation, which is each worker's own business. It may go on as well when another has read the loader without
      a step (an evaluation then), or as the first, when everybody stands at the end of some pass and cannot go on.
+  5. Who finds no batch left to draw by lease parks at the *tail* of its pass, since others may give some back. It goes
+     on with those, or to the end of the pass once that is drained: nothing has come back, and everybody is at the tail
+     or has finished. This is decided under the run's lock.
 
 Why all who ask get the same contributors, each at its own time: r is seen closed only if at one moment everybody who
 has not pushed it was gone, or parked and not free to go on. From that moment until r is over nobody can free them: to
-open a barrier or to evaluate one must be neither parked nor waiting for r, and there is no such worker left.
+open a barrier, to evaluate or to give back one must be neither parked nor waiting for r, and there is no such worker
+left.
 
-Columns are read in the order pushed, gone, parked, passes, evaluated. A column is anything indexable by rank: memory
+Columns are read in the order pushed, gone, parked, passes, and the rest. A column is anything indexable by rank: memory
 shared by processes, or a list in a test or a simulation.
 """
 
@@ -27,15 +31,16 @@ from typing import Protocol, TypeAlias
 Column: TypeAlias = "Sequence[int] | memoryview[int]"
 
 NOT_PARKED = 0
-EMPTY = 1 << 32  # added to where a worker parks
+EMPTY, TAIL = 1 << 32, 1 << 33  # added to where a worker parks
 
 
 class Board(Protocol):
     """What the workers of a job have published of themselves; each column has one writer a cell.
 
-    ``parked[w]`` is 0, or 1 + the loader at whose end worker w waits, with EMPTY added by law 4; ``passes(l)[w]`` is
-    how many passes over loader l worker w has finished; ``gone[w]`` is 1 once w has left; ``evaluated[l]`` is 1 once
-    anyone has read loader l without a step.
+    ``parked[w]`` is 0, or 1 + the loader at whose end worker w waits, with EMPTY added by law 4 or TAIL by law 5;
+    ``passes(l)[w]`` is how many passes over loader l worker w has finished; ``gone[w]`` is 1 once w has left;
+    ``evaluated[l]`` is 1 once anyone has read loader l without a step; ``returned[l]`` is how many batches of it have
+    come back, ``drained[l]`` how many passes over it are drained.
     """
 
     @property
@@ -46,6 +51,12 @@ class Board(Protocol):
 
     @property
     def evaluated(self) -> Column: ...
+
+    @property
+    def returned(self) -> Column: ...
+
+    @property
+    def drained(self) -> Column: ...
 
     @property
     def common(self) -> int:
@@ -84,10 +95,10 @@ def close_round(number: int, pushed: Column, board: Board) -> Closed | Waiting:
     before = _places(missing, board)
     for worker in missing:
         if not is_out(worker, board):
-            return Waiting(worker, f"worker {worker} has not pushed round {number}")
+            return Waiting(_told_by(worker, board), f"worker {worker} has not pushed round {number}")
     for worker, then, now in zip(missing, before, _places(missing, board), strict=True):
         if then != now:
-            return Waiting(worker, f"worker {worker} has not pushed round {number}")
+            return Waiting(_told_by(worker, board), f"worker {worker} has not pushed round {number}")
     return Closed(tuple(contributors))
 
 
@@ -98,14 +109,21 @@ def _excused(worker: int, board: Board) -> bool:
         return False
     loader = parked_at(parked)
     number = board.passes(loader)[worker]
-    # Looked at twice: if it has gone on in between, that number may be of a pass it left without parking.
-    shut = board.parked[worker] == parked and not barrier_open(loader, number, board)
-    return shut and not _free_to_go(parked, board)
+    if board.parked[worker] != parked:
+        return False  # it has gone on in between: that number may be of a pass it left without parking
+    if parked & TAIL:
+        return board.drained[loader] <= number and not board.returned[loader]
+    return not barrier_open(loader, number, board) and not _free_to_go(parked, board)
+
+
+def _told_by(worker: int, board: Board) -> int:
+    """Whose word changes when this worker goes on. At a tail it may stay after all, when others are faster."""
+    return board.common if board.parked[worker] & TAIL else worker
 
 
 def parked_at(parked: int) -> int:
     """The loader at whose end a worker waits that is parked."""
-    return (parked & ~EMPTY) - 1
+    return (parked & ~(EMPTY | TAIL)) - 1
 
 
 def _free_to_go(parked: int, board: Board) -> bool:
@@ -122,6 +140,26 @@ def held_at_end(worker: int, board: Board) -> Waiting | None:
     if _free_to_go(parked, board) or _first_if_all_stand(board) == worker:
         return None
     return Waiting(board.common, held.reason)  # whoever evaluates or parks may end this
+
+
+def more_at_tail(worker: int, board: Board) -> bool | Waiting:
+    """Have batches come back for ``worker``, which is parked at the tail of a pass, or is the pass drained?"""
+    loader = parked_at(board.parked[worker])
+    if board.drained[loader] > board.passes(loader)[worker]:
+        return False
+    return board.returned[loader] > 0 or Waiting(board.common, "others may give back batches that they have drawn")
+
+
+def is_drained(loader: int, number: int, arriving: int | None, board: Board) -> bool:
+    """Under the run's lock: is pass ``number`` drained? ``arriving`` is a worker that is about to park at its tail."""
+    present = [worker for worker in range(len(board.gone)) if not board.gone[worker]]
+    passes = board.passes(loader)
+    at_tail = [w for w in present if w == arriving or board.parked[w] == loader + 1 + TAIL]
+    return (
+        bool(present)
+        and not board.returned[loader]
+        and all(passes[worker] + (worker in at_tail) >= number for worker in present)
+    )
 
 
 def _first_if_all_stand(board: Board) -> int | None:
@@ -167,7 +205,7 @@ def within_bound(worker: int, staleness: int, clocks: Column, board: Board) -> W
     """
     for other in range(len(clocks)):
         if clocks[worker] - clocks[other] > staleness and not is_out(other, board):
-            return Waiting(other, f"worker {other} is {clocks[worker] - clocks[other]} steps behind")
+            return Waiting(_told_by(other, board), f"worker {other} is {clocks[worker] - clocks[other]} steps behind")
     return None
 
 
@@ -182,7 +220,7 @@ def next_to_act(board: Board) -> int | None:
     present = [worker for worker in range(len(board.gone)) if not board.gone[worker]]
     for worker in present:
         if not _excused(worker, board):
-            return worker
+            return _told_by(worker, board)
     return board.common if present else None
 
 

@@ -83,10 +83,13 @@ class Board:
         self._floats = memoryview(memory).cast("d")
         self._looks = offsets["looks"]
         self._accounts = offsets["accounts"]
-        # The two columns with many writers. In "evaluated" whoever writes, writes 1; "decided" (the last pass over a
-        # loader of which the consequences are drawn) is written under the run's lock.
+        # The columns with many writers. In "evaluated" whoever writes, writes 1; the others are written under the run's
+        # lock: the last pass over a loader of which the consequences are drawn, and what protocol/rounds.py has of
+        # leases.
         self.evaluated = self._words[offsets["evaluated"] : offsets["evaluated"] + MAX_LOADERS]
         self.decided = self._words[offsets["decided"] : offsets["decided"] + MAX_LOADERS]
+        self.returned = self._words[offsets["returned"] : offsets["returned"] + MAX_LOADERS]
+        self.drained = self._words[offsets["drained"] : offsets["drained"] + MAX_LOADERS]
         # Sleeping costs a wake-up of 10 to 50 microseconds; looking again for a while costs a core. It pays
         # only where every process has a core of its own.
         self._spins = 40 if self.members <= len(os.sched_getaffinity(0)) else 0
@@ -188,6 +191,8 @@ def _offsets(workers: int, servers: int) -> dict[str, int]:
         "looks": workers * 6 * MAX_LOADERS,
         "evaluated": MAX_LOADERS,
         "decided": MAX_LOADERS,
+        "returned": MAX_LOADERS,
+        "drained": MAX_LOADERS,
         "accounts": _LINE,
     }
     for name, words in columns.items():

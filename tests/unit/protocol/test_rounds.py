@@ -32,6 +32,8 @@ class Lists:
     parked: list[int]
     finished: dict[int, list[int]] = field(default_factory=dict)
     evaluated: list[int] = field(default_factory=lambda: [0, 0])
+    returned: list[int] = field(default_factory=lambda: [0, 0])
+    drained: list[int] = field(default_factory=lambda: [0, 0])
     common: int = 9
 
     def passes(self, loader: int) -> list[int]:

@@ -22,7 +22,16 @@ from typing import Any, TypeVar
 import pytest
 
 from paceline.engine.server import _next
-from paceline.protocol.rounds import EMPTY, Waiting, close_round, held_at_end, reached
+from paceline.protocol.rounds import (
+    EMPTY,
+    TAIL,
+    Waiting,
+    close_round,
+    held_at_end,
+    is_drained,
+    more_at_tail,
+    reached,
+)
 from paceline.transport.channel import Channel
 
 SEEDS = 2000
@@ -45,6 +54,8 @@ class Plan:
     evaluates: tuple[int | None, ...]  # batches of the evaluation after the pass; on all workers, or on none
     evaluates_every: int | None  # and in the midst of a pass, as many as after the first
     ends_in: int | None  # the script ends in this pass: after its break, or after its end
+    pool: int | None  # batches of every pass that are drawn by lease, in place of ``batches``; the same on all workers
+    ahead: int  # drawn ahead of the one in hand, by lease
 
 
 @dataclass
@@ -60,6 +71,16 @@ class World:
     parked: list[int] = field(init=False)
     passes: list[list[int]] = field(init=False)
     evaluated: list[int] = field(init=False)
+    returned: list[int] = field(init=False)
+    drained: list[int] = field(init=False)
+    locked: bool = False
+    epoch: int = -1  # the pass that the ledger is open for
+    pool: int = 0
+    table: list[Batch] = field(default_factory=list)  # what can be drawn by lease
+    kept: dict[int, Batch] = field(default_factory=dict)  # a first batch for each worker
+    lost: list[Batch] = field(default_factory=list)
+    took_back: int = 0
+    drained_passes: set[int] = field(default_factory=set)  # of which a worker was told that they are drained
     events: list[int] = field(init=False)
     slots: list[tuple[Batch, ...]] = field(init=False)
     rounds: dict[int, dict[int, tuple[int, ...]]] = field(default_factory=dict)  # round -> stepper -> contributors
@@ -71,7 +92,7 @@ class World:
         members = self.workers + self.servers
         self.pushed, self.gone, self.parked = [0] * self.workers, [0] * self.workers, [0] * self.workers
         self.stepped, self.ready, self.events = [0] * members, [0] * members, [0] * (members + 1)
-        self.evaluated = [0, 0]
+        self.evaluated, self.returned, self.drained = [0, 0], [0, 0], [0, 0]
         self.passes = [[0] * self.workers for _ in (TRAIN, EVALUATE)]
         self.slots = [()] * self.workers
 
@@ -109,17 +130,12 @@ class _Reading:
     def __init__(self, world: World, known: Iterator[int]) -> None:
         self.workers = world.workers
         self.common = world.workers + world.servers
-        self.pushed, self.stepped, self.ready, self.gone, self.parked, self.evaluated, self.events = (
+        self.pushed, self.stepped, self.ready, self.gone, self.parked, self.events = (
             _Cells(column, known)
-            for column in (
-                world.pushed,
-                world.stepped,
-                world.ready,
-                world.gone,
-                world.parked,
-                world.evaluated,
-                world.events,
-            )
+            for column in (world.pushed, world.stepped, world.ready, world.gone, world.parked, world.events)
+        )
+        self.evaluated, self.returned, self.drained = (
+            _Cells(column, known) for column in (world.evaluated, world.returned, world.drained)
         )
         self._passes = [_Cells(column, known) for column in world.passes]
 
@@ -146,6 +162,18 @@ def put(column: list[int], index: int, value: int) -> Steps[None]:
 def ring(world: World, member: int) -> Steps[None]:
     yield
     world.events[member] += 1
+
+
+def lock(world: World) -> Steps[None]:
+    yield
+    while world.locked:
+        yield
+    world.locked = True
+
+
+def unlock(world: World) -> Steps[None]:
+    yield
+    world.locked = False
 
 
 def ring_all(world: World, member: int) -> Steps[None]:
@@ -224,8 +252,88 @@ def exchange(world: World, me: int, batches: tuple[Batch, ...], last: list[objec
 
 
 def finish_pass(world: World, me: int, loader: int) -> Steps[None]:
+    yield from lock(world)
     yield from put(world.passes[loader], me, world.passes[loader][me] + 1)
+    yield from drain(world, loader)
+    yield from unlock(world)
     yield from ring_all(world, me)
+
+
+def drain(world: World, loader: int, arriving: int | None = None) -> Steps[None]:
+    """Under the lock, as engine/worker.py does it."""
+    before = world.drained[loader]
+    while (yield from ask(world, lambda columns: is_drained(loader, columns.drained[loader] + 1, arriving, columns))):
+        yield from put(world.drained, loader, world.drained[loader] + 1)
+    if world.drained[loader] > before:
+        yield from ring(world, world.workers + world.servers)
+
+
+def open_ledger(world: World, number: int, pool: int) -> Steps[None]:
+    """What data/ledger.py does when a pass begins; here, what came back is what stands first on the table."""
+    yield from lock(world)
+    if world.epoch != number:
+        world.epoch, world.pool = number, pool
+        world.lost += [*world.table, *world.kept.values()]
+        world.table = [(-1, number, place) for place in range(pool)]
+        present = [worker for worker in range(world.workers) if not world.gone[worker]]
+        world.kept = {worker: world.table.pop(0) for worker in present[:pool]}
+        yield from tell_returned(world, 0)
+    yield from unlock(world)
+
+
+def draw(world: World, me: int, count: int) -> Steps[list[Batch]]:
+    """The next batches of a pass, by lease; at most ``count``."""
+    yield from lock(world)
+    drawn = [world.kept.pop(me)] if me in world.kept else []
+    from_table = [world.table.pop(0) for _ in range(min(count - len(drawn), len(world.table)))]
+    yield from tell_returned(world, max(0, world.returned[TRAIN] - len(from_table)))
+    yield from unlock(world)
+    return drawn + from_table
+
+
+def give_back(world: World, me: int, batches: list[Batch]) -> Steps[None]:
+    yield from lock(world)
+    yield from forgo(world, me, batches)
+    yield from unlock(world)
+
+
+def forgo(world: World, me: int, batches: list[Batch]) -> Steps[None]:
+    batches = batches + ([world.kept.pop(me)] if me in world.kept else [])
+    world.took_back += len(batches)
+    world.table = batches + world.table
+    yield from tell_returned(world, world.returned[TRAIN] + len(batches))
+
+
+def tell_returned(world: World, count: int) -> Steps[None]:
+    """Under the lock."""
+    if world.returned[TRAIN] != count:
+        yield from put(world.returned, TRAIN, count)
+        yield from ring(world, world.workers + world.servers)
+
+
+def more(world: World, me: int) -> Steps[bool]:
+    """Wait at the tail of a pass over the training loader, as engine/worker.py does it."""
+    yield from lock(world)
+    yield from drain(world, TRAIN, arriving=me)
+    found: bool = world.returned[TRAIN] > 0
+    parks = not found and world.drained[TRAIN] <= world.passes[TRAIN][me]
+    if parks:
+        yield from put(world.parked, me, TRAIN + 1 + TAIL)
+    yield from unlock(world)
+    if parks:
+        yield from ring_all(world, me)
+        while world.parked[me]:
+            yield from wait(world, lambda columns: more_at_tail(me, columns))
+            yield from lock(world)
+            answer = yield from ask(world, lambda columns: more_at_tail(me, columns))
+            if not isinstance(answer, Waiting):
+                found = answer
+                yield from put(world.parked, me, 0)
+            yield from unlock(world)
+        yield from ring_all(world, me)
+    if not found:
+        world.drained_passes.add(world.passes[TRAIN][me])
+    return found
 
 
 def await_all(world: World, me: int, loader: int, *, empty: bool = False) -> Steps[None]:
@@ -257,16 +365,32 @@ def work(world: World, me: int, plan: Plan) -> Steps[None]:
     for number, count in enumerate(plan.batches):
         if left:
             yield from await_all(world, me, TRAIN, empty=not knows)
-        left = plan.breaks_after[number] is not None and plan.breaks_after[number] < count
-        for place in range(plan.breaks_after[number] if left else count):
-            world.drawn.append((me, number, place))
-            pending += ((me, number, place),)
+        left, seen, before = False, 0, steps
+        leases: list[Batch] = []
+        if plan.pool is not None:
+            yield from open_ledger(world, number, plan.pool)
+        while True:
+            if plan.pool is not None and len(leases) <= plan.ahead:
+                leases += yield from draw(world, me, plan.ahead + 1 - len(leases))
+                if not leases and steps > before and (yield from more(world, me)):
+                    continue
+            if not leases if plan.pool is not None else seen == count:
+                break
+            if seen == plan.breaks_after[number] and (seen or plan.pool is None):
+                left = True
+                break
+            batch = (me, number, seen) if plan.pool is None else leases.pop(0)
+            world.drawn.append(batch)
+            seen += 1
+            pending += (batch,)
             if len(pending) >= plan.accumulate[number]:
                 yield from exchange(world, me, pending, last)
                 pending = ()
                 steps, knows = steps + 1, True
                 if plan.evaluates_every and steps % plan.evaluates_every == 0:
                     yield from evaluate(world, me, plan.evaluates[0])
+        if plan.pool is not None:
+            yield from give_back(world, me, leases)
         yield from finish_pass(world, me, TRAIN)
         if not left:
             yield from await_all(world, me, TRAIN, empty=not knows)
@@ -277,7 +401,11 @@ def work(world: World, me: int, plan: Plan) -> Steps[None]:
             break
         yield from evaluate(world, me, plan.evaluates[number])
     world.left_over += pending
+    yield from lock(world)
+    yield from forgo(world, me, [])
     yield from put(world.gone, me, 1)
+    yield from drain(world, TRAIN)
+    yield from unlock(world)
     yield from ring_all(world, me)
 
 
@@ -306,6 +434,7 @@ def plans(random_: random.Random, workers: int) -> list[Plan]:
     evaluates = [random_.random() < 0.4 for _ in range(passes)]
     to_evaluate = random_.randint(1, workers)  # batches, dealt in turn
     evaluates_every = random_.choice((None, 1, 2, 3))
+    pool = random_.choice((None, random_.randint(0, 4 * workers)))
     some = random_.choice((0.0, 0.2, 0.5))  # how often anything unusual happens in this run
     found = []
     for rank in range(workers):
@@ -320,6 +449,8 @@ def plans(random_: random.Random, workers: int) -> list[Plan]:
                 evaluates=tuple(int(rank < to_evaluate) if asked else None for asked in evaluates),
                 evaluates_every=evaluates_every,
                 ends_in=random_.randrange(passes) if random_.random() < some else None,
+                pool=pool,
+                ahead=random_.choice((0, 0, 1, 3)),
             )
         )
     return found
@@ -388,6 +519,9 @@ def check(world: World) -> None:
         counted += [batch for batches in first.values() for batch in batches]
     assert sorted(counted + world.left_over) == sorted(world.drawn), "a batch was lost, or counted twice"
     assert len(set(world.drawn)) == len(world.drawn)
+    # Where there is a batch for everyone; with fewer an idle worker may take the pass for an evaluation, and go ahead.
+    left = [batch for batch in world.lost + world.table if world.pool >= world.workers]
+    assert not [batch for batch in left if batch[1] in world.drained_passes], f"{left} were left in drained passes"
 
 
 def run(seed: int) -> None:
@@ -416,6 +550,7 @@ def test_a_run_reaches_what_the_claims_are_about() -> None:
     assert any(world.servers == 2 for world, _ in rounds)
     assert any(world.left_over for world in worlds)
     assert any(max(world.ready) > 1 for world in worlds)
+    assert any(world.drained_passes and world.took_back for world in worlds)
     assert any(
         len({column[worker] for worker in range(world.workers)}) > 1 for world in worlds for column in world.passes
     )
