@@ -59,3 +59,47 @@ def test_with_a_worker_ten_times_slower_each_sample_counts_once(
     ended = runner.start("-m", "paceline", "run", *options, "count.py").end()
     assert ended.code == 0, f"{ended.out}\n{ended.err}"
     assert "weights [2.0]" in ended.out
+
+
+LEAVES = """
+import os
+import torch
+from torch.utils.data import DataLoader
+import paceline
+
+
+def main():
+    run = paceline.init()
+    weight = torch.nn.Parameter(torch.zeros(16, dtype=torch.float64))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    loader = DataLoader(range(16), num_workers=1, prefetch_factor=4)
+    optimizer, loader = run.wrap(optimizer, loader)
+    mine = []
+    for (number,) in loader:
+        weight.grad = torch.zeros_like(weight)
+        weight.grad[number] = -1.0
+        optimizer.step()
+        mine.append(int(number))
+        if run.rank == 0 and len(mine) == 1:
+            while not os.path.exists("drawn"):  # four more are drawn ahead, until worker 1 takes them back
+                pass
+        if run.rank == 1 and len(mine) == 11:
+            open("drawn", "w").close()
+            while not run.worker.context.board.parked[0]:
+                pass
+            break
+    if run.rank == 0:
+        print("mine", len(mine), "weights", sorted(set(weight.tolist())), flush=True)
+
+
+main()
+"""
+
+
+def test_what_a_leaver_has_drawn_ahead_goes_to_who_has_found_nothing_left(runner: Runner) -> None:
+    """Worker 1 has taken back the last four batches from worker 0, which then waits at the tail; it begins none of them
+    and leaves."""
+    runner.write("leaves.py", LEAVES)
+    ended = runner.start("-m", "paceline", "run", "--pace", "async", "--workers", "2", "leaves.py").end()
+    assert ended.code == 0, f"{ended.out}\n{ended.err}"
+    assert "mine 5 weights [1.0]" in ended.out
