@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn, optim
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, TensorDataset
 
-from paceline.config import ASSIGNMENTS, Async, Bounded, Pace, Quorum
+from paceline.config import ASSIGNMENTS, Async, Bounded, Local, Pace, Quorum, Sync
 from tests.driver import run_job
 
 EPOCHS = 2
@@ -95,6 +95,41 @@ def test_each_sample_counts_once_an_epoch(
 ) -> None:
     body = count(lambda: LOADERS[loader](samples, size), samples)
     assert_counted(run_job(body, workers=workers, servers=servers, pace=pace, assign=assign), EPOCHS)
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    loader=st.sampled_from(sorted(LOADERS)),
+    samples=st.integers(1, 60),
+    size=st.integers(1, 7),
+    pace=st.sampled_from([Sync(), Local(1), Local(3), Local(2, outer_momentum=0.5)]),
+    assign=st.sampled_from(ASSIGNMENTS),
+    workers=st.integers(1, 4),
+    servers=st.integers(0, 2),
+)
+def test_in_rounds_each_sample_is_in_one_step_of_one_worker_an_epoch(
+    loader: str, samples: int, size: int, pace: Pace, assign: str, workers: int, servers: int
+) -> None:
+    """A round takes means, so the weights cannot be counted by; the samples of every step that was taken can."""
+
+    def body(run: Any) -> tuple[list[list[int]], float]:
+        weight = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+        optimizer, shared = run.wrap(optim.SGD([weight], lr=1.0), LOADERS[loader](samples, size))
+        epochs = []
+        for _ in range(EPOCHS):
+            stepped: list[int] = []
+            for batch in shared:
+                found = batch[0] if isinstance(batch, list) else batch
+                weight.grad = found.mean().reshape(1)
+                optimizer.step()
+                stepped += [int(number) for number in found.reshape(-1)]
+            epochs.append(stepped)
+        return epochs, weight.item()
+
+    results = run_job(body, workers=workers, servers=servers, pace=pace, assign=assign)
+    for epoch in range(EPOCHS):
+        assert sorted(number for epochs, _ in results for number in epochs[epoch]) == list(range(samples))
+    assert len({weight for _, weight in results}) == 1
 
 
 @pytest.mark.parametrize("pace", [Async(), Bounded(1)], ids=str)
