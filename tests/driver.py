@@ -33,6 +33,9 @@ class Failed(Exception):
         self.failure = failure
 
 
+_finished: list[Any] = []  # jobs are kept: CPython 3.11 has been seen to crash in the collector when it frees them
+
+
 def run_job(body: Callable[[Run], Any], *, workers: int = 2, servers: int = 0, **options: Any) -> list[Any]:
     """What ``body(run)`` returned in each worker, by rank. Raises what a worker raised first, or Failed."""
     job = Job(name="test", workers=workers, servers=servers, **options)
@@ -66,6 +69,7 @@ def run_job(body: Callable[[Run], Any], *, workers: int = 2, servers: int = 0, *
                 serve(context)
             else:
                 run = Run(context)
+                _finished.append(run)
                 results[rank] = body(run)
                 assert run.worker is not None
                 run.worker.finish()
