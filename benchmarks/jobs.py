@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import cycle
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +23,21 @@ _BATCHES = 8
 _LR = 1e-6
 
 
+def _adamw(model: nn.Module, fused: bool) -> optim.Optimizer:
+    """As most scripts have it, without a word on how it steps, or fused."""
+    if fused:
+        return optim.AdamW(model.parameters(), lr=_LR, fused=True)
+    return optim.AdamW(model.parameters(), lr=_LR)
+
+
+def _sgd(model: nn.Module, fused: bool) -> optim.Optimizer:
+    assert not fused, "torch has no fused kernel for sparse gradients"
+    return optim.SGD(model.parameters(), lr=_LR)
+
+
 @dataclass(frozen=True)
 class Job:
-    """``samples`` are those of one step of one worker; ``draw`` makes a batch of them."""
+    """``samples`` are those of one step of one worker; ``draw`` makes a batch of them. ``optimizer(model, fused)``."""
 
     name: str
     told: str
@@ -32,20 +45,26 @@ class Job:
     model: Callable[[], nn.Module]
     draw: Callable[[int, torch.Generator], Batch]
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
+    optimizer: Callable[[nn.Module, bool], optim.Optimizer] = _adamw
+
+    @property
+    def can_fuse(self) -> bool:
+        return self.optimizer is _adamw
 
     def batches(self, seed: int) -> list[Batch]:
         generator = torch.Generator().manual_seed(seed)
         return [self.draw(self.samples, generator) for _ in range(_BATCHES)]
 
 
-def make_optimizer(model: nn.Module, *, fused: bool) -> optim.Optimizer:
-    """AdamW as most scripts have it, without a word on how it steps, or fused."""
-    if fused:
-        return optim.AdamW(model.parameters(), lr=_LR, fused=True)
-    return optim.AdamW(model.parameters(), lr=_LR)
+class Steps(Protocol):
+    """What a step needs of an optimizer."""
+
+    def zero_grad(self) -> None: ...
+
+    def step(self) -> object: ...
 
 
-def make_step(job: Job, model: nn.Module, optimizer: optim.Optimizer, batches: list[Batch]) -> Callable[[], None]:
+def make_step(job: Job, model: nn.Module, optimizer: Steps, batches: list[Batch]) -> Callable[[], None]:
     """One step of the plain loop over the batches, again and again."""
     endless = cycle(batches)
 
@@ -62,6 +81,13 @@ def make_step(job: Job, model: nn.Module, optimizer: optim.Optimizer, batches: l
 def _mlp() -> nn.Module:
     return nn.Sequential(
         nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)
+    )  # fmt: skip
+
+
+def _mlp_10m() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(784, 2048), nn.ReLU(), nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, 2048), nn.ReLU(),
+        nn.Linear(2048, 10),
     )  # fmt: skip
 
 
@@ -92,11 +118,11 @@ _ITEMS, _MEAN_BAG = 1_000_000, 20
 
 
 class _Recommender(nn.Module):
-    """The mean of a user's items' vectors, and a small head; its gradients are dense."""
+    """The mean of a user's items' vectors, and a small head."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, sparse: bool = False) -> None:
         super().__init__()
-        self.items = nn.EmbeddingBag(_ITEMS, 16, mode="mean")
+        self.items = nn.EmbeddingBag(_ITEMS, 16, mode="mean", sparse=sparse)
         self.head = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 1))
 
     def forward(self, ids: Tensor, offsets: Tensor) -> Tensor:
@@ -156,6 +182,7 @@ JOBS = {
     job.name: job
     for job in (
         Job("mlp", "MLP 784-512-512-10, batch 64", 64, _mlp, _draw_pixels),
+        Job("mlp10m", "MLP 784-2048-2048-2048-10, batch 64", 64, _mlp_10m, _draw_pixels),
         Job("cnn", "CNN of two convolutions on 28x28, batch 64", 64, _cnn, _draw_images),
         Job(
             "recommender",
@@ -164,6 +191,15 @@ JOBS = {
             _Recommender,
             _draw_bags,
             F.binary_cross_entropy_with_logits,
+        ),
+        Job(
+            "sparse",
+            "the same with sparse gradients, SGD",
+            256,
+            lambda: _Recommender(sparse=True),
+            _draw_bags,
+            F.binary_cross_entropy_with_logits,
+            _sgd,
         ),
         Job("gpt", "GPT of 4 layers, width 256, 128 tokens, batch 8", 8, _Gpt, _draw_text),
     )

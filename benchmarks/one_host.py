@@ -36,6 +36,7 @@ from benchmarks.teams import Team, TeamError
 
 _CORES = 2
 _CEILING, _RIVALS = "ceiling", ("ddp", "ddp_fused")
+_MEASURED = ("ceiling", "ddp", "ddp_fused", "rpc", "ray", "sync", "sync_server", "bounded", "async", "async_server")
 _QUIET = 0.05  # with more than this share of the cores used by others, the figures come with a warning
 _INK, _GREY, _OURS = "#22272e", "#7a828c", "#1f5fa8"
 
@@ -93,7 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     results: dict[str, Table] = {}
     try:
         for job in options.jobs:
-            table = results[job] = _measure(job, options.rows, options.rounds, options.seconds, cores)
+            rows = [row for row in options.rows if JOBS[job].can_fuse or not WAYS[row].fused]
+            table = results[job] = _measure(job, rows, options.rounds, options.seconds, cores)
             print(f"\n{job}: {JOBS[job].told}; {table.parameters_mb:.1f} MB of parameters")
             print("\n".join(_lines(table.rows)), flush=True)
             if table.others > _QUIET:
@@ -114,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: Sequence[str] | None) -> Any:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--jobs", type=_names(JOBS), default=list(JOBS), help=f"of {','.join(JOBS)}")
-    parser.add_argument("--rows", type=_names(WAYS), default=list(WAYS), help=f"ways, of {','.join(WAYS)}")
+    parser.add_argument("--rows", type=_names(WAYS), default=list(_MEASURED), help=f"ways, of {','.join(WAYS)}")
     parser.add_argument("--rounds", type=_positive(int), default=7, help="slices of each way (default 7)")
     parser.add_argument("--seconds", type=_positive(float), default=1.5, help="of a slice (default 1.5)")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the shares of the ceiling")
@@ -122,6 +124,9 @@ def _parse(argv: Sequence[str] | None) -> Any:
     options = parser.parse_args(argv)
     # The ceiling is measured whether asked for or not: nothing means much without it.
     options.rows = [way for way in WAYS if way in options.rows or way == _CEILING]
+    for way in [way for way in options.rows if WAYS[way].missing()]:
+        print(f"{way} is left out: pip install {WAYS[way].missing()}", file=sys.stderr)
+        options.rows.remove(way)
     return options
 
 

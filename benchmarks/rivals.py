@@ -20,13 +20,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import nn, optim
 
-from benchmarks.jobs import JOBS, Job, make_optimizer, make_step
+from benchmarks.jobs import JOBS, Job, Steps, make_step
 
 _FORGOTTEN_S = 3600.0  # a worker that hears nothing for so long ends by itself
 _GLOO_S = 120.0
@@ -35,11 +36,11 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class Way:
-    """``started`` processes are started by the benchmark; they are the workers, but for paceline's launcher."""
+    """``started`` processes are started by the benchmark: the workers, or who starts them, and a server of rpc's."""
 
     name: str
     told: str
-    kind: Literal["apart", "ddp", "paceline"]
+    kind: Literal["apart", "ddp", "rpc", "ray", "paceline"]
     workers: int = 2
     servers: int = 0
     fused: bool = False
@@ -52,7 +53,18 @@ class Way:
 
     @property
     def started(self) -> int:
-        return 1 if self.kind == "paceline" else self.workers
+        if self.kind in ("paceline", "ray"):
+            return 1
+        return self.workers + (1 if self.kind == "rpc" else 0)
+
+    @property
+    def answering(self) -> int:
+        """Processes that train slices; of Ray's it is the driver, for all."""
+        return 1 if self.kind == "ray" else self.workers
+
+    def missing(self) -> str | None:
+        """What has to be installed before this way can be measured."""
+        return "ray" if self.kind == "ray" and find_spec("ray") is None else None
 
 
 WAYS = {
@@ -63,8 +75,11 @@ WAYS = {
         Way("ceiling_fused", "the same, AdamW(fused=True)", "apart", fused=True),
         Way("ddp", "DistributedDataParallel, gloo", "ddp"),
         Way("ddp_fused", "the same, AdamW(fused=True)", "ddp", fused=True),
+        Way("rpc", "server on torch.distributed.rpc", "rpc"),
+        Way("ray", "Ray's documented server", "ray"),
         Way("sync", "paceline sync", "paceline"),
         Way("sync_server", "paceline sync, 1 server", "paceline", servers=1),
+        Way("quorum", "paceline quorum:1", "paceline", pace="quorum:1"),
         Way("bounded", "paceline bounded:4", "paceline", pace="bounded:4"),
         Way("async", "paceline async", "paceline", pace="async"),
         Way("async_server", "paceline async, 1 server", "paceline", servers=1, pace="async"),
@@ -83,6 +98,10 @@ def main(way: Way, job: Job, rank: int, path: str) -> None:
             _answer(job, model, optimizer, rank, path)
         case "ddp":
             _train_ddp(way, job, rank, path)
+        case "rpc":
+            _train_rpc(way, job, rank, path)
+        case "ray":
+            _drive_ray(way, job, path)
         case "paceline":
             _launch_paceline(way, job, path)
 
@@ -90,7 +109,7 @@ def main(way: Way, job: Job, rank: int, path: str) -> None:
 def _make(way: Way, job: Job) -> tuple[nn.Module, optim.Optimizer]:
     torch.manual_seed(0)
     model = job.model()
-    return model, make_optimizer(model, fused=way.fused)
+    return model, job.optimizer(model, way.fused)
 
 
 def _train_ddp(way: Way, job: Job, rank: int, path: str) -> None:
@@ -106,9 +125,33 @@ def _train_ddp(way: Way, job: Job, rank: int, path: str) -> None:
         timeout=timedelta(seconds=_GLOO_S),
     )
     model, optimizer = _make(way, job)
-    replica = DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=True)
+    # Sparse gradients are reduced apart from the buckets.
+    replica = DistributedDataParallel(model, gradient_as_bucket_view=job.can_fuse, static_graph=job.can_fuse)
     _answer(job, replica, optimizer, rank, path)
     dist.destroy_process_group()
+
+
+def _train_rpc(way: Way, job: Job, rank: int, path: str) -> None:
+    from benchmarks import servers
+
+    model, optimizer = _make(way, job)
+    if rank == way.workers:
+        servers.serve(model, optimizer, rank, way.workers, path)
+        return
+    servers.connect(rank, way.workers, path)
+    _answer(job, model, servers.ThroughServer(model), rank, path)
+    servers.end()
+
+
+def _drive_ray(way: Way, job: Job, path: str) -> None:
+    import ray
+
+    from benchmarks import servers
+
+    step, finish = servers.ray_step(job.name, way.workers)
+    size_bytes = sum(p.numel() * p.element_size() for p in job.model().parameters())
+    _listen(step, size_bytes, path, finish=finish, workers=way.workers)
+    ray.shutdown()
 
 
 def _launch_paceline(way: Way, job: Job, path: str) -> None:
@@ -135,21 +178,28 @@ def _train_paceline(rank: int, way: str, job: str, path: str) -> None:
     _answer(JOBS[job], model, optimizer, rank, path)
 
 
-def _answer(job: Job, model: nn.Module, optimizer: optim.Optimizer, rank: int, path: str) -> None:
-    """Train slices as told until the benchmark closes the connection."""
+def _answer(job: Job, model: nn.Module, optimizer: Steps, rank: int, path: str) -> None:
     step = make_step(job, model, optimizer, job.batches(seed=rank))
-    size_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    _listen(step, sum(p.numel() * p.element_size() for p in model.parameters()), path)
+
+
+def _listen(
+    step: Callable[[], None], size_bytes: int, path: str, *, finish: Callable[[], None] | None = None, workers: int = 1
+) -> None:
+    """Train slices as told until the benchmark closes the connection. ``step`` is one of ``workers``."""
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(_FORGOTTEN_S)
         connection.connect(path)
         with connection.makefile("rw", encoding="utf-8") as lines:
             print(json.dumps({"pid": os.getpid(), "parameter_bytes": size_bytes}), file=lines, flush=True)
             for line in lines:
-                steps, seconds = _train_slice(step, **json.loads(line))
-                print(json.dumps({"steps": steps, "seconds": seconds}), file=lines, flush=True)
+                steps, took_s = _train_slice(step, finish or (lambda: None), **json.loads(line))
+                print(json.dumps({"steps": steps * workers, "seconds": took_s}), file=lines, flush=True)
 
 
-def _train_slice(step: Callable[[], None], *, at: float, steps: int, seconds: float) -> tuple[int, float]:
+def _train_slice(
+    step: Callable[[], None], finish: Callable[[], None], *, at: float, steps: int, seconds: float
+) -> tuple[int, float]:
     """(steps taken, seconds they took)."""
     time.sleep(max(at - time.monotonic(), 0.0))
     begun = now = time.monotonic()
@@ -158,7 +208,8 @@ def _train_slice(step: Callable[[], None], *, at: float, steps: int, seconds: fl
         step()
         done += 1
         now = time.monotonic()
-    return done, now - begun
+    finish()
+    return done, time.monotonic() - begun
 
 
 if __name__ == "__main__":

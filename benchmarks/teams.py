@@ -40,7 +40,7 @@ class Team:
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.settimeout(1.0)
         self._listener.bind(str(self._path))
-        self._listener.listen(way.workers)
+        self._listener.listen(way.answering)
         self._processes = [self._start(job, rank) for rank in range(way.started)]
 
     def _start(self, job: str, rank: int) -> subprocess.Popen[bytes]:
@@ -48,6 +48,9 @@ class Team:
         environment = os.environ | {
             "OMP_NUM_THREADS": "1",
             "GLOO_SOCKET_IFNAME": "lo",
+            "TP_SOCKET_IFNAME": "lo",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_health_check_failure_threshold": "1000",  # it is stopped while others are measured
             "PYTHONPATH": f"{_ROOT}{os.pathsep}{known}" if known else _ROOT,
         }
         with self._log(rank).open("wb") as log:
@@ -74,7 +77,7 @@ class Team:
     def ready(self) -> None:
         """Blocks until every worker has its model. Raises TeamError."""
         give_up_s = time.monotonic() + _START_S
-        while len(self._pids) < self.way.workers:
+        while len(self._pids) < self.way.answering:
             if time.monotonic() > give_up_s or any(process.poll() is not None for process in self._processes):
                 raise self._error("has not started")
             try:
@@ -110,20 +113,25 @@ class Team:
         for connection in self._connections:
             connection.settimeout(_START_S + 10 * seconds)
         order = json.dumps({"at": time.monotonic() + _LEAD_S, "steps": steps, "seconds": seconds})
-        self._signal_launcher(signal.SIGCONT)
+        self._signal_restless(signal.SIGCONT)
         for lines in self._lines:
             try:
                 print(order, file=lines, flush=True)
             except OSError as error:
                 raise self._error("has ended") from error
         answers = [self._read(lines) for lines in self._lines]
-        self._signal_launcher(signal.SIGSTOP)
+        self._signal_restless(signal.SIGSTOP)
         return answers
 
-    def _signal_launcher(self, number: signal.Signals) -> None:
-        """paceline's launcher looks around 20 times a second; not while others are measured."""
+    def _signal_restless(self, number: signal.Signals) -> None:
+        """Stop what does not sleep while others are measured, and wake it: paceline's launcher, which looks around 20
+        times a second, and all of Ray's and rpc's processes, which keep a core busy between them."""
         if self.way.kind == "paceline":
             self._processes[0].send_signal(number)
+        elif self.way.kind in ("ray", "rpc"):
+            for member in [member for process in self._processes for member in _family(process)]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    member.send_signal(number)
 
     def _read(self, lines: IO[str]) -> Any:
         try:
@@ -152,14 +160,14 @@ class Team:
 
     def close(self) -> None:
         """Let every process end; kill those that do not."""
-        self._signal_launcher(signal.SIGCONT)
+        self._signal_restless(signal.SIGCONT)
         families = [member for process in self._processes for member in _family(process)]
         for lines, connection in zip(self._lines, self._connections, strict=True):
             with contextlib.suppress(OSError):  # what it was still to be told, it is not there to hear
                 lines.close()
             connection.close()
         self._listener.close()
-        give_up_s = time.monotonic() + (_END_S if len(self._pids) == self.way.workers else 0.0)
+        give_up_s = time.monotonic() + (_END_S if len(self._pids) == self.way.answering else 0.0)
         for process in self._processes:
             try:
                 process.wait(max(give_up_s - time.monotonic(), 0.0))
