@@ -233,7 +233,9 @@ class Exchange:
             state=items,
             workers=job.workers,
             servers=job.servers,
-            parts=self._parts(table.values) if isinstance(self._pace, Quorum | Bounded | Async) else 0,
+            parts=self._parts(sum(e.size for e in table.entries if not e.row))
+            if isinstance(self._pace, Quorum | Bounded | Async)
+            else 0,
             damping=job.staleness_damping and self._pace is job.pace,
             compensate=(job.compensate or 0.0) if self._pace is job.pace else 0.0,
         )

@@ -38,6 +38,7 @@ class Replica:
         gradients = [view(entry, self.slot.gradient[entry.vector]) for entry in entries]
         self._dense = {i: gradients[i] for i, entry in enumerate(entries) if not entry.row}  # parameter -> its range
         self._by_rows = {i: gradients[i].view(-1) for i, entry in enumerate(entries) if entry.row}
+        self._raw = {i for i in self._by_rows if optimizers.adds_rows(optimizer, self.parameters[i].dtype)}
         self._shared = [view(entry, memory.params[entry.vector]) for entry in entries]
         home = memory.params | self.slot.copy
         self._home = [view(entry, home[entry.vector]) for entry in entries]
@@ -114,7 +115,7 @@ class Replica:
         gradients = [parameter.grad for parameter in self.parameters]
         with torch.no_grad():
             for param, values in self._by_rows.items():
-                rows.write(self.slot.rows[param], values, gradients[param])
+                rows.write(self.slot.rows[param], values, gradients[param], raw=param in self._raw)
             given = {param: _dense(gradients[param]) for param in self._dense}
             there = [gradient for gradient in given.values() if gradient is not None]
             if there and len(there) == len(given):

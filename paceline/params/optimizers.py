@@ -97,7 +97,7 @@ def takes_rows(optimizer: optim.Optimizer, parameter: torch.Tensor, group: Group
     if _has_sparse(existing):
         return False
     table = torch.zeros(1, parameter.shape[1], dtype=parameter.dtype)
-    table.grad = rows.gradient_of((torch.zeros(1, dtype=torch.int64), table.clone()), table.shape)
+    table.grad = rows.gradient_of(rows.Rows(torch.zeros(1, dtype=torch.int64), table.clone()), table.shape)
     asked = clone(vars(optimizer), type(optimizer), [restore(group) | {"params": [table]}])
     for key, value in existing.items():
         if isinstance(value, torch.Tensor):
@@ -114,6 +114,14 @@ def takes_rows(optimizer: optim.Optimizer, parameter: torch.Tensor, group: Group
             "beside the one for the rest), or build them with sparse=False",
         ) from None
     return not _has_sparse(asked.state[table])
+
+
+def adds_rows(optimizer: optim.Optimizer, dtype: torch.dtype) -> bool:
+    """Does a step only add the rows of a sparse gradient to the table, so that duplicates need not be summed before?
+
+    Of 16-bit rows sums run in 32 bits, so those are summed.
+    """
+    return type(optimizer) is optim.SGD and dtype in (torch.float32, torch.float64)
 
 
 def _has_sparse(state: Mapping[str, Any]) -> bool:
@@ -270,7 +278,7 @@ def _probe(
     dummy = torch.zeros(shape, dtype=DTYPES[entry.dtype])
     dummy.grad = torch.zeros_like(dummy)
     if entry.row:
-        dummy.grad = rows.gradient_of((torch.zeros(1, dtype=torch.int64), dummy[:1].clone()), shape)
+        dummy.grad = rows.gradient_of(rows.Rows(torch.zeros(1, dtype=torch.int64), dummy[:1].clone()), shape)
     asked = make([group | {"params": [dummy]}])
     with rows.unchecked():
         asked.step()

@@ -200,7 +200,7 @@ class Shard:
     def norm(self, chosen: bytes | None, order: float) -> float:
         """Of what was folded: the sum of |g|^order over the chosen parameters, or the maximum for infinity."""
         flat = [
-            gradient.values() if gradient.is_sparse else gradient
+            gradient.coalesce().values() if gradient.is_sparse else gradient
             for piece, gradient in zip(self._pieces, self._folded, strict=True)
             if chosen is None or chosen[piece.param]
         ]

@@ -31,9 +31,11 @@ def sparse(indices: list[int], values: torch.Tensor, count: int) -> torch.Tensor
 
 
 @settings(max_examples=100)
-@given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 60), st.integers(0, 2**30), st.integers(1, 4))
+@given(
+    st.integers(1, 40), st.integers(1, 9), st.integers(0, 60), st.integers(0, 2**30), st.integers(1, 4), st.booleans()
+)
 def test_what_is_written_is_read_in_any_ranges_with_repeats_summed(
-    count: int, row: int, looked_up: int, seed: int, parts: int
+    count: int, row: int, looked_up: int, seed: int, parts: int, raw: bool
 ) -> None:
     chance, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     gradient = sparse(
@@ -42,13 +44,15 @@ def test_what_is_written_is_read_in_any_ranges_with_repeats_summed(
         count,
     )
     place = Place(count, row)
-    rows.write(place.area, place.values, gradient)
+    rows.write(place.area, place.values, gradient, raw=raw)
     ends = [0, *sorted(chance.randrange(count + 1) for _ in range(parts - 1)), count]
     read = []
     for start, stop in pairwise(ends):
-        indices, values = rows.read(place.area, place.values, row, start, stop)
-        assert torch.equal(indices, indices.unique())
-        read.append(rows.gradient_of((indices, values), (stop - start, row)).to_dense())
+        part = rows.read(place.area, place.values, row, start, stop)
+        assert part.unique or (raw and looked_up <= count)
+        if part.unique:
+            assert torch.equal(part.indices, part.indices.unique())
+        read.append(rows.gradient_of(part, (stop - start, row)).to_dense())
     torch.testing.assert_close(torch.cat(read), gradient.to_dense(), rtol=1e-13, atol=1e-13)
 
 
@@ -61,7 +65,7 @@ def test_only_what_the_rows_need_is_touched() -> None:
     assert (place.values[4:] == UNTOUCHED).all()
     rows.write(place.area, place.values, None)
     assert place.area[:3].tolist() == [0, 3, 900]
-    assert [len(part) for part in rows.read(place.area, place.values, 2, 0, 1000)] == [0, 0]
+    assert [len(part) for part in rows.read(place.area, place.values, 2, 0, 1000)[:2]] == [0, 0]
 
 
 def test_of_a_dense_gradient_the_rows_that_are_not_zero_are_written() -> None:
@@ -84,8 +88,8 @@ def test_every_row_may_be_there() -> None:
 def test_one_workers_rows_are_not_copied() -> None:
     place = Place(9, 2)
     rows.write(place.area, place.values, sparse([4, 6], torch.ones(2, 2, dtype=torch.float64), 9))
-    indices, values = rows.read(place.area, place.values, 2, 0, 9)
-    gradient = rows.gradient_of((indices, values), (9, 2))
+    indices, values, _ = rows.read(place.area, place.values, 2, 0, 9)
+    gradient = rows.gradient_of(rows.Rows(indices, values), (9, 2))
     assert gradient.is_coalesced()
     assert gradient.values().data_ptr() == place.values.data_ptr()
     assert gradient.indices().data_ptr() == place.area[1:].data_ptr()
@@ -100,22 +104,22 @@ def test_a_fold_is_the_weighted_sum_row_by_row(workers: int, count: int, seed: i
     for own in dense:
         there = sorted(chance.sample(range(count), chance.randint(0, count)))
         own[[row for row in range(count) if row not in there]] = 0
-        sources.append((torch.tensor(there, dtype=torch.int64), own[there]))
+        sources.append(rows.Rows(torch.tensor(there, dtype=torch.int64), own[there]))
     shares = [chance.random() for _ in range(workers)]
-    indices, values = rows.fold(sources, shares, torch.float64)
+    indices, values, _ = rows.fold(sources, shares, torch.float64)
     expected = torch.zeros(count, 3, dtype=torch.float64)
     for own, share in zip(dense, shares, strict=True):  # in their order: no bit depends on who else has a row
-        expected.add_(own, alpha=share)
-    assert torch.equal(rows.gradient_of((indices, values), (count, 3)).to_dense(), expected)
-    assert sorted({int(i) for own, _ in sources for i in own}) == indices.tolist()
+        expected.add_(own * share)
+    assert torch.equal(rows.gradient_of(rows.Rows(indices, values), (count, 3)).to_dense(), expected)
+    assert sorted({int(i) for source in sources for i in source.indices}) == indices.tolist()
 
 
 def test_sums_of_16_bit_rows_run_in_32_bits() -> None:
     small = 2.0**-8
     own = [torch.full((1, 1), value, dtype=torch.bfloat16) for value in (1.0, small, small)]
-    sources = [(torch.zeros(1, dtype=torch.int64), values) for values in own]
+    sources = [rows.Rows(torch.zeros(1, dtype=torch.int64), values) for values in own]
+    assert own[0].add(own[1]).add(own[2]).item() == 1.0
     assert rows.fold(sources, [1.0, 1.0, 1.0], torch.float32)[1].item() == 1 + 2 * small
-    assert rows.fold(sources, [1.0, 1.0, 1.0], torch.bfloat16)[1].item() == 1.0
 
 
 def test_tables_are_the_weights_of_sparse_embeddings_wherever_they_are_in_a_model() -> None:
