@@ -18,7 +18,6 @@ from torch import nn, optim
 
 from paceline.errors import ConfigError
 from paceline.params import optimizers, rows
-from paceline.params.optimizers import Group
 from paceline.transport.slots import ExchangeMemory, Spec
 
 
@@ -46,7 +45,7 @@ class Replica:
         if self._on_device:
             memory.pin()
         self._places: list[tuple[nn.Parameter, int]] = []
-        self._sent_settings: list[Group] = []
+        self._settings: optimizers.Settings | None = None
         self._mask = bytes(len(entries))
         self._all = bytes([1]) * len(entries)
 
@@ -151,10 +150,11 @@ class Replica:
 
     def write_settings(self, optimizer: optim.Optimizer) -> None:
         """Schedulers change hyper-parameters between steps; they travel only when they have changed."""
-        settings = optimizers.settings(optimizer)
-        if settings == self._sent_settings:
+        if self._settings is None or self._settings.optimizer is not optimizer:
+            self._settings = optimizers.Settings(optimizer)
+        settings = self._settings.changed()
+        if settings is None:
             return
-        self._sent_settings = settings
         # How a shard steps (fused or not) was settled when the memory was laid out.
         kept = [{k: v for k, v in group.items() if k not in ("fused", "foreach")} for group in settings]
         self.slot.write_settings(optimizers.encode(kept))

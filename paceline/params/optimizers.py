@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import operator
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,6 +20,8 @@ import msgspec
 import numpy as np
 import torch
 from torch import optim
+from torch.optim.optimizer import _global_optimizer_post_hooks as _after_all
+from torch.optim.optimizer import _global_optimizer_pre_hooks as _before_all
 
 from paceline.errors import ConfigError
 from paceline.params import rows
@@ -143,6 +146,54 @@ def check_rows(optimizer: optim.Optimizer, table: Table) -> None:
 def settings(optimizer: optim.Optimizer) -> list[Group]:
     """The groups' hyper-parameters as plain values, without their parameters."""
     return [{k: _plain(v) for k, v in g.items() if k not in _NOT_SETTINGS} for g in optimizer.param_groups]
+
+
+class Settings:
+    """The settings of one optimizer, looked at before every step: whether they have changed must be cheap to tell."""
+
+    def __init__(self, optimizer: optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self._seen: list[list[Any]] = []
+        self._told: list[Group] = []
+
+    def changed(self) -> list[Group] | None:
+        """``settings`` of the optimizer, if they are not what was told last."""
+        now = [list(group.values()) for group in self.optimizer.param_groups]
+        same = len(now) == len(self._seen) and all(map(_identical, now, self._seen))
+        if same:
+            return None
+        found = settings(self.optimizer)
+        # What can be changed in place has to be looked at every time.
+        groups = zip(self.optimizer.param_groups, found, strict=True)
+        settled = all(_is_settled(group[key]) for group, told in groups for key in told)
+        self._seen = now if settled else []
+        if found == self._told:
+            return None
+        self._told = found
+        return found
+
+
+def _is_settled(value: Any) -> bool:
+    """Is it a value that nothing can change in place?"""
+    if isinstance(value, tuple):
+        return all(_is_settled(item) for item in value)
+    return isinstance(value, int | float | str | bytes | None)
+
+
+def _identical(now: list[Any], seen: list[Any]) -> bool:
+    return len(now) == len(seen) and all(map(operator.is_, now, seen))
+
+
+def bare_step(optimizer: optim.Optimizer) -> Callable[[], Any]:
+    """``optimizer.step`` without torch's wrapping for profilers and hooks, which takes longer than small steps do.
+
+    Hooks that a script has registered for all optimizers are kept.
+    """
+    step = type(optimizer).step
+    inner = getattr(step, "__wrapped__", None)
+    if not getattr(step, "hooked", False) or inner is None:
+        return optimizer.step
+    return lambda: optimizer.step() if _before_all or _after_all else inner(optimizer)
 
 
 _NOT_SETTINGS = ("params", "param_names")

@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import optim
 
-from paceline.params import rows
+from paceline.params import optimizers, rows
 from paceline.params.optimizers import Group
 from paceline.params.state import State
 from paceline.params.table import Table, vector_dtype
@@ -93,6 +93,7 @@ class Shard:
         self._folded = self._gradients
         self._aliases: dict[int, list[torch.Tensor]] = {}  # address of a gradient -> the pieces' ranges of it
         self._optimizer = make(stepped)
+        self._step = optimizers.bare_step(self._optimizer)
         self._saved = 0  # pieces whose state lies in shared memory
         self._settings = [dict(group) for group in groups]
         self._rate = 1.0
@@ -104,6 +105,8 @@ class Shard:
     def resume(self) -> None:
         """Take up the state as others have left it; to be called before a step whenever somebody else may have
         stepped these pieces since."""
+        if self._state.is_empty:
+            return
         for piece, tensor in zip(self._pieces, self._tensors, strict=True):
             state = self._state.load(piece, whole=self._whole)
             if state:
@@ -233,7 +236,7 @@ class Shard:
         if self._saved < len(self._tensors):
             self._begin_momentum()
         with rows.unchecked() if self._by_rows else nullcontext():
-            self._optimizer.step()
+            self._step()
         if self._whole or self._state.has_numbers or len(self._optimizer.state) != self._saved:
             for piece, tensor in zip(self._pieces, self._tensors, strict=True):
                 if tensor in self._optimizer.state:

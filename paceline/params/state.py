@@ -125,6 +125,11 @@ class State:
             self.present[self._plan.row(piece)] = 1
 
     @property
+    def is_empty(self) -> bool:
+        """Does the optimizer keep no state at all, as plain SGD?"""
+        return not self._plan.items
+
+    @property
     def has_numbers(self) -> bool:
         """Is any of it a Python number, of which there are no aliases?"""
         return self._has_numbers
