@@ -75,7 +75,7 @@ class Table:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parse(argv)
-    cores = _cores()
+    cores = cores_apart()
     if len(cores) < _CORES:
         print(f"error: {len(cores)} core is available; the benchmark needs {_CORES}", file=sys.stderr)
         return 2
@@ -238,7 +238,7 @@ def _draw(results: dict[str, Table], path: Path) -> None:
     figure.savefig(path)
 
 
-def _cores() -> list[int]:
+def cores_apart() -> list[int]:
     """The first cores this process may run on; the hardware threads of one core count as one if there are enough."""
     allowed = sorted(os.sched_getaffinity(0))
     first = {_siblings(cpu): cpu for cpu in reversed(allowed)}

@@ -18,7 +18,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -86,6 +86,12 @@ WAYS = {
         Way("local", "paceline local:16", "paceline", pace="local:16"),
     )
 }
+
+
+def find_way(name: str) -> Way:
+    """One of WAYS; ``sync@4`` is it with 4 workers in place of 2."""
+    plain, _, workers = name.partition("@")
+    return replace(WAYS[plain], name=name, workers=int(workers)) if workers else WAYS[plain]
 
 
 def main(way: Way, job: Job, rank: int, path: str) -> None:
@@ -174,7 +180,7 @@ def _train_paceline(rank: int, way: str, job: str, path: str) -> None:
     import paceline
 
     run = paceline.init()
-    model, optimizer = run.wrap(*_make(WAYS[way], JOBS[job]))
+    model, optimizer = run.wrap(*_make(find_way(way), JOBS[job]))
     _answer(JOBS[job], model, optimizer, rank, path)
 
 
@@ -213,4 +219,4 @@ def _train_slice(
 
 
 if __name__ == "__main__":
-    main(WAYS[sys.argv[1]], JOBS[sys.argv[2]], int(sys.argv[3]), sys.argv[4])
+    main(find_way(sys.argv[1]), JOBS[sys.argv[2]], int(sys.argv[3]), sys.argv[4])
