@@ -36,7 +36,19 @@ from benchmarks.teams import Team, TeamError
 
 _CORES = 2
 _CEILING, _RIVALS = "ceiling", ("ddp", "ddp_fused")
-_MEASURED = ("ceiling", "ddp", "ddp_fused", "rpc", "ray", "sync", "sync_server", "bounded", "async", "async_server")
+_MEASURED = (
+    "ceiling",
+    "ddp",
+    "ddp_fused",
+    "ddp_best",
+    "rpc",
+    "ray",
+    "sync",
+    "sync_server",
+    "bounded",
+    "async",
+    "async_server",
+)
 _QUIET = 0.05  # with more than this share of the cores used by others, the figures come with a warning
 _INK, _GREY, _OURS = "#22272e", "#7a828c", "#1f5fa8"
 

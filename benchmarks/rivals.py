@@ -44,6 +44,7 @@ class Way:
     workers: int = 2
     servers: int = 0
     fused: bool = False
+    keeps: bool = False  # is its allocator told to keep what steps free, as that of paceline's workers is?
     pace: str = "sync"
 
     @property
@@ -75,6 +76,8 @@ WAYS = {
         Way("ceiling_fused", "the same, AdamW(fused=True)", "apart", fused=True),
         Way("ddp", "DistributedDataParallel, gloo", "ddp"),
         Way("ddp_fused", "the same, AdamW(fused=True)", "ddp", fused=True),
+        Way("ceiling_best", "two apart, fused, memory kept", "apart", fused=True, keeps=True),
+        Way("ddp_best", "DDP, fused, memory kept", "ddp", fused=True, keeps=True),
         Way("rpc", "server on torch.distributed.rpc", "rpc"),
         Way("ray", "Ray's documented server", "ray"),
         Way("sync", "paceline sync", "paceline"),

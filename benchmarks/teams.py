@@ -16,6 +16,7 @@ from typing import IO, Any, Self
 import psutil
 
 from benchmarks.rivals import Way
+from paceline.engine import allocator
 
 _START_S, _END_S = 180.0, 15.0
 _LEAD_S = 0.01  # between telling workers and the moment they begin: all are awake by then
@@ -53,6 +54,8 @@ class Team:
             "RAY_health_check_failure_threshold": "1000",  # it is stopped while others are measured
             "PYTHONPATH": f"{_ROOT}{os.pathsep}{known}" if known else _ROOT,
         }
+        if self.way.keeps:
+            environment |= allocator.settings(environment)
         with self._log(rank).open("wb") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "benchmarks.rivals", self.way.name, job, str(rank), str(self._path)],

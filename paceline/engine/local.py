@@ -22,6 +22,7 @@ import msgspec
 
 from paceline import config_file, errors, events
 from paceline.config import Job
+from paceline.engine import allocator
 from paceline.engine.metrics import Merger
 from paceline.engine.program import Call, Script
 from paceline.engine.recorder import Recorder
@@ -109,7 +110,9 @@ class _Launcher:
             pass_fds=(its.fileno(),),
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            env=os.environ | {"OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": "1"},
+            env=os.environ
+            | {"OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": "1"}
+            | allocator.settings(os.environ),
         )
         its.close()
         self._channels["zygote", 0] = mine

@@ -13,6 +13,7 @@ import select
 import signal
 import sys
 
+from paceline.engine import allocator
 from paceline.protocol import messages
 from paceline.transport.channel import Channel, Closed
 
@@ -21,6 +22,7 @@ def main(descriptor: int) -> None:
     """Serve the launcher behind ``descriptor`` until it closes its end; then kill what is left."""
     import socket
 
+    allocator.forget(os.environ)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher decides what Ctrl-C means
     channel = Channel(socket.socket(fileno=descriptor))
     versions = _import_everything()
