@@ -42,8 +42,9 @@ format: $(READY) ## let ruff mend what it can
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
 
-bench: $(READY) ## measure on this machine
-	@$(BIN)/python benchmarks/one_host.py $(ARGS)
+bench: $(READY) ## measure on this machine, beside DDP, torch.distributed.rpc and Ray (installs Ray)
+	@$(BIN)/python -m pip install -qq -c constraints.txt ray
+	@$(BIN)/python -m benchmarks.one_host $(ARGS)
 
 clean: ## remove .venv, caches and builds; runs/ stays
 	rm -rf .venv dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -50,6 +50,7 @@ _MEASURED = (
     "async_server",
 )
 _QUIET = 0.05  # with more than this share of the cores used by others, the figures come with a warning
+_COLUMNS = 3  # of panels in a picture
 _INK, _GREY, _OURS = "#22272e", "#7a828c", "#1f5fa8"
 
 
@@ -224,13 +225,19 @@ def _draw(results: dict[str, Table], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.0 + 2.6 * len(results), 3.4), dpi=144, layout="constrained")
+    ways = [way for way in WAYS if way != _CEILING and any(way in table.rows for table in results.values())]
+    columns = min(len(results), _COLUMNS)
+    lines = -(-len(results) // columns)
+    figure = Figure(figsize=(1.5 + 3.2 * columns, (0.8 + 0.26 * len(ways)) * lines), dpi=144, layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
-    for axes, (job, table) in zip(panels, results.items(), strict=True):
+    panels = figure.subplots(lines, columns, sharey=True, squeeze=False).flatten()
+    for axes in panels[len(results) :]:
+        axes.set_visible(False)
+    for axes, (job, table) in zip(panels, results.items(), strict=False):
         rows = table.rows
-        ways = [way for way in rows if way != _CEILING]
         for place, way in enumerate(ways):
+            if way not in rows:
+                continue
             share, color = rows[way].ratios[_CEILING], _OURS if WAYS[way].kind == "paceline" else _GREY
             axes.plot([100 * share.min, 100 * share.max], [place, place], color=color, linewidth=1.5)
             axes.plot(100 * share.median, place, "o", color=color, markersize=7)
