@@ -6,22 +6,21 @@ loader ends. All workers run the same script, so they come to wraps and to ends 
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import msgspec
 import torch
 from torch import nn, optim
 
 from paceline.config import Async, Local, Quorum, Sync
 from paceline.data.loader import Count, Part, share
 from paceline.engine import buffers, clipping
+from paceline.engine.collectives import Collectives
 from paceline.engine.context import Context
-from paceline.engine.exchange import Exchange, compare
+from paceline.engine.exchange import Exchange
 from paceline.engine.leases import Leases
 from paceline.engine.leases import size_bytes as leases_bytes
 from paceline.engine.meeting import Push, Round
@@ -29,15 +28,13 @@ from paceline.engine.metrics import Row
 from paceline.engine.served import Reader, ServedBatches
 from paceline.engine.shards import VOID
 from paceline.errors import ConfigError
-from paceline.params.table import Table, differences, tabulate
+from paceline.params.table import tabulate
 from paceline.protocol import messages
 from paceline.protocol.log import Entry
 from paceline.protocol.rounds import EMPTY, NOT_PARKED, TAIL, Waiting, held_at_end, is_drained, more_at_tail
 from paceline.protocol.stopping import CHECK_ROUNDS, Stopping
-from paceline.transport import segment
 from paceline.transport.board import COLLECTIVES, Aborted
 from paceline.transport.channel import Closed
-from paceline.transport.slots import ExchangeMemory, carve_vectors, size_bytes
 
 _FLUSH_S = 0.2
 _IDLE_STEPS, _IDLE_S = 1000, 10.0  # a script that goes on this long after the end of training is ended
@@ -63,7 +60,7 @@ class Worker:
         self._board, self._channel, self._lock = context.board, context.channel, context.lock
         self._in_rounds = isinstance(job.pace, Sync | Local)
         self._stopping = Stopping(job.steps, job.epochs, job.until_loss, job.patience)
-        self._collectives = 0
+        self.collectives = Collectives(context, self._ring)
         self._exchanges: list[Exchange] = []
         self._samples_at_step: list[int] = []
         self._samples = 0  # drawn so far
@@ -114,27 +111,6 @@ class Worker:
 
     # --- sharing: each is a collective, called by all workers in the same order ---
 
-    def copy_from_first(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-        """Set these tensors to worker 0's values, in place. Blocks until worker 0 has given them."""
-        table = tabulate((name, 0, tensor) for name, tensor in tensors)
-        data = msgspec.msgpack.encode(table)
-        size = max(table.offsets_bytes()[""], 1)
-        memory, first = self._collective("copy", data, size, f"{len(tensors)} tensors")
-        if first != data:
-            other = msgspec.msgpack.decode(first, type=Table)
-            told = differences(table, other, f"worker {self.rank}", "worker 0")
-            raise ConfigError(f"workers do not train the same model: {told}")
-        vectors = carve_vectors(memory, 0, table.sizes)
-        views = [table.view(entry, vectors[entry.vector]) for entry in table.entries]
-        with torch.no_grad():
-            if self.rank == 0:
-                for view, (_, tensor) in zip(views, tensors, strict=True):
-                    view.copy_(tensor)
-                self._board.publish(self._collectives)
-            self._wait_published()
-            for view, (_, tensor) in zip(views, tensors, strict=True):
-                tensor.copy_(view)
-
     def add_exchange(
         self, optimizer: optim.Optimizer, names: dict[int, str], with_rows: set[int], *, share: bool
     ) -> Exchange:
@@ -143,42 +119,25 @@ class Worker:
         ``names``: id of a parameter -> its name; ``with_rows``: ids of those whose gradients are sparse rows.
         """
         exchange = Exchange(optimizer, names, with_rows, self.context, share=share, pace=self.pace)
-        self._open(exchange, _nothing if self._exchanges else self._account)
+        self.collectives.open(exchange, _nothing if self._exchanges else self._account)
         self._exchanges.append(exchange)
         self._samples_at_step.append(self._samples)
         if isinstance(self.pace, Sync):
             clipping.register(self)  # at other paces there is no gradient of all: what is clipped is the push
         return exchange
 
-    def _open(self, exchange: Exchange, account: Callable[[Entry], None]) -> None:
-        spec = exchange.spec
-        what = f"{type(exchange.optimizer).__name__} over {spec.table.values} parameters"
-        data = msgspec.msgpack.encode(spec)
-        memory, first = self._collective("exchange", data, size_bytes(spec), what)
-        compare(spec, first, self.rank)
-        exchange.attach(ExchangeMemory(memory, spec), account)
-        if self.rank == 0:
-            exchange.publish()
-            self._board.publish(self._collectives)
-        self._wait_published()
-        exchange.adopt()
-
     def add_store(self, optimizer: optim.Optimizer, names: dict[int, str]) -> Exchange:
         """Share tensors that are pushed to and pulled outside of any training loop. A collective."""
         exchange = Exchange(optimizer, names, set(), self.context, share=True, pace=Async())
-        self._open(exchange, _nothing)
+        self.collectives.open(exchange, _nothing)
         return exchange
-
-    def barrier(self) -> None:
-        """Blocks until all workers have come here. A collective."""
-        self._collective("barrier", b"", 1, "a barrier")
 
     def average_buffers(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         """From now on these tensors are made equal at the end of every pass that was trained on. A collective."""
         table = tabulate((name, 0, tensor) for name, tensor in tensors)
         workers = self._board.workers
         size = buffers.size_bytes(table, workers)
-        memory, _ = self._collective("buffers", b"", size, f"{len(tensors)} buffers")
+        memory, _ = self.collectives.ask("buffers", b"", size, f"{len(tensors)} buffers")
         self._buffers.append(buffers.Buffers(memory, table, [t for _, t in tensors], self.rank, workers))
 
     def share_loader(self, loader: Any, count: Count | None) -> Any:
@@ -187,13 +146,13 @@ class Worker:
         if self.context.job.data != "served" or self._board.workers == 1:
             return share(loader, index, self.part, self, count)
         if self.rank:
-            _, path = self._collective("served", b"", 1, f"the batches of loader {index}")
+            _, path = self.collectives.ask("served", b"", 1, f"the batches of loader {index}")
             served = ServedBatches(loader, index, self, path.decode(), self.rank)
             self._served.append(served)
             return served
         reader = Reader(loader, index, count, lambda rank: replace(self.part, rank=rank))
         self._readers.append(reader)
-        self._collective("served", reader.path.encode(), 1, f"the batches of loader {index}")
+        self.collectives.ask("served", reader.path.encode(), 1, f"the batches of loader {index}")
         leases = self._leases.get(index)
         reader.accept({w: leases.of(w) if leases else None for w in range(1, self._board.workers)})
         return reader.in_turn(share(loader, index, self.part, self, count, reader.orders))
@@ -204,7 +163,7 @@ class Worker:
             raise ConfigError(f"run.wrap got {number + 1} loaders; a run has at most {COLLECTIVES}")
         if self._leased:
             workers = self._board.workers
-            memory, _ = self._collective("ledger", b"", leases_bytes(workers), f"the ledger of loader {number}")
+            memory, _ = self.collectives.ask("ledger", b"", leases_bytes(workers), f"the ledger of loader {number}")
             self._leases[number] = Leases(memory, self._lock, self.rank, workers, partial(self._tell_returned, number))
         return number
 
@@ -282,32 +241,6 @@ class Worker:
         self._verdict = True
         for leases in self._leases.values():
             leases.commit()
-
-    def _collective(self, kind: str, spec: bytes, size: int, what: str) -> tuple[Any, bytes]:
-        """Ask the launcher for memory that all workers get; (mapping, worker 0's spec)."""
-        self._collectives += 1
-        self._channel.send(messages.Wrap(self._collectives, kind, spec, size, what))
-        # To be here is to be at the end of a pass of all: nobody in a round must wait for this worker.
-        self._board.passes(COLLECTIVES)[self.rank] = self._collectives
-        self._board.parked[self.rank] = COLLECTIVES + 1
-        self._ring()
-        try:
-            message, descriptors = self._channel.receive()
-        except Closed:
-            raise Aborted("the launcher is gone") from None
-        if not isinstance(message, messages.Memory):
-            raise Aborted("told to stop while sharing a model")
-        self._board.parked[self.rank] = NOT_PARKED
-        memory = segment.attach(descriptors[0])
-        for descriptor in descriptors:
-            os.close(descriptor)
-        return memory, message.spec
-
-    def _wait_published(self) -> None:
-        number = self._collectives
-        self._board.wait(
-            lambda: Waiting(0, "worker 0 has not shared its model") if self._board.published < number else number
-        )
 
     # --- the training loop ---
 

@@ -119,7 +119,7 @@ class Run:
     def barrier(self) -> None:
         """Block until every worker has called it, as often and in the same order as ``wrap``."""
         if self.worker is not None:
-            self.worker.barrier()
+            self.worker.collectives.barrier()
 
     def log(self, loss: Any = None, **values: Any) -> None:
         """Report this step's loss (a number or a tensor of one value), and other numbers, to the run.
@@ -154,7 +154,7 @@ class Run:
         tensors = [*model.named_parameters(), *model.named_buffers()]
         fresh = [(name, tensor) for name, tensor in tensors if id(tensor) not in self._copied]
         if fresh:
-            self.worker.copy_from_first(fresh)
+            self.worker.collectives.copy_from_first(fresh)
             self._copied.update(id(tensor) for _, tensor in fresh)
         fresh_ids = {id(tensor) for _, tensor in fresh}
         buffers = [(name, buffer) for name, buffer in model.named_buffers() if id(buffer) in fresh_ids]

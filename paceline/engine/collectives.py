@@ -1,0 +1,98 @@
+"""What all workers do together, in the same order: get memory that all of them map, and fill and read it.
+
+The launcher hands out the memory when every worker has asked for it; worker 0 fills it and publishes that it has.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+import torch
+
+from paceline.engine.arrivals import Close
+from paceline.engine.context import Context
+from paceline.engine.exchange import Exchange, compare
+from paceline.errors import ConfigError
+from paceline.params.table import Table, differences, tabulate
+from paceline.protocol import messages
+from paceline.protocol.rounds import NOT_PARKED, Waiting
+from paceline.transport import segment
+from paceline.transport.board import COLLECTIVES, Aborted
+from paceline.transport.channel import Closed
+from paceline.transport.slots import ExchangeMemory, carve_vectors, size_bytes
+
+
+class Collectives:
+    """A worker's part in them; ``ring`` tells the others of a change on the board."""
+
+    def __init__(self, context: Context, ring: Callable[[], None]) -> None:
+        self._board, self._channel, self._rank, self._ring = context.board, context.channel, context.rank, ring
+        self._number = 0
+
+    def ask(self, kind: str, spec: bytes, size: int, what: str) -> tuple[Any, bytes]:
+        """Ask the launcher for memory that all workers get; (mapping, worker 0's spec)."""
+        self._number += 1
+        self._channel.send(messages.Wrap(self._number, kind, spec, size, what))
+        # To be here is to be at the end of a pass of all: nobody in a round must wait for this worker.
+        self._board.passes(COLLECTIVES)[self._rank] = self._number
+        self._board.parked[self._rank] = COLLECTIVES + 1
+        self._ring()
+        try:
+            message, descriptors = self._channel.receive()
+        except Closed:
+            raise Aborted("the launcher is gone") from None
+        if not isinstance(message, messages.Memory):
+            raise Aborted("told to stop while sharing a model")
+        self._board.parked[self._rank] = NOT_PARKED
+        memory = segment.attach(descriptors[0])
+        for descriptor in descriptors:
+            os.close(descriptor)
+        return memory, message.spec
+
+    def barrier(self) -> None:
+        """Blocks until all workers have come here."""
+        self.ask("barrier", b"", 1, "a barrier")
+
+    def copy_from_first(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        """Set these tensors to worker 0's values, in place. Blocks until worker 0 has given them."""
+        table = tabulate((name, 0, tensor) for name, tensor in tensors)
+        data = msgspec.msgpack.encode(table)
+        size = max(table.offsets_bytes()[""], 1)
+        memory, first = self.ask("copy", data, size, f"{len(tensors)} tensors")
+        if first != data:
+            other = msgspec.msgpack.decode(first, type=Table)
+            told = differences(table, other, f"worker {self._rank}", "worker 0")
+            raise ConfigError(f"workers do not train the same model: {told}")
+        vectors = carve_vectors(memory, 0, table.sizes)
+        views = [table.view(entry, vectors[entry.vector]) for entry in table.entries]
+        with torch.no_grad():
+            if self._rank == 0:
+                for view, (_, tensor) in zip(views, tensors, strict=True):
+                    view.copy_(tensor)
+            self._publish()
+            for view, (_, tensor) in zip(views, tensors, strict=True):
+                tensor.copy_(view)
+
+    def open(self, exchange: Exchange, account: Close) -> None:
+        """Put an exchange's parameters and state in shared memory. Raises ConfigError, HostError."""
+        spec = exchange.spec
+        what = f"{type(exchange.optimizer).__name__} over {spec.table.values} parameters"
+        memory, first = self.ask("exchange", msgspec.msgpack.encode(spec), size_bytes(spec), what)
+        compare(spec, first, self._rank)
+        exchange.attach(ExchangeMemory(memory, spec), account)
+        if self._rank == 0:
+            exchange.publish()
+        self._publish()
+        exchange.adopt()
+
+    def _publish(self) -> None:
+        """Worker 0 has filled the memory of this collective; the others wait until it has."""
+        number = self._number
+        if self._rank == 0:
+            self._board.publish(number)
+        self._board.wait(
+            lambda: Waiting(0, "worker 0 has not shared its model") if self._board.published < number else number
+        )
