@@ -42,8 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "python -c 'import torch'": [sys.executable, "-c", "import torch"],
             "paceline --help": [*paceline, "--help"],
             "python empty.py": [sys.executable, str(script)],
-            "paceline run empty.py --workers 2": [*paceline, "run", str(script), "--workers", "2"],
-            "paceline run empty.py --workers 8": [*paceline, "run", str(script), "--workers", "8"],
+            "paceline run --workers 2 empty.py": [*paceline, "run", "--workers", "2", str(script)],
+            "paceline run --workers 8 empty.py": [*paceline, "run", "--workers", "8", str(script)],
         }
         took_s: dict[str, list[float]] = {told: [] for told in commands}
         for _ in range(rounds):

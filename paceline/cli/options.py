@@ -82,6 +82,9 @@ class ShowFlags:
 CONFIG = Parameter(name="--config", help="a config.toml to take values from", metavar="FILE", group=JOB)
 
 OPTIONS = tuple(field.name for field in dataclasses.fields(JobFlags))
+# Scripts of many people have these; that they follow the script is no sign of a mistake.
+_COMMON = ("threads", "data", "seed", "steps", "epochs", "patience")
+OPTIONS_OF_OURS_ALONE = tuple(option for option in OPTIONS if option not in _COMMON)
 SWITCHES = tuple(field.name for field in dataclasses.fields(ShowFlags))
 
 

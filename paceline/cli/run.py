@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from paceline.cli import answers, figures
 from paceline.cli.failure import nearest, report
-from paceline.cli.options import OPTIONS, JobFlags, Settings, ShowFlags, flag, resolve
+from paceline.cli.options import OPTIONS, OPTIONS_OF_OURS_ALONE, JobFlags, Settings, ShowFlags, flag, resolve
 from paceline.config import Job
 from paceline.engine.program import Script
 from paceline.errors import PacelineError, ScriptError, UsageError
@@ -85,6 +85,8 @@ def train(
 
     console = answers.console(job, show)
     console.say(header(job))
+    if stray := _strays(program, OPTIONS_OF_OURS_ALONE):
+        console.say(f"note: {stray[0]} stands after the script and goes to it; paceline's options stand before it")
     failure: PacelineError | None = None
     more = Ending()
     try:
@@ -127,10 +129,15 @@ def _tell(console: Console, more: Ending) -> str | None:
     return plot
 
 
+def _strays(program: Script, options: Sequence[str]) -> list[str]:
+    """What was given to the script and looks like one of these options."""
+    ours = {flag(option) for option in options}
+    return [arg for arg in program.args if arg.partition("=")[0] in ours]
+
+
 def _pointed_out(error: PacelineError, program: Script) -> PacelineError:
     """Adds to a script's failure that it was given options which look like ours."""
-    ours = {flag(option) for option in OPTIONS}
-    strays = [arg for arg in program.args if arg.partition("=")[0] in ours]
+    strays = _strays(program, OPTIONS)
     if isinstance(error, ScriptError) and strays and not error.fix:
         error.fix = (
             f"{strays[0]} stands after the script and so was given to it; if it was meant for paceline,"

@@ -118,6 +118,15 @@ def test_options_that_went_to_the_script_are_pointed_out(capsys: pytest.CaptureF
     assert "write it before: paceline run --workers=4 ... train.py" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("args", "noted"), [(("--pace", "async"), True), (("--epochs", "3"), False)])
+def test_a_run_says_at_once_that_an_option_of_ours_went_to_the_script(
+    args: tuple[str, ...], noted: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(Played(), "train.py", *args) == 0
+    note = "note: --pace stands after the script and goes to it; paceline's options stand before it"
+    assert (note in capsys.readouterr().out.splitlines()) == noted
+
+
 def test_a_run_without_a_loss_has_no_plot(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(Played(steps=0)) == 0
     assert "plot" not in capsys.readouterr().out
