@@ -25,12 +25,12 @@ class Applier:
         """Apply ``entry`` to ``part``; it must be the part's turn (``applied[part] == entry.number - 1``)."""
         shard = self._shards.get(part, self._spec.parts)
         if entry.kind == STEP:
-            self._step(shard, entry)
+            self._step(shard, part, entry)
         for worker in {entry.by, *entry.members}:
             shard.copy_to(self._memory.slots[worker].copy)
         self._memory.applied[part] = entry.number
 
-    def _step(self, shard: Shard, entry: Entry) -> None:
+    def _step(self, shard: Shard, part: int, entry: Entry) -> None:
         memory = self._memory
         slots = [memory.slots[worker] for worker in entry.members]
         weights = [memory.slots[worker].weight(memory.pushed[worker]) for worker in entry.members]
@@ -48,4 +48,5 @@ class Applier:
             shard.fold(slots, weights)
         settings = self._shards.new_settings(shard, entry.members[0])
         rate = 1.0 / max(1, entry.staleness) if self._spec.damping else 1.0
-        shard.step(settings, self._shards.union([slot.mask for slot in slots]), rate=rate)
+        mask, undo = self._shards.union([slot.mask for slot in slots]), memory.undo[part]
+        shard.step(settings, mask, rate=rate, undo=undo, number=entry.number)

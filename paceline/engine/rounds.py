@@ -52,11 +52,7 @@ class Rounds:
         else:
             contributors = board.wait(lambda: close_round(number, memory.pushed, board)).contributors
             closed = time.monotonic()
-            if self._stepper.take_up(number, contributors, self._rank):
-                memory.ready[self._rank] = number
-                board.ring(self._rank)
-                board.wait(lambda: reached(number, memory.ready, contributors))
-            self._stepper.step(number, contributors)
+            self._stepper.step(number, contributors, contributors.index(self._rank), len(contributors))
             memory.stepped[self._rank] = number
             board.ring(self._rank)
             stepped = time.monotonic()

@@ -16,7 +16,7 @@ from paceline.engine.stepper import Stepper
 from paceline.params.optimizers import find_class
 from paceline.protocol import messages
 from paceline.protocol.log import Entry
-from paceline.protocol.rounds import Closed, Waiting, close_round, next_to_act, reached
+from paceline.protocol.rounds import Closed, Waiting, close_round, next_to_act
 from paceline.transport import segment
 from paceline.transport.board import Board
 from paceline.transport.slots import ExchangeMemory, Spec
@@ -59,13 +59,8 @@ def serve(context: Context) -> None:
 
 def _step(board: Board, which: _Served, number: int, contributors: tuple[int, ...], member: int) -> None:
     """Step this server's share of a closed round."""
-    memory, servers = which.memory, tuple(range(board.workers, board.members))
-    if which.stepper.take_up(number, servers, member):
-        memory.ready[member] = number
-        board.ring(member)
-        board.wait(lambda: reached(number, memory.ready, servers))
-    which.stepper.step(number, contributors)
-    memory.stepped[member] = number
+    which.stepper.step(number, contributors, member - board.workers, board.servers)
+    which.memory.stepped[member] = number
     board.ring(member)
 
 

@@ -4,7 +4,8 @@
     step: the user's own optimizer over the pieces, with the gradient g
 
 n_w is the number of samples behind worker w's gradient: with unequal batches the plain mean would be wrong. The
-sum runs in rank order for every value, so the number of shards does not change a bit of the result. Pieces of
+sum runs in rank order for every value, so the number of shards does not change a bit of the result. A shard is folded
+and stepped chunk by chunk (params/undo.py): what is folded is still in the core's cache when it is stepped. Pieces of
 parameters with sparse rows are tables [rows, row] of their own, folded and stepped with sparse gradients
 (params/rows.py): no work or memory of a step grows with such a table. Knows memory and tensors, not processes.
 """
@@ -22,12 +23,17 @@ from torch import optim
 
 from paceline.params import optimizers, rows
 from paceline.params.optimizers import Group
+from paceline.params.rows import Rows
 from paceline.params.state import State
 from paceline.params.table import Table, vector_dtype
+from paceline.params.undo import CHUNK_BYTES, Undo, chunks, lay_over
 from paceline.protocol.partition import Piece
 
 _WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}  # sums of 16-bit gradients run in these
 _NORM_DTYPE = _WIDE | {torch.float32: torch.float64}
+
+Vectors = Mapping[str, torch.Tensor]
+Make = Callable[[list[Group]], optim.Optimizer]
 
 
 class Pushed(Protocol):
@@ -36,6 +42,16 @@ class Pushed(Protocol):
 
     gradient: dict[str, torch.Tensor]
     rows: dict[int, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class _Fold:
+    """What is to be folded. ``computed_on`` and ``strength``: one source, to be compensated for its delay."""
+
+    sources: Sequence[Pushed]
+    shares: Sequence[float]
+    computed_on: Vectors | None = None
+    strength: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,27 +66,130 @@ class _Run:
 
 
 class Shard:
-    """Steps ``pieces`` of the parameter ``vectors`` (the table's, shared) with ``make(groups)``, a clone.
+    """Steps ``pieces`` of the parameter ``vectors`` (the table's, shared) with clones that ``make(groups)`` gives.
 
-    ``whole``: every piece is a whole parameter and is stepped in its own shape.
+    The pieces are blocks of the grid that ``state`` was laid out for, in its order. ``whole``: every piece is a whole
+    parameter and is stepped in its own shape.
     """
 
     def __init__(
         self,
         table: Table,
         pieces: Sequence[Piece],
-        vectors: Mapping[str, torch.Tensor],
+        vectors: Vectors,
         state: State,
-        make: Callable[[list[Group]], optim.Optimizer],
+        make: Make,
         groups: list[Group],
+        *,
+        whole: bool,
+        chunk_bytes: int = CHUNK_BYTES,
+    ) -> None:
+        self._vectors, self._state = vectors, state
+        self._spans = _spans(table, pieces)
+        cut = chunks(pieces, table, state.plan, chunk_bytes)
+        buffers = _buffers(table, cut)
+        self._settings = [dict(group) for group in groups]
+        self._chunks = [_Chunk(table, one, vectors, state, make, groups, buffers, whole=whole) for one in cut]
+        self._fold: _Fold | None = None
+        self._rate = 1.0
+        self.values = sum(piece.stop - piece.start for piece in pieces)
+
+    def resume(self) -> None:
+        """Take up the state as others have left it; to be called before a step whenever somebody else may have
+        stepped these pieces since."""
+        for chunk in self._chunks:
+            chunk.resume()
+
+    def follow(self) -> None:
+        """As ``resume``; what is an alias of the shared memory already is not looked at again."""
+        for chunk in self._chunks:
+            chunk.follow()
+
+    def forget(self) -> None:
+        """The shared state was replaced: hold on to none of it."""
+        for chunk in self._chunks:
+            chunk.forget()
+
+    def copy_to(self, vectors: Vectors) -> None:
+        """Copy this shard's parameters into whole flat vectors of the same layout; not those with sparse rows."""
+        for vector, start, stop in self._spans:
+            vectors[vector][start:stop].copy_(self._vectors[vector][start:stop])
+
+    def fold(self, sources: Sequence[Pushed], weights: Sequence[float]) -> None:
+        """The next step is with the contributors' mean gradient. They are read when it is stepped."""
+        total = sum(weights)
+        self._fold = _Fold(sources, [weight / total for weight in weights] if len(sources) > 1 else [1.0])
+
+    def fold_compensated(self, source: Pushed, computed_on: Vectors, strength: float) -> None:
+        """The next step is with g + ``strength`` g^2 (w - w_c) of one worker; w_c are the parameters that g was
+        computed on.
+
+        Of sparse rows g is taken as it is: workers compute on the shared rows, so there is no w_c of them.
+        """
+        self._fold = _Fold([source], [1.0], computed_on, strength)
+
+    def norm(self, chosen: bytes | None, order: float) -> float:
+        """Of the fold: the sum of |g|^order over the chosen parameters, or the maximum for infinity."""
+        assert self._fold is not None, "norm before fold"
+        norms = [norm for chunk in self._chunks for norm in chunk.norms(self._fold, chosen, order)]
+        if order == math.inf:
+            return max(norms, default=0.0)
+        return math.fsum(norm**order for norm in norms)
+
+    def step(
+        self,
+        settings: Sequence[Group] | None,
+        has_gradient: bytes | None,
+        *,
+        rate: float = 1.0,
+        undo: Undo | None = None,
+        number: int = 0,
+        members: Sequence[int] = (),
+    ) -> None:
+        """One optimizer step with what was folded.
+
+        ``settings`` replaces the groups' hyper-parameters (None: unchanged). ``has_gradient[i]`` tells whether anyone
+        had a gradient for parameter i: one without is not stepped, as in torch (None: all have). ``rate`` multiplies
+        the learning rate of this step. With ``undo`` it is round ``number`` of ``members``, and goes on where a
+        process that has died has left it.
+        """
+        assert self._fold is not None, "step before fold"
+        if settings is not None:
+            for known, new in zip(self._settings, settings, strict=True):
+                known.update(new)
+        if settings is not None or rate != self._rate:
+            self._rate = rate
+            scaled = [g if rate == 1.0 or "lr" not in g else g | {"lr": g["lr"] * rate} for g in self._settings]
+            for chunk in self._chunks:
+                chunk.set(scaled)
+        done, place = undo.begin(number, members) if undo is not None else 0, 0
+        for chunk in self._chunks:
+            place = chunk.step(self._fold, has_gradient, undo, done, place)
+
+
+class _Chunk:
+    """A part of a shard: what is folded, saved and stepped in one go. Of a table with sparse rows, as many rows in one
+    go as there is room to save."""
+
+    def __init__(
+        self,
+        table: Table,
+        pieces: Sequence[Piece],
+        vectors: Vectors,
+        state: State,
+        make: Make,
+        groups: list[Group],
+        buffers: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
         *,
         whole: bool,
     ) -> None:
         self._table, self._pieces, self._state, self._whole = table, tuple(pieces), state, whole
-        self._runs = _runs(table, self._pieces)
+        self._vectors = vectors
+        self._runs = _runs(_spans(table, pieces), buffers)
+        self._entry = table.entries[pieces[0].param]
+        self._by_rows = self._entry.row > 0
         self._tensors: list[torch.Tensor] = []
-        self._gradients: list[torch.Tensor] = []  # of a piece with rows: empty, it has one when it is folded
-        self._by_rows = [i for i, piece in enumerate(self._pieces) if table.entries[piece.param].row]
+        self._gradients: list[torch.Tensor] = []
         stepped: list[Group] = [{**group, "params": []} for group in groups]
         for piece in self._pieces:
             entry = table.entries[piece.param]
@@ -78,7 +197,6 @@ class Shard:
             if entry.row:
                 stop = entry.offset + min(piece.stop, entry.size)
                 tensor = vectors[entry.vector][at:stop].view(-1, entry.row)
-                gradient = tensor.new_zeros(0)
             else:
                 run = next(run for run in self._runs if run.vector == entry.vector and run.start <= at < run.stop)
                 tensor = vectors[entry.vector][at : entry.offset + piece.stop]
@@ -86,106 +204,145 @@ class Shard:
                 if whole:
                     tensor = tensor.as_strided(entry.shape, entry.stride, tensor.storage_offset())
                     gradient = gradient.as_strided(entry.shape, entry.stride, gradient.storage_offset())
+                self._gradients.append(gradient)
             self._tensors.append(tensor)
-            self._gradients.append(gradient)
             stepped[entry.group]["params"].append(tensor)
-        self._vectors = vectors
-        self._folded = self._gradients
-        self._aliases: dict[int, list[torch.Tensor]] = {}  # address of a gradient -> the pieces' ranges of it
-        self._optimizer = make(stepped)
+        # A class of the user's may look at all of its groups; torch's own do not.
+        self._groups = [g for g, group in enumerate(stepped) if whole or group["params"]]
+        self._optimizer = make([stepped[g] for g in self._groups])
         self._step = optimizers.bare_step(self._optimizer)
-        self._saved = 0  # pieces whose state lies in shared memory
-        self._settings = [dict(group) for group in groups]
-        self._rate = 1.0
+        self._kept = 0  # pieces whose state lies in shared memory
+        self._aliases: dict[int, list[torch.Tensor]] = {}  # address of a gradient -> the pieces' ranges of it
+        numbers = [state.plan.number(piece) for piece in self._pieces]
+        self._cells = state.cells(numbers[0], numbers[-1] + 1)
+        self._live = [*self._cells]
+        if not self._by_rows:
+            for run in self._runs:
+                self._live += [vectors[run.vector][run.start : run.stop]]
+                self._live += state.beside(run.vector, run.start, run.stop)
+        self._saved: dict[Undo, list[torch.Tensor]] = {}
 
-    @property
-    def values(self) -> int:
-        return sum(piece.stop - piece.start for piece in self._pieces)
+    def set(self, settings: Sequence[Group]) -> None:
+        for group, place in zip(self._optimizer.param_groups, self._groups, strict=True):
+            group.update(settings[place])
 
     def resume(self) -> None:
-        """Take up the state as others have left it; to be called before a step whenever somebody else may have
-        stepped these pieces since."""
         if self._state.is_empty:
             return
         for piece, tensor in zip(self._pieces, self._tensors, strict=True):
             state = self._state.load(piece, whole=self._whole)
             if state:
                 self._optimizer.state[tensor] = state
-        self._saved = len(self._optimizer.state)
+        self._kept = len(self._optimizer.state)
 
     def follow(self) -> None:
-        """As ``resume``, for a shard that others step too but whose pieces are always the same: what is an alias of
-        the shared memory already is not looked at again."""
-        if self._saved < len(self._tensors) or self._state.has_numbers:
+        if self._kept < len(self._tensors) or self._state.has_numbers:
             self.resume()
 
     def forget(self) -> None:
-        """The shared state was replaced: hold on to none of it."""
         self._optimizer.state.clear()
-        self._saved = 0
+        self._kept = 0
 
-    def copy_to(self, vectors: Mapping[str, torch.Tensor]) -> None:
-        """Copy this shard's parameters into whole flat vectors of the same layout; not those with sparse rows."""
-        for run in self._runs:
-            vectors[run.vector][run.start : run.stop].copy_(self._vectors[run.vector][run.start : run.stop])
+    def norms(self, fold: _Fold, chosen: bytes | None, order: float) -> list[float]:
+        if self._by_rows:
+            gradients = [rows.gradient_of(self._fold_rows(fold), self._tensors[0].shape).coalesce().values()]
+        else:
+            gradients = self._fold_dense(fold)
+        flat = [g for piece, g in zip(self._pieces, gradients, strict=True) if chosen is None or chosen[piece.param]]
+        norms = [
+            torch.linalg.vector_norm(values, order, dtype=_NORM_DTYPE.get(values.dtype, values.dtype))
+            for values in flat
+            if values.numel()
+        ]
+        return [float(norm) for norm in norms]
 
-    def fold(self, sources: Sequence[Pushed], weights: Sequence[float]) -> None:
-        """Fold the contributors' gradients over this shard's range."""
-        if len(sources) == 1:
-            self._folded = self._with_rows(self._alias(sources[0].gradient), sources, [1.0])
-            return
-        total = sum(weights)
-        shares = [weight / total for weight in weights]
-        self._folded = self._with_rows(self._gradients, sources, shares)
+    def step(self, fold: _Fold, has_gradient: bytes | None, undo: Undo | None, done: int, place: int) -> int:
+        """Step as number ``place`` and on of the chunks of the share, of which ``done`` (see ``Undo.begin``) are; the
+        number of the next."""
+        if self._by_rows:
+            return self._step_rows(fold, has_gradient, undo, done, place)
+        if done < 2 * place + 2:
+            given = self._fold_dense(fold)
+            if undo is not None:
+                saved = self._places(undo)
+                if done == 2 * place + 1:
+                    torch._foreach_copy_(self._live, saved)
+                    self.forget()
+                    self.resume()
+                else:
+                    torch._foreach_copy_(saved, self._live)
+                    undo.advance(2 * place + 1)
+            for piece, tensor, gradient in zip(self._pieces, self._tensors, given, strict=True):
+                tensor.grad = gradient if has_gradient is None or has_gradient[piece.param] else None
+            self._run()
+            if undo is not None:
+                undo.advance(2 * place + 2)
+        return place + 1
+
+    def _step_rows(self, fold: _Fold, has_gradient: bytes | None, undo: Undo | None, done: int, place: int) -> int:
+        (tensor,) = self._tensors
+        if has_gradient is not None and not has_gradient[self._pieces[0].param]:
+            return place
+        folded = self._fold_rows(fold)
+        most = max(1, self._room(undo)) if undo is not None else max(1, len(folded.indices))
+        count = max(1, -(-len(folded.indices) // most))
+        for number in range(count):
+            part = slice(number * most, (number + 1) * most)
+            some = folded if count == 1 else Rows(folded.indices[part], folded.values[part], folded.unique)
+            if done < 2 * place + 2:
+                if undo is not None:
+                    if done == 2 * place + 1:
+                        self._restore_rows(undo)
+                        self.forget()
+                        self.resume()
+                    else:
+                        self._save_rows(undo, some.indices)
+                        undo.advance(2 * place + 1)
+                tensor.grad = rows.gradient_of(some, tensor.shape)
+                self._run()
+                if undo is not None:
+                    if number < count - 1 and len(self._cells) > 1:  # it is one step: what counts them goes up once
+                        self._cells[1].copy_(self._places(undo)[1])
+                        self.follow()
+                    undo.advance(2 * place + 2)
+            place += 1
+        return place
+
+    def _run(self) -> None:
+        if self._kept < len(self._tensors):
+            self._begin_momentum()
+        with rows.unchecked() if self._by_rows else nullcontext():
+            self._step()
+        if self._whole or self._state.has_numbers or len(self._optimizer.state) != self._kept:
+            for piece, tensor in zip(self._pieces, self._tensors, strict=True):
+                if tensor in self._optimizer.state:
+                    self._state.save(piece, self._optimizer.state[tensor], whole=self._whole)
+            self._kept = len(self._optimizer.state)
+
+    def _fold_dense(self, fold: _Fold) -> list[torch.Tensor]:
+        """The pieces' gradients."""
+        if fold.computed_on is not None:
+            for run in self._runs:
+                g = fold.sources[0].gradient[run.vector][run.start : run.stop]
+                drift = self._vectors[run.vector][run.start : run.stop]
+                drift = drift - fold.computed_on[run.vector][run.start : run.stop]
+                torch.addcmul(g, g * g, drift, value=fold.strength, out=run.gradient)
+            return self._gradients
+        if len(fold.sources) == 1:
+            return self._alias(fold.sources[0].gradient)
         for run in self._runs:
-            gradients = [source.gradient[run.vector][run.start : run.stop] for source in sources]
+            gradients = [source.gradient[run.vector][run.start : run.stop] for source in fold.sources]
             if run.sum is run.gradient:
-                torch.mul(gradients[0], shares[0], out=run.sum)
+                torch.mul(gradients[0], fold.shares[0], out=run.sum)
             else:
-                run.sum.copy_(gradients[0]).mul_(shares[0])
-            for gradient, share in zip(gradients[1:], shares[1:], strict=True):
+                run.sum.copy_(gradients[0]).mul_(fold.shares[0])
+            for gradient, share in zip(gradients[1:], fold.shares[1:], strict=True):
                 run.sum.add_(gradient, alpha=share)
             if run.sum is not run.gradient:
                 run.gradient.copy_(run.sum)
+        return self._gradients
 
-    def fold_compensated(self, source: Pushed, computed_on: Mapping[str, torch.Tensor], strength: float) -> None:
-        """Fold g + ``strength`` g^2 (w - w_c) of one worker; w_c are the parameters that g was computed on.
-
-        Of sparse rows g is taken as it is: workers compute on the shared rows, so there is no w_c of them.
-        """
-        self._folded = self._with_rows(self._gradients, [source], [1.0])
-        for run in self._runs:
-            g = source.gradient[run.vector][run.start : run.stop]
-            drift = self._vectors[run.vector][run.start : run.stop] - computed_on[run.vector][run.start : run.stop]
-            torch.addcmul(g, g * g, drift, value=strength, out=run.gradient)
-
-    def _with_rows(
-        self, dense: list[torch.Tensor], sources: Sequence[Pushed], shares: Sequence[float]
-    ) -> list[torch.Tensor]:
-        """The pieces' gradients: those of ``dense``, and in the places of pieces with rows these folded."""
-        if not self._by_rows:
-            return dense
-        folded = list(dense)
-        for index in self._by_rows:
-            piece, tensor = self._pieces[index], self._tensors[index]
-            entry = self._table.entries[piece.param]
-            first = piece.start // entry.row
-            given = [
-                rows.read(
-                    source.rows[piece.param],
-                    source.gradient[entry.vector][entry.offset : entry.offset + entry.size],
-                    entry.row,
-                    first,
-                    first + len(tensor),
-                )
-                for source in sources
-            ]
-            wide = _WIDE.get(tensor.dtype, tensor.dtype)
-            mean = given[0] if len(given) == 1 else rows.fold(given, shares, wide)
-            folded[index] = rows.gradient_of(mean, tensor.shape)
-        return folded
-
-    def _alias(self, source: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    def _alias(self, source: Vectors) -> list[torch.Tensor]:
         """The pieces' ranges of a gradient, where it lies."""
         address = next(iter(source.values())).data_ptr()
         known = self._aliases.get(address)
@@ -194,54 +351,72 @@ class Shard:
             for piece in self._pieces:
                 entry = self._table.entries[piece.param]
                 gradient = source[entry.vector][entry.offset + piece.start : entry.offset + piece.stop]
-                if self._whole and not entry.row:
+                if self._whole:
                     gradient = gradient.as_strided(entry.shape, entry.stride, gradient.storage_offset())
                 known.append(gradient)
             self._aliases[address] = known
         return known
 
-    def norm(self, chosen: bytes | None, order: float) -> float:
-        """Of what was folded: the sum of |g|^order over the chosen parameters, or the maximum for infinity."""
-        flat = [
-            gradient.coalesce().values() if gradient.is_sparse else gradient
-            for piece, gradient in zip(self._pieces, self._folded, strict=True)
-            if chosen is None or chosen[piece.param]
+    def _fold_rows(self, fold: _Fold) -> Rows:
+        (piece,), entry, tensor = self._pieces, self._entry, self._tensors[0]
+        first = piece.start // entry.row
+        given = [
+            rows.read(
+                source.rows[piece.param],
+                source.gradient[entry.vector][entry.offset : entry.offset + entry.size],
+                entry.row,
+                first,
+                first + len(tensor),
+            )
+            for source in fold.sources
         ]
-        norms = [
-            torch.linalg.vector_norm(values, order, dtype=_NORM_DTYPE.get(values.dtype, values.dtype))
-            for values in flat
-            if values.numel()
-        ]
-        values = [float(norm) for norm in norms]
-        if order == math.inf:
-            return max(values, default=0.0)
-        return math.fsum(value**order for value in values)
+        wide = _WIDE.get(tensor.dtype, tensor.dtype)
+        return given[0] if len(given) == 1 else rows.fold(given, fold.shares, wide)
 
-    def step(self, settings: Sequence[Group] | None, has_gradient: bytes | None, *, rate: float = 1.0) -> None:
-        """One optimizer step with what was folded.
+    # --- saving what a step is about to change ---
 
-        ``settings`` replaces the groups' hyper-parameters (None: unchanged). ``has_gradient[i]`` tells whether anyone
-        had a gradient for parameter i: one without is not stepped, as in torch (None: all have). ``rate`` multiplies
-        the learning rate of this step.
-        """
-        if settings is not None:
-            for known, new in zip(self._settings, settings, strict=True):
-                known.update(new)
-        if settings is not None or rate != self._rate:
-            self._rate = rate
-            for group, known in zip(self._optimizer.param_groups, self._settings, strict=True):
-                group.update(known if rate == 1.0 or "lr" not in known else known | {"lr": known["lr"] * rate})
-        for piece, tensor, gradient in zip(self._pieces, self._tensors, self._folded, strict=True):
-            tensor.grad = gradient if has_gradient is None or has_gradient[piece.param] else None
-        if self._saved < len(self._tensors):
-            self._begin_momentum()
-        with rows.unchecked() if self._by_rows else nullcontext():
-            self._step()
-        if self._whole or self._state.has_numbers or len(self._optimizer.state) != self._saved:
-            for piece, tensor in zip(self._pieces, self._tensors, strict=True):
-                if tensor in self._optimizer.state:
-                    self._state.save(piece, self._optimizer.state[tensor], whole=self._whole)
-            self._saved = len(self._optimizer.state)
+    def _places(self, undo: Undo) -> list[torch.Tensor]:
+        """Where the undo area has what is saved whole: of dense pieces everything, of rows the cells."""
+        saved = self._saved.get(undo)
+        if saved is None:
+            saved = self._saved[undo] = lay_over(undo.area, self._live)
+        return saved
+
+    def _tables(self) -> list[torch.Tensor]:
+        """The parameter's rows and those of the state beside it, each [rows, row]."""
+        (piece,), entry, (tensor,) = self._pieces, self._entry, self._tensors
+        start = entry.offset + piece.start
+        beside = self._state.beside(entry.vector, start, start + tensor.numel())
+        return [tensor, *(one.view(tensor.shape) for one in beside)]
+
+    def _rows_at(self) -> int:
+        return sum(one.numel() + -one.numel() % 64 for one in self._cells)
+
+    def _room(self, undo: Undo) -> int:
+        """How many rows there is room to save for."""
+        each = sum(one.stride(0) * one.itemsize for one in self._tables()) + 8
+        return (len(undo.area) - self._rows_at() - 64 * (2 + len(self._tables()))) // each
+
+    def _rows_places(self, undo: Undo, count: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        tables = self._tables()
+        shapes = [torch.empty(count, dtype=torch.int64, device="meta")]
+        shapes += [torch.empty(count * one.stride(0), dtype=one.dtype, device="meta") for one in tables]
+        indices, *values = lay_over(undo.area, shapes, self._rows_at())
+        return indices, [flat.view(count, -1) for flat in values] if count else []
+
+    def _save_rows(self, undo: Undo, indices: torch.Tensor) -> None:
+        torch._foreach_copy_(self._places(undo), self._cells)
+        kept, values = self._rows_places(undo, len(indices))
+        kept.copy_(indices)
+        for place, table in zip(values, self._tables(), strict=False):
+            torch.index_select(table, 0, indices, out=place)
+        undo.rows = len(indices)
+
+    def _restore_rows(self, undo: Undo) -> None:
+        torch._foreach_copy_(self._cells, self._places(undo))
+        indices, values = self._rows_places(undo, undo.rows)
+        for place, table in zip(values, self._tables(), strict=False):
+            table.index_copy_(0, indices, place)
 
     def _begin_momentum(self) -> None:
         """torch's fused SGD wants momentum for all of its tensors or for none; a layer first used late has none.
@@ -256,7 +431,8 @@ class Shard:
                     self._optimizer.state[tensor]["momentum_buffer"] = torch.zeros_like(tensor)
 
 
-def _runs(table: Table, pieces: Sequence[Piece]) -> list[_Run]:
+def _spans(table: Table, pieces: Sequence[Piece]) -> list[tuple[str, int, int]]:
+    """The dense pieces as ranges of their vectors, adjacent ones as one."""
     spans: list[tuple[str, int, int]] = []
     ends: dict[str, int] = {}
     for piece in pieces:
@@ -270,9 +446,33 @@ def _runs(table: Table, pieces: Sequence[Piece]) -> list[_Run]:
         else:
             ends[entry.vector] = len(spans)
             spans.append((entry.vector, start, stop))
-    runs = []
-    for vector, start, stop in spans:
-        gradient = torch.zeros(stop - start, dtype=vector_dtype(vector))
+    return spans
+
+
+def _buffers(table: Table, cut: Sequence[Sequence[Piece]]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """(sum, gradient) by vector, large enough for any chunk; all use the same, so that it stays in the cache."""
+    most: dict[str, int] = {}
+    for pieces in cut:
+        sizes: dict[str, int] = {}
+        for vector, start, stop in _spans(table, pieces):
+            sizes[vector] = sizes.get(vector, 0) + stop - start
+        most |= {vector: max(size, most.get(vector, 0)) for vector, size in sizes.items()}
+    buffers = {}
+    for vector, size in most.items():
+        gradient = torch.zeros(size, dtype=vector_dtype(vector))
         wide = _WIDE.get(gradient.dtype)
-        runs.append(_Run(vector, start, stop, gradient.to(wide) if wide else gradient, gradient))
+        buffers[vector] = (gradient.to(wide) if wide else gradient, gradient)
+    return buffers
+
+
+def _runs(
+    spans: Sequence[tuple[str, int, int]], buffers: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+) -> list[_Run]:
+    runs, used = [], dict.fromkeys(buffers, 0)
+    for vector, start, stop in spans:
+        total, gradient = buffers[vector]
+        place = slice(used[vector], used[vector] + stop - start)
+        used[vector] = place.stop
+        own = gradient[place]
+        runs.append(_Run(vector, start, stop, own if total is gradient else total[place], own))
     return runs

@@ -4,10 +4,14 @@ A piece is a range of one parameter, ``[start, stop)`` in values. Cuts inside a 
 of ``ALIGN`` values counted from its first one: torch's fused kernels give other last bits when a vector
 starts elsewhere (measured: SGD cut at odd offsets was not bitwise equal, at multiples of 16 it was). Parameters
 that are stepped by rows are cut between rows: at multiples of a larger grain.
+
+What is cut once is the *grid*: blocks, each of which has its optimizer's state to itself. Whoever steps is dealt whole
+blocks, so any process can go on with any of them.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -66,4 +70,35 @@ def partition(
             if start < stop:
                 part += 1
         before += stop
+    return tuple(tuple(share) for share in shares)
+
+
+def grid(
+    sizes: Sequence[int], parts: int, *, most: int, whole: bool = False, grains: Sequence[int] = ()
+) -> tuple[Piece, ...]:
+    """The blocks of ``partition``'s shares, in order; dense ones are cut on into at most ``most`` values each."""
+    assert most >= ALIGN, "blocks of less than a line"
+    blocks = []
+    for piece in (piece for share in partition(sizes, parts, whole=whole, grains=grains) for piece in share):
+        lines = (piece.stop - piece.start) // ALIGN
+        by_rows = bool(grains) and grains[piece.param] > ALIGN
+        count = 1 if whole or by_rows else -(-lines // (most // ALIGN))
+        cuts = [piece.start + lines * number // count * ALIGN for number in range(count)] + [piece.stop]
+        blocks += [Piece(piece.param, start, stop) for start, stop in zip(cuts, cuts[1:], strict=False)]
+    return tuple(blocks)
+
+
+def deal(blocks: Sequence[Piece], parts: int) -> tuple[tuple[Piece, ...], ...]:
+    """Deal blocks in order into ``parts`` contiguous shares, each block where its middle lies.
+
+    Where the grid was made of as many parts, the shares are those of ``partition``.
+    """
+    lines = sum(block.stop - block.start for block in blocks) // ALIGN
+    ends = [lines * (part + 1) // parts * ALIGN for part in range(parts)]
+    shares: list[list[Piece]] = [[] for _ in range(parts)]
+    before = 0
+    for block in blocks:
+        size = block.stop - block.start
+        shares[bisect_left(ends, before + size / 2)].append(block)
+        before += size
     return tuple(tuple(share) for share in shares)

@@ -1,8 +1,8 @@
 """The memory of one exchange: an optimizer's parameters, its state, and a slot for every worker.
 
-    words   pushed[worker], stepped[member], ready[member]: the round each has pushed, has stepped its shards
-            of, and has taken up moved shards for; asked[worker], answered[worker]: the same for norms; loads[0]:
-            checkpoints loaded over what is here
+    words   pushed[worker], stepped[member]: the round each has pushed, and has stepped its share of; asked[worker],
+            answered[worker]: the same for norms; loads[0]: checkpoints loaded over what is here
+    undo    an area for each who steps (of each part, where there are parts): params/undo.py
     log     where there are parts (paces quorum, bounded, async): the log (protocol/log.py), applied[part], and
             clocks[worker], steps each has finished
     state   the optimizer's state (params/state.py)
@@ -28,8 +28,9 @@ import torch
 from paceline.params.optimizers import StateItem
 from paceline.params.state import State, StatePlan
 from paceline.params.table import Table, lay_out, vector_dtype
+from paceline.params.undo import BLOCK_VALUES, HEADER_WORDS, Undo, area_bytes
 from paceline.protocol import log
-from paceline.protocol.partition import Piece, partition
+from paceline.protocol.partition import Piece, deal, grid
 from paceline.transport.segment import PAGE, address, page_up
 
 _WORD = 8
@@ -62,22 +63,35 @@ class Spec(msgspec.Struct, frozen=True):
     damping: bool = False
     compensate: float = 0.0
 
-    def cut(self, parts: int) -> tuple[tuple[Piece, ...], ...]:
+    @property
+    def seats(self) -> int:
+        """How many shares there are at most: of the parts that are cut for good, of the servers, or of the workers."""
+        return self.parts or self.servers or self.workers
+
+    @property
+    def blocks(self) -> tuple[Piece, ...]:
+        """The grid that the parameters are cut into."""
         entries = self.table.entries
         sizes, grains = [entry.size for entry in entries], [entry.grain for entry in entries]
-        return partition(sizes, parts, whole=self.whole, grains=grains)
+        return grid(sizes, self.seats, most=BLOCK_VALUES, whole=self.whole, grains=grains)
+
+    def cut(self, parts: int) -> tuple[tuple[Piece, ...], ...]:
+        """The blocks as shares."""
+        return deal(self.blocks, parts)
 
 
 class _Offsets:
     def __init__(self, spec: Spec) -> None:
         count = len(spec.table.entries)
         vectors = spec.table.offsets_bytes()
-        pieces = [piece for part in spec.cut(spec.parts) for piece in part] if spec.parts else []
-        self.plan = StatePlan(spec.table, spec.state, pieces)
-        self.log = page_up((5 * spec.workers + 2 * spec.servers + 1) * _WORD)
+        self.plan = StatePlan(spec.table, spec.state, spec.blocks)
+        self.headers = (4 * spec.workers + spec.servers + 1 + 7) // 8 * 8
+        self.log = page_up((self.headers + spec.seats * HEADER_WORDS) * _WORD)
         self.log_words = log.words_needed(spec.workers) if spec.parts else 0
         self.state = page_up(self.log + (self.log_words + spec.parts + spec.workers) * _WORD)
-        self.params = page_up(self.state + self.plan.size_bytes)
+        self.undo = page_up(self.state + self.plan.size_bytes)
+        self.undo_bytes = page_up(area_bytes(spec.table, self.plan))
+        self.params = self.undo + spec.seats * self.undo_bytes
         self.slots = page_up(self.params + vectors[""])
         self.mask = _HEADER_WORDS * _WORD
         self.chosen = self.mask + -(-count // 64) * 64
@@ -187,8 +201,7 @@ class ExchangeMemory:
         self.pushed = words[: spec.workers]
         members = spec.workers + spec.servers
         self.stepped = words[spec.workers : spec.workers + members]
-        self.ready = words[spec.workers + members : spec.workers + 2 * members]
-        norms = spec.workers + 2 * members
+        norms = spec.workers + members
         self.asked = words[norms : norms + spec.workers]
         self.answered = words[norms + spec.workers : norms + 2 * spec.workers]
         self.loads = words[norms + 2 * spec.workers : norms + 2 * spec.workers + 1]
@@ -203,6 +216,13 @@ class ExchangeMemory:
             offsets.plan,
             lambda dtype, offset, count: _carve(memory, dtype, offsets.state + offset, count),
         )
+        self.undo = [
+            Undo(
+                words[offsets.headers + seat * HEADER_WORDS : offsets.headers + (seat + 1) * HEADER_WORDS],
+                _carve(memory, torch.uint8, offsets.undo + seat * offsets.undo_bytes, offsets.undo_bytes),
+            )
+            for seat in range(spec.seats)
+        ]
         self.slots = [
             Slot(memory, offsets.slots + worker * offsets.slot_bytes, offsets, spec) for worker in range(spec.workers)
         ]

@@ -85,7 +85,7 @@ class Mapped:
 
 def regions(memory: ExchangeMemory, spec: Spec) -> Iterator[tuple[str, torch.Tensor]]:
     """Every range of bytes that has a meaning of its own, as uint8 over the shared memory."""
-    for name in ("pushed", "stepped", "ready", "asked", "answered"):
+    for name in ("pushed", "stepped", "asked", "answered"):
         yield name, torch.frombuffer(getattr(memory, name), dtype=torch.uint8)
     yield "clocks", torch.frombuffer(memory.clocks, dtype=torch.uint8)
     if spec.parts:
@@ -93,6 +93,9 @@ def regions(memory: ExchangeMemory, spec: Spec) -> Iterator[tuple[str, torch.Ten
         yield "applied", torch.frombuffer(memory.applied, dtype=torch.uint8)
     for dtype, vector in memory.params.items():
         yield f"params {dtype}", as_bytes(vector)
+    for seat, undo in enumerate(memory.undo):
+        yield f"undo header {seat}", torch.frombuffer(undo._words, dtype=torch.uint8)
+        yield f"undo {seat}", undo.area
     yield "present", memory.state.present
     for param, items in memory.state._items.items():
         for item, tensors in items:
@@ -168,8 +171,8 @@ def test_tables_with_rows_have_numbers_in_every_slot_and_no_copies() -> None:
 
 def test_columns_have_a_cell_for_each_member() -> None:
     (memory,) = Mapped(make_spec(make_table([((3,), "float32")]), [], 3, 2, 0)).views
-    lengths = [len(getattr(memory, name)) for name in ("pushed", "stepped", "ready", "asked", "answered")]
-    assert lengths == [3, 5, 5, 3, 3]
+    lengths = [len(getattr(memory, name)) for name in ("pushed", "stepped", "asked", "answered")]
+    assert lengths == [3, 5, 3, 3]
     assert len(memory.slots) == 3
 
 
