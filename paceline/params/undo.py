@@ -15,8 +15,8 @@ from paceline.params.state import StatePlan
 from paceline.params.table import Table
 from paceline.protocol.partition import Piece
 
-CHUNK_BYTES = 3 << 20  # parameters and state: measured best of 0.2 to 6 MB, where a core's cache is 1 MB
-BLOCK_VALUES = 1 << 17
+CHUNK_BYTES = 1 << 20  # parameters and state: a core's cache is as large on small machines
+BLOCK_VALUES = 1 << 16
 HEADER_WORDS = 8
 _NUMBER, _PROGRESS, _ROWS, _MEMBERS = 0, 1, 2, 4
 _SLACK_BYTES = 4096  # every tensor saved begins at a multiple of 64

@@ -12,8 +12,9 @@ blocks, so any process can go on with any of them.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 ALIGN = 64  # values; one cache line of the narrowest dtype, a multiple of every vector width
 
@@ -74,17 +75,23 @@ def partition(
 
 
 def grid(
-    sizes: Sequence[int], parts: int, *, most: int, whole: bool = False, grains: Sequence[int] = ()
+    sizes: Sequence[int],
+    parts: int,
+    *,
+    most: int,
+    whole: bool = False,
+    grains: Sequence[int] = (),
+    tables: Container[int] = (),
 ) -> tuple[Piece, ...]:
-    """The blocks of ``partition``'s shares, in order; dense ones are cut on into at most ``most`` values each."""
+    """The blocks of ``partition``'s shares, in order, cut on into at most ``most`` values each; those of ``tables``,
+    parameters with sparse rows, are not."""
     assert most >= ALIGN, "blocks of less than a line"
     blocks = []
     for piece in (piece for share in partition(sizes, parts, whole=whole, grains=grains) for piece in share):
         lines = (piece.stop - piece.start) // ALIGN
-        by_rows = bool(grains) and grains[piece.param] > ALIGN
-        count = 1 if whole or by_rows else -(-lines // (most // ALIGN))
+        count = 1 if whole or piece.param in tables else -(-lines // (most // ALIGN))
         cuts = [piece.start + lines * number // count * ALIGN for number in range(count)] + [piece.stop]
-        blocks += [Piece(piece.param, start, stop) for start, stop in zip(cuts, cuts[1:], strict=False)]
+        blocks += [Piece(piece.param, start, stop) for start, stop in pairwise(cuts)]
     return tuple(blocks)
 
 

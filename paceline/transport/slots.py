@@ -73,7 +73,8 @@ class Spec(msgspec.Struct, frozen=True):
         """The grid that the parameters are cut into."""
         entries = self.table.entries
         sizes, grains = [entry.size for entry in entries], [entry.grain for entry in entries]
-        return grid(sizes, self.seats, most=BLOCK_VALUES, whole=self.whole, grains=grains)
+        tables = {param for param, entry in enumerate(entries) if entry.row}
+        return grid(sizes, self.seats, most=BLOCK_VALUES, whole=self.whole, grains=grains, tables=tables)
 
     def cut(self, parts: int) -> tuple[tuple[Piece, ...], ...]:
         """The blocks as shares."""

@@ -117,7 +117,7 @@ def test_rows_are_gone_on_with_too(name: str, raw: bool) -> None:
 
             own = optimizer.state.get(weight) or {}
             items = optimizers.describe_state(self.table, groups, make, [own], elementwise=True)
-            blocks = grid([entry.size], 1, most=1 << 20, grains=[entry.grain])
+            blocks = grid([entry.size], 1, most=64, grains=[entry.grain], tables={0})
             self.plan = StatePlan(self.table, items, blocks)
             memory = torch.zeros(self.plan.size_bytes, dtype=torch.uint8)
             self.state = State(

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paceline.protocol.partition import ALIGN, Piece, padded, partition
+from paceline.protocol.partition import ALIGN, Piece, deal, grid, padded, partition
 
 SIZES = st.lists(st.one_of(st.integers(0, 3), st.integers(0, 5 * ALIGN), st.integers(0, 10**12)), max_size=12)
 PARTS = st.integers(1, 40)
@@ -118,3 +118,48 @@ def test_without_rows_the_grain_changes_nothing(sizes: list[int], parts: int) ->
 def test_padding_is_the_next_multiple(size: int) -> None:
     assert padded(size) % ALIGN == 0
     assert 0 <= padded(size) - size < ALIGN
+
+
+# --- the grid ---
+
+GRIDS = st.lists(st.tuples(st.integers(0, 3000), st.sampled_from([64, 64, 192, 320])), min_size=1, max_size=6)
+
+
+@given(GRIDS, st.integers(1, 7), st.integers(1, 9), st.integers(1, 12), st.booleans())
+def test_blocks_are_dealt_whole_and_in_order(
+    of: list[tuple[int, int]], parts: int, shares: int, lines: int, whole: bool
+) -> None:
+    sizes, grains = [size for size, _ in of], [grain for _, grain in of]
+    tables = {param for param, grain in enumerate(grains) if grain > 64}
+    blocks = grid(sizes, parts, most=lines * ALIGN, whole=whole, grains=grains, tables=tables)
+    dealt = deal(blocks, shares)
+    assert [block for share in dealt for block in share] == list(blocks)
+    assert len(dealt) == shares
+    for block in blocks:
+        assert block.stop - block.start <= lines * ALIGN or whole or block.param in tables
+        assert block.start < block.stop
+        assert block.start % grains[block.param] == 0
+    for param, size in enumerate(sizes):
+        own = [block for block in blocks if block.param == param]
+        assert [block.start for block in own[1:]] == [block.stop for block in own[:-1]]
+        assert (own[0].start, own[-1].stop) == (0, padded(size)) if size else not own
+
+
+@given(GRIDS, st.integers(1, 7), st.integers(1, 12))
+def test_for_as_many_as_the_grid_was_made_for_shares_are_as_equal_as_cut_anew(
+    of: list[tuple[int, int]], parts: int, lines: int
+) -> None:
+    sizes, grains = [size // grain * grain if grain > 64 else size for size, grain in of], [grain for _, grain in of]
+    tables = {param for param, grain in enumerate(grains) if grain > 64}
+    blocks = grid(sizes, parts, most=lines * ALIGN, grains=grains, tables=tables)
+    for dealt, cut in zip(deal(blocks, parts), partition(sizes, parts, grains=grains), strict=True):
+        assert _merged(dealt) == list(cut)
+
+
+def _merged(pieces: Sequence[Piece]) -> list[Piece]:
+    merged: list[Piece] = []
+    for piece in pieces:
+        if merged and (merged[-1].param, merged[-1].stop) == (piece.param, piece.start):
+            piece = Piece(piece.param, merged.pop().start, piece.stop)
+        merged.append(piece)
+    return merged
