@@ -153,6 +153,8 @@ class Job:
     part with itself (``own``), all with worker 0, who sends the batches (``served``).
     ``staleness_damping`` divides the learning rate by max(1, staleness) (Zhang et al. 2016), ``compensate`` is the
     lambda of delay compensation (Zheng et al. 2017), of dense gradients only; both for ``bounded`` and ``async``.
+    ``restarts`` is how often a worker that dies is replaced without having got on in between; then the run ends, or
+    goes on without it while ``min_workers`` are left (None: all).
     ``threads`` is per process (None: cores // workers, at least 1).
     ``steps`` counts rounds, or pushes of all workers divided by their number, so that every pace sees as many samples;
     ``epochs`` passes over the training loader; ``until_loss`` and
@@ -167,6 +169,8 @@ class Job:
     data: str = "shared"
     staleness_damping: bool = False
     compensate: float | None = None
+    restarts: int = 3
+    min_workers: int | None = None
     threads: int | None = None
     seed: int = 0
     steps: int | None = None
@@ -179,6 +183,9 @@ class Job:
         object.__setattr__(self, "runs", Path(self.runs))
         _within("workers", self.workers, 1, MAX_WORKERS)
         _within("servers", self.servers, 0, MAX_SERVERS)
+        _within("restarts", self.restarts, 0, _MAX)
+        if self.min_workers is not None:
+            _within("min-workers", self.min_workers, 1, self.workers)
         for name in ("threads", "steps", "epochs", "patience"):
             value = getattr(self, name)
             if value is not None:

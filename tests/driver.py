@@ -63,7 +63,8 @@ def run_job(body: Callable[[Run], Any], *, workers: int = 2, servers: int = 0, *
 
     def live(role: str, rank: int, channel: Channel) -> None:
         directory = Path(tempfile.gettempdir())
-        context = Context(job, role, rank, directory, channel, Board(segment.attach(board_fd)), Lock(board_fd))
+        board = Board(segment.attach(board_fd))
+        context = Context(job, role, rank, directory, channel, board, Lock(board_fd, board.journal))
         try:
             if role == "server":
                 serve(context)

@@ -58,6 +58,12 @@ class JobFlags:
     compensate: Annotated[
         str | None, _option("LAMBDA", "bounded, async: make up for stale gradients; 0.04 is the paper's [default: off]")
     ] = None
+    restarts: Annotated[
+        str | None, _option("N", "replace a worker that dies, up to N times without its getting on [default: 3]")
+    ] = None
+    min_workers: Annotated[
+        str | None, _option("N", "with so many left go on without one that cannot be replaced [default: all]")
+    ] = None
     threads: Annotated[str | None, _option("N", "threads of each process [default: cores / workers]")] = None
     seed: Annotated[str | None, _option("N", "of everything random [default: 0]")] = None
     steps: Annotated[str | None, _option("N", "stop after so many rounds, or as many samples at any pace")] = None

@@ -93,11 +93,17 @@ class Ledger:
         words[start + _BEGUN] = place + 1
         return not words[start + 4 + place % RING] & _TAKEN
 
-    def commit(self, worker: int) -> None:
-        """All that ``worker`` has begun counts."""
+    def begun(self, worker: int) -> int:
+        """How many batches ``worker`` has begun, in all epochs."""
+        return self._words[self._start(worker) + _BEGUN]
+
+    def commit(self, worker: int, place: int | None = None) -> None:
+        """All that ``worker`` has begun counts; with ``place`` what it had begun when ``begun`` was that."""
         words, start = self._words, self._start(worker)
-        words[_COMMITTED] += sum(1 for _ in self._leases(worker, words[start + _FIRST], words[start + _BEGUN]))
-        words[start + _FIRST] = words[start + _BEGUN]
+        first, stop = words[start + _FIRST], words[start + _BEGUN]
+        stop = stop if place is None else min(stop, max(place, first))
+        words[_COMMITTED] += sum(1 for _ in self._leases(worker, first, stop))
+        words[start + _FIRST] = stop
 
     def give_back(self, worker: int, *, begun: bool) -> None:
         """What ``worker`` has drawn but not begun is on the table again; with ``begun`` also what it has begun."""

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, Protocol, TypeGuard
 
 import numpy as np
@@ -40,6 +41,15 @@ class Passes(Protocol):
 
     def epoch(self, loader: int) -> int:
         """How many passes over the loader have been trained on: the same on all workers at the same place."""
+
+    def skip(self, loader: int) -> int:
+        """How many of this worker's batches of the pass have been trained on by a worker before it in its place."""
+
+    def fetched(self, loader: int) -> None:
+        """The next of this worker's batches is there, for the first time."""
+
+    def needs_ghost(self, loader: int) -> bool:
+        """No batch was left: is this a newcomer, whose script must not find the pass empty?"""
 
     def drawn(self, samples: int) -> None:
         """A batch goes to the script."""
@@ -76,6 +86,12 @@ class Leases(Protocol):
 
     def begin(self) -> bool:
         """The oldest batch drawn goes to the script. False: another worker has it now."""
+
+
+class Batches(Protocol):
+    """A worker's batches of a pass, each with its samples: by lease, or its own without the first ``skip``."""
+
+    def __call__(self, leases: Leases | None, skip: int = 0, /) -> Iterator[tuple[Any, int]]: ...
 
 
 @dataclass(frozen=True)
@@ -173,13 +189,13 @@ class SharedLoader(DataLoader[Any]):
     def __iter__(self) -> Any:
         return one_pass(self, self._index, self._passes, self.batches)
 
-    def batches(self, leases: Leases | None) -> Iterator[tuple[Any, int]]:
+    def batches(self, leases: Leases | None, skip: int = 0, /) -> Iterator[tuple[Any, int]]:
         """This worker's batches of a pass, each with its samples; tells nobody."""
         epoch = self._passes.epoch(self._index)
         if self._plan is None:
-            yield from _streamed(super().__iter__(), self._part, epoch, None, self._count, leases)
+            yield from islice(_streamed(super().__iter__(), self._part, epoch, None, self._count, leases), skip, None)
             return
-        counts = self._plan.start(epoch, leases)
+        counts = self._plan.start(epoch, leases, skip)
         for batch in super().__iter__():
             known = counts.popleft()
             if leases is None or leases.begin():
@@ -208,16 +224,14 @@ class SharedBatches:
     def __iter__(self) -> Iterator[Any]:
         return one_pass(self, self._index, self._passes, self.batches)
 
-    def batches(self, leases: Leases | None) -> Iterator[tuple[Any, int]]:
+    def batches(self, leases: Leases | None, skip: int = 0, /) -> Iterator[tuple[Any, int]]:
         """This worker's batches of a pass, each with its samples; tells nobody."""
         epoch = self._passes.epoch(self._index)
         total = len(self._source) if isinstance(self._source, Sized) else None
-        return _streamed(iter(self._source), self._part, epoch, total, self._count, leases)
+        return islice(_streamed(iter(self._source), self._part, epoch, total, self._count, leases), skip, None)
 
 
-def one_pass(
-    loader: Any, index: int, passes: Passes, batches: Callable[[Leases | None], Iterator[tuple[Any, int]]]
-) -> Iterator[Any]:
+def one_pass(loader: Any, index: int, passes: Passes, batches: Batches) -> Iterator[Any]:
     """One pass: tell ``passes`` of its beginning, its batches and its end, however it ends."""
     try:
         length = len(loader)
@@ -227,13 +241,22 @@ def one_pass(
     before = passes.over  # then this is a whole evaluation, or a pass of one batch
     ended = False
     leases = passes.leases(index) if training else None
-    given = batches(None) if leases is None else _leased(batches, leases, lambda: passes.more(index))
+    if leases is not None:
+        given = _counted(_leased(batches, leases, lambda: passes.more(index)), passes, index)
+    elif training:
+        given = _counted(batches(None, passes.skip(index)), passes, index)
+    else:
+        given = batches(None)
     try:
         for batch, samples in _with_dropped(given, passes) if passes.may_drop else given:
             if training:
                 passes.drawn(samples)
             yield batch
             if not training or (passes.over and not before):
+                break
+        if training and passes.needs_ghost(index):
+            for batch, _ in batches(None):
+                yield batch
                 break
         ended = True
     finally:
@@ -242,9 +265,13 @@ def one_pass(
     passes.end(index)
 
 
-def _leased(
-    batches: Callable[[Leases | None], Iterator[tuple[Any, int]]], leases: Leases, more: Callable[[], bool]
-) -> Iterator[tuple[Any, int]]:
+def _counted(batches: Iterator[tuple[Any, int]], passes: Passes, index: int) -> Iterator[tuple[Any, int]]:
+    for item in batches:
+        passes.fetched(index)
+        yield item
+
+
+def _leased(batches: Batches, leases: Leases, more: Callable[[], bool]) -> Iterator[tuple[Any, int]]:
     yield from batches(leases)
     while more():
         yield from batches(leases)
@@ -292,17 +319,19 @@ class _Plan:
         self._counts: deque[int | None] = deque()
         self._drawn: tuple[int, list[Any]] = (-1, [])
         self._leases: Leases | None = None
+        self._skip = 0
         self.by_batch_of_one = source.batch_sampler is None
 
-    def start(self, epoch: int, leases: Leases | None = None) -> deque[int | None]:
-        """From now on ``iter`` gives this epoch; the sample counts of its batches appear in the answer, in order."""
-        self._epoch, self._leases = epoch, leases
+    def start(self, epoch: int, leases: Leases | None = None, skip: int = 0) -> deque[int | None]:
+        """From now on ``iter`` gives this epoch, without the first ``skip`` batches; the sample counts of its batches
+        appear in the answer, in order."""
+        self._epoch, self._leases, self._skip = epoch, leases, skip
         self._counts = deque()
         return self._counts
 
     def __iter__(self) -> Iterator[Any]:
         counts = self._counts
-        for batch in self._mine(self._epoch):
+        for batch in islice(self._mine(self._epoch), self._skip, None):
             counts.append(None if self.by_batch_of_one else len(batch))
             yield batch
 

@@ -14,7 +14,7 @@ from paceline.config import Bounded, Pace, Quorum
 from paceline.engine.applier import Applier
 from paceline.engine.meeting import Push, Round
 from paceline.protocol.log import COPY, LOAD, STEP, Entry
-from paceline.protocol.rounds import Waiting, is_out, quorum_met, within_bound
+from paceline.protocol.rounds import NEVER, Waiting, is_out, quorum_met, within_bound
 from paceline.transport.board import Board
 from paceline.transport.lock import Lock
 from paceline.transport.slots import ExchangeMemory, Spec
@@ -36,6 +36,13 @@ class Arrivals:
         self._version = 0  # of the copy that this worker computes on
         self._unfinished: Entry | None = None
         self.applier: Applier | None = None
+        assert lock.journal is not None
+        lock.journal.publish.append(self._publish)
+
+    def _publish(self) -> None:
+        """Under the lock, when all is done: what was appended may be applied."""
+        if self._log.publish():
+            self._board.ring(self._board.common)
 
     @property
     def number(self) -> int:
@@ -49,7 +56,7 @@ class Arrivals:
         come on. Raises Aborted if the run is stopped while waiting.
         """
         memory, rank, log = self._memory, self._rank, self._log
-        self._slot.write(memory.pushed[rank] + 1, push.weight, push.loss, push.stop, push.steps)
+        self._slot.write(memory.pushed[rank] + 1, push.weight, push.loss, push.stop, push.steps, push.place)
         memory.pushed[rank] += 1
         begun = time.monotonic()
         with self._lock:
@@ -122,6 +129,24 @@ class Arrivals:
         else:
             self._apply(entry)
 
+    def bury(self, worker: int, deaths: int) -> None:
+        """Under the run's lock: this worker has died so many times; what it has left in the log is for others to do."""
+        if self._memory.attached[worker] < deaths:
+            self._memory.since[worker] = NEVER
+            self._log.withdraw(worker)
+
+    def finish_abandoned(self) -> None:
+        """What the dead have left in the log is done by whoever waits for its turn."""
+
+    def attach_again(self, deaths: int) -> None:
+        """Under the run's lock: this process is the worker's next, after so many that have died."""
+        self._memory.since[self._rank] = self._log.appended + 1
+        self._memory.attached[self._rank] = deaths
+
+    def join(self) -> None:
+        """Come to the newest parameters."""
+        self.refresh()
+
     def level(self) -> None:
         """Under the lock: nobody waits for steps of the past."""
         clocks = self._memory.clocks
@@ -141,14 +166,13 @@ class Arrivals:
         entry = self._log.append(kind, self._rank, members, staleness)
         if kind == STEP:
             self._close(entry)
-        self._board.ring(self._board.common)
         return entry
 
     def _await_quorum(self) -> Entry | Waiting | None:
         """The entry that this worker's gradient is in; it appends it itself if it is the one to see a quorum."""
         board, log = self._board, self._log
         fate = log.fate(self._rank)
-        if fate.version > self._version:
+        if fate.version > self._version and fate.number <= log.seen:
             return Entry(fate.number, STEP, fate.by, fate.version, 0, tuple(range(fate.members)))
         if max(board.ended) or board.interrupt:
             return None
@@ -190,8 +214,32 @@ class Arrivals:
 
     def _waiting_for(self, part: int) -> Waiting:
         entry = self._log.entry(self._memory.applied[part] + 1)
+        if self._is_orphan(entry):
+            self._adopt(part)
+            return Waiting(self._rank, f"entry {entry.number} of worker {entry.by}, which died, is being applied")
         on = applied_by(self._spec, entry, part)
         return Waiting(on, f"member {on} has not applied entry {entry.number}")
+
+    def _is_orphan(self, entry: Entry) -> bool:
+        """Has the worker died that would apply it?"""
+        by_worker = not self._spec.servers or entry.kind == LOAD
+        return by_worker and self._memory.since[entry.by] > entry.number
+
+    def _adopt(self, part: int) -> None:
+        """Apply to a part the entry of a worker that has died, from where it was left; one does it for all."""
+        with self._lock:
+            number = self._memory.applied[part] + 1
+            if number > self._log.appended:
+                return
+            entry = self._log.entry(number)
+            if not self._is_orphan(entry):
+                return
+            if entry.kind == LOAD:  # what it has loaded is gone with it
+                self._memory.applied[part] = number
+            else:
+                assert self.applier is not None
+                self.applier.apply(part, entry)
+        self._board.ring(self._rank)
 
     def _await_slower(self) -> float:
         """Pace bounded: wait while too far ahead, then take what has come in the meantime. Seconds waited."""

@@ -30,23 +30,27 @@ class Collectives:
 
     def __init__(self, context: Context, ring: Callable[[], None]) -> None:
         self._board, self._channel, self._rank, self._ring = context.board, context.channel, context.rank, ring
-        self._number = 0
+        self.number = 0
+        self.takes_part = not context.board.deaths[context.rank]  # a newcomer, from when it has caught up
 
     def ask(self, kind: str, spec: bytes, size: int, what: str) -> tuple[Any, bytes]:
         """Ask the launcher for memory that all workers get; (mapping, worker 0's spec)."""
-        self._number += 1
-        self._channel.send(messages.Wrap(self._number, kind, spec, size, what))
-        # To be here is to be at the end of a pass of all: nobody in a round must wait for this worker.
-        self._board.passes(COLLECTIVES)[self._rank] = self._number
-        self._board.parked[self._rank] = COLLECTIVES + 1
-        self._ring()
+        self.number += 1
+        self._channel.send(messages.Wrap(self.number, kind, spec, size, what))
+        # To be here is to be at the end of a pass of all: nobody in a round must wait for this worker. A newcomer comes
+        # to what the others have behind them, and they do not count with it yet.
+        if self.takes_part:
+            self._board.passes(COLLECTIVES)[self._rank] = self.number
+            self._board.parked[self._rank] = COLLECTIVES + 1
+            self._ring()
         try:
             message, descriptors = self._channel.receive()
         except Closed:
             raise Aborted("the launcher is gone") from None
         if not isinstance(message, messages.Memory):
             raise Aborted("told to stop while sharing a model")
-        self._board.parked[self._rank] = NOT_PARKED
+        if self.takes_part:
+            self._board.parked[self._rank] = NOT_PARKED
         memory = segment.attach(descriptors[0])
         for descriptor in descriptors:
             os.close(descriptor)
@@ -69,7 +73,7 @@ class Collectives:
         vectors = carve_vectors(memory, 0, table.sizes)
         views = [table.view(entry, vectors[entry.vector]) for entry in table.entries]
         with torch.no_grad():
-            if self._rank == 0:
+            if self._rank == 0 and not self._is_published:
                 for view, (_, tensor) in zip(views, tensors, strict=True):
                     view.copy_(tensor)
             self._publish()
@@ -82,16 +86,21 @@ class Collectives:
         what = f"{type(exchange.optimizer).__name__} over {spec.table.values} parameters"
         memory, first = self.ask("exchange", msgspec.msgpack.encode(spec), size_bytes(spec), what)
         compare(spec, first, self._rank)
-        exchange.attach(ExchangeMemory(memory, spec), account)
-        if self._rank == 0:
+        exchange.attach(ExchangeMemory(memory, spec), self.number, account)
+        if self._rank == 0 and not self._is_published:
             exchange.publish()
         self._publish()
         exchange.adopt()
 
+    @property
+    def _is_published(self) -> bool:
+        """Has a worker 0 before this process filled the memory already?"""
+        return self._board.published >= self.number
+
     def _publish(self) -> None:
         """Worker 0 has filled the memory of this collective; the others wait until it has."""
-        number = self._number
-        if self._rank == 0:
+        number = self.number
+        if self._rank == 0 and not self._is_published:
             self._board.publish(number)
         self._board.wait(
             lambda: Waiting(0, "worker 0 has not shared its model") if self._board.published < number else number

@@ -73,10 +73,12 @@ class Exchange:
         """Are there local steps that have not been brought to a meeting?"""
         return self.inner is not None and self.inner.steps > 0
 
-    def attach(self, memory: ExchangeMemory, close: Close) -> None:
+    def attach(self, memory: ExchangeMemory, segment: int, close: Close) -> None:
         """Take the memory into use; worker 0 must call ``publish`` before anyone calls ``adopt``."""
         context, spec, pace = self._context, self.spec, self._pace
         self._memory = memory
+        assert context.lock.journal is not None
+        memory.keep_journal(context.lock.journal, segment)
         views = self._share and not isinstance(pace, Local)
         self._replica = Replica(self.optimizer, spec, memory, context.rank, views=views)
         stepped_by = self._stepped_by
@@ -89,6 +91,13 @@ class Exchange:
             self._meeting: Rounds | Arrivals = self._arrivals
         else:
             self._meeting = Rounds(spec, memory, self._stepper, context.board, context.lock, context.rank)
+        deaths = context.board.deaths
+        if any(deaths):
+            with context.lock:
+                for worker, count in enumerate(deaths):
+                    self._meeting.bury(worker, count)
+                if deaths[context.rank]:
+                    self._meeting.attach_again(deaths[context.rank])
         if not self._sends_gradients:
             assert isinstance(pace, Local | Async)
             self.inner = Inner(self._replica, pace.every, sums=isinstance(pace, Async))
@@ -143,6 +152,24 @@ class Exchange:
         self._replica.wait_for_device()  # a pull that is still queued reads what is about to be written
         self._meeting.refresh()
         self._replica.pull()
+
+    def bury(self, worker: int, deaths: int) -> None:
+        """Under the run's lock: this worker has died so many times."""
+        self._meeting.bury(worker, deaths)
+
+    def finish_abandoned(self) -> None:
+        """Under the run's lock: do what only the dead had in hand."""
+        self._meeting.finish_abandoned()
+
+    def join(self) -> None:
+        """A newcomer takes part from here on, with the newest parameters."""
+        self._replica.wait_for_device()
+        self._meeting.join()
+        self._replica.pull()
+
+    def place(self, worker: int) -> tuple[int, int]:
+        """How far into its data a worker was with its last push; see ``Worker.settle``."""
+        return self._memory.slots[worker].place(self._memory.pushed[worker])
 
     def level(self) -> None:
         """Under the run's lock, at the end of a pass: the next one begins with equal clocks."""

@@ -21,7 +21,7 @@ class Inner:
         self._replica, self._every, self._sums = replica, every, sums
         self.own_step: Callable[[], Any] = lambda: None  # the user's optimizer's, as it was before run.wrap
         self._void = True
-        self._weight, self._loss, self._stop = 0.0, (0.0, 0.0), False
+        self._weight, self._loss, self._stop, self._place = 0.0, (0.0, 0.0), False, (0, 0)
         self.steps = 0
 
     def step(self, push: Push) -> bool:
@@ -33,7 +33,7 @@ class Inner:
             self._void = False
         self.steps += 1
         self._weight += max(push.weight, 0.0)
-        self._loss = push.loss
+        self._loss, self._place = push.loss, push.place
         self._stop = self._stop or push.stop
         return self.steps >= self._every
 
@@ -41,6 +41,6 @@ class Inner:
         """What the period has come to, written into the slot; the next one begins."""
         if not self._sums:
             self._replica.write_difference()
-        push = Push(-1.0 if self._void else self._weight, self._loss, self._stop, self.steps)
+        push = Push(-1.0 if self._void else self._weight, self._loss, self._stop, self.steps, self._place)
         self._void, self._weight, self._loss, self._stop, self.steps = True, 0.0, (0.0, 0.0), False, 0
         return push

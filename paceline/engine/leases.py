@@ -17,14 +17,19 @@ def size_bytes(workers: int) -> int:
 class Leases:
     """A ``data.loader.Leases``. ``tell`` is called under the lock with how many batches have come back by then."""
 
-    def __init__(self, memory: mmap.mmap, lock: Lock, rank: int, workers: int, tell: Callable[[int], None]) -> None:
-        self._ledger = Ledger(memoryview(memory)[: size_bytes(workers)].cast("Q"), workers)
+    def __init__(
+        self, memory: mmap.mmap, segment: int, lock: Lock, rank: int, workers: int, tell: Callable[[int], None]
+    ) -> None:
+        assert lock.journal is not None
+        lock.journal.map(segment, memoryview(memory).cast("Q"))
+        self._segment = segment
+        self._ledger = Ledger(lock.journal.watch(segment, 0, words_needed(workers)), workers)
         self._memory, self._lock, self._rank, self._workers, self._tell = memory, lock, rank, workers, tell
         self._begun = 0  # in this pass
 
     def of(self, rank: int) -> Leases:
         """The leases of another worker, for whom this process reads."""
-        return Leases(self._memory, self._lock, rank, self._workers, self._tell)
+        return Leases(self._memory, self._segment, self._lock, rank, self._workers, self._tell)
 
     def open(self, epoch: int, gone: Sequence[int] | memoryview[int]) -> None:
         with self._lock:
@@ -49,6 +54,25 @@ class Leases:
         """A push made from all that was begun counts."""
         with self._lock:
             self._ledger.commit(self._rank)
+
+    @property
+    def place(self) -> int:
+        """How many batches this worker has begun, in all passes."""
+        return self._ledger.begun(self._rank)
+
+    @property
+    def committed(self) -> int:
+        """How many batches of this epoch count so far."""
+        return self._ledger.committed
+
+    def settle(self, worker: int, place: int) -> None:
+        """Under the lock: what a worker had begun by then counts."""
+        self._ledger.commit(worker, place)
+
+    def bury(self, worker: int) -> None:
+        """Under the lock: what a worker that has died had and does not count is there for others."""
+        self._ledger.give_back(worker, begun=True)
+        self._tell(self._ledger.returned)
 
     def end(self, *, trained: bool) -> None:
         """The pass is over. What was not trained on is there for whoever does. Raises ConfigError if that cannot be."""

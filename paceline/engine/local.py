@@ -28,10 +28,25 @@ from paceline.engine.program import Call, Script
 from paceline.engine.recorder import Recorder
 from paceline.engine.setup import Setup, encode_job
 from paceline.protocol import messages
-from paceline.protocol.coordinator import Abort, Allocate, Came, Coordinator, Died, Done, Effect, Tell, how_ended
+from paceline.protocol.coordinator import (
+    Abort,
+    Allocate,
+    Came,
+    Coordinator,
+    Died,
+    Done,
+    Effect,
+    Give,
+    GiveUp,
+    Interrupted,
+    Replace,
+    Tell,
+    how_ended,
+)
 from paceline.transport import segment
 from paceline.transport.board import Board
 from paceline.transport.channel import Channel, Closed
+from paceline.transport.lock import Lock
 
 _TICK_S = 0.05
 _GRACE_S = 2.0  # between telling processes to stop and killing them
@@ -58,7 +73,10 @@ def run_local(
 class _Launcher:
     def __init__(self, job: Job, program: Script | Call, recorder: Recorder) -> None:
         self._job, self._program, self._recorder = job, program, recorder
-        self._coordinator = Coordinator(job.workers, job.servers)
+        # Who has data that nobody else has, or reads it for all, cannot be replaced.
+        restarts = 0 if job.data == "served" else job.restarts
+        self._coordinator = Coordinator(job.workers, job.servers, restarts=restarts, min_workers=job.min_workers)
+        self._memories: dict[int, tuple[messages.Memory, int]] = {}  # what newcomers get, by number
         self._started_s = time.monotonic()
         self._merger = Merger(self._started_s)
         self._selector = selectors.DefaultSelector()
@@ -75,6 +93,7 @@ class _Launcher:
         """The whole life of the run."""
         board_fd = Board.create(self._job.workers, self._job.servers)
         self._board = Board(segment.attach(board_fd))
+        self._lock = Lock(board_fd, self._board.journal)
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         script = self._program if isinstance(self._program, Script) else None
         self._recorder.write_config(
@@ -95,6 +114,8 @@ class _Launcher:
             for number, handler in before.items() if _in_main_thread() else ():
                 signal.signal(number, handler)
             self._stop_zygote()
+            for _, fd in self._memories.values():
+                os.close(fd)
             os.close(board_fd)
         return self._conclude()
 
@@ -135,23 +156,24 @@ class _Launcher:
         )
 
     def _fork_all(self) -> None:
-        zygote = self._channels["zygote", 0]
-        payload = self._payload()
         for role, count in (("server", self._job.servers), ("worker", self._job.workers)):
             for rank in range(count):
-                mine, its = Channel.pair()
-                path = self._recorder.directory / "logs" / f"{role}-{rank}.log"
-                log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-                extra = (payload,) if payload is not None and role == "worker" else ()
-                order = messages.Fork(role, rank, self._setup)
-                zygote.send(order, (its.fileno(), self._board_fd, log, *extra))
-                its.close()
-                os.close(log)
-                self._channels[role, rank] = mine
-                self._selector.register(mine, selectors.EVENT_READ, (role, rank))
-        if payload is not None:
-            os.close(payload)
+                self._fork(role, rank)
         self._log = _Tail(self._recorder.directory / "logs" / "worker-0.log")
+
+    def _fork(self, role: str, rank: int) -> None:
+        mine, its = Channel.pair()
+        path = self._recorder.directory / "logs" / f"{role}-{rank}.log"
+        log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        payload = self._payload() if role == "worker" else None
+        descriptors = [its.fileno(), self._board_fd, log, *(() if payload is None else (payload,))]
+        self._send(self._channels["zygote", 0], messages.Fork(role, rank, self._setup), tuple(descriptors))
+        its.close()
+        for fd in (log, payload):
+            if fd is not None:
+                os.close(fd)
+        self._channels[role, rank] = mine
+        self._selector.register(mine, selectors.EVENT_READ, (role, rank))
 
     def _payload(self) -> int | None:
         if not isinstance(self._program, Call):
@@ -198,6 +220,7 @@ class _Launcher:
                 self._exited(whose, its, pid, status)
             case messages.Steps(rows=rows):
                 self._merger.add(rows, rank)
+                self._coordinator.handle(Came(role, rank, message))
             case messages.Logged(step=step, values=values):
                 self._merger.log(step, values)
             case messages.Pass(number=number, steps=steps):
@@ -210,8 +233,10 @@ class _Launcher:
         self._expected -= 1
         host = str(self._recorder.info.machines[0]["host"])
         self._recorder.info.processes.append(events.Process(role, rank, pid, host))
-        if self._expected == 0:
-            info = self._recorder.info
+        info = self._recorder.info
+        if self._expected == 0 and info.status == "running":
+            self._recorder.write_info()
+        elif self._expected == 0:
             info.status = "running"
             info.processes.insert(0, events.Process("launcher", 0, os.getpid(), host))
             self._recorder.write_info()
@@ -236,6 +261,15 @@ class _Launcher:
             match effect:
                 case Allocate(request=request, servers=servers):
                     self._allocate(request, servers)
+                case Give(rank=rank, number=number):
+                    memory, fd = self._memories[number]
+                    self._send(self._channels["worker", rank], memory, (fd,))
+                case Replace(rank=rank):
+                    self._tell_death(rank, for_good=False)
+                    self._expected += 1
+                    self._fork("worker", rank)
+                case GiveUp(rank=rank):
+                    self._tell_death(rank, for_good=True)
                 case Tell(kind=kind, text=text, role=role, rank=rank):
                     self._recorder.take(events.Notice(self._now(), kind, text, role, rank))
                 case Abort(role=role, rank=rank, failure=failure):
@@ -245,6 +279,11 @@ class _Launcher:
                         if role == "server":
                             self._send(channel, messages.Stop("all workers have finished"))
                     self._board.wake_all()
+
+    def _tell_death(self, rank: int, *, for_good: bool) -> None:
+        self._lock.try_to_mend()
+        self._board.tell_death(rank, for_good=for_good)
+        self._merger.lost(rank)
 
     def _allocate(self, request: messages.Wrap, servers: bool) -> None:
         try:
@@ -259,7 +298,8 @@ class _Launcher:
             for (whose, _), channel in self._channels.items():
                 if whose == role:
                     self._send(channel, memory, (fd,))
-        os.close(fd)
+        self._memories[request.number] = memory, fd
+        self._board.journal.map(request.number, memoryview(segment.attach(fd)).cast("Q"))
         if request.kind == "exchange":
             optimizer, _, rest = request.what.partition(" over ")
             record = events.Wrapped(self._now(), int(rest.split()[0]), request.size_bytes, optimizer)
@@ -284,6 +324,7 @@ class _Launcher:
     def _interrupted(self, number: int, frame: FrameType | None) -> None:
         """Ctrl-C or SIGTERM: first, let the round finish; second, now."""
         self._interrupts += 1
+        self._coordinator.handle(Interrupted())
         self._board.set_interrupt()
         wait_s = _INTERRUPT_S if self._interrupts == 1 else 0.0
         self._kill_at_s = min(self._kill_at_s or 2**62, time.monotonic() + wait_s)

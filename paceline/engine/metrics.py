@@ -73,6 +73,7 @@ class Merger:
         self._next = 1
         self._steps = 0
         self._values: dict[int, dict[str, float | None]] = {}
+        self._gaps = False
         self.begun_s: float | None = None
         self.dropped: dict[int, int] = {}  # pushes that came too late, by worker
 
@@ -97,11 +98,17 @@ class Merger:
     def log(self, step: int, values: dict[str, float]) -> None:
         self._values.setdefault(step, {}).update(values)
 
+    def lost(self, worker: int) -> None:
+        """A worker has died: what it had not told yet is not waited for."""
+        self._gaps = True
+
     def ready(self, *, everything: bool = False) -> Iterator[Metric]:
         """The rounds that are complete, in order; with ``everything`` also those that are not."""
+        whole = [key for key, merged in self._open.items() if merged.workers >= merged.contributors]
+        behind = max(whole, default=0) if self._gaps else 0  # who tells of a round has told of those before
         for key in sorted(self._open):
             merged = self._open[key]
-            if not everything and (key != self._next or merged.workers < merged.contributors):
+            if not everything and key >= behind and (key != self._next or merged.workers < merged.contributors):
                 return
             self._next = key + 1
             yield self._metric(key, self._open.pop(key))

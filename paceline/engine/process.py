@@ -43,14 +43,15 @@ def main(role: str, rank: int, setup: bytes, descriptors: tuple[int, ...], paren
         _own_streams(descriptors[2])
         known = msgspec.msgpack.decode(setup, type=Setup)
         torch.set_num_threads(known.threads)
+        board = Board(segment.attach(descriptors[1]))
         context = Context(
             job=decode_job(known.job),
             role=role,
             rank=rank,
             directory=Path(known.directory),
             channel=Channel(socket.socket(fileno=descriptors[0])),
-            board=Board(segment.attach(descriptors[1])),
-            lock=Lock(descriptors[1]),
+            board=board,
+            lock=Lock(descriptors[1], board.journal),
         )
         contexts.current = context
         if role == "server":

@@ -12,10 +12,22 @@ from collections.abc import Callable
 from paceline.engine.meeting import Push, Round
 from paceline.engine.stepper import Stepper
 from paceline.errors import ConfigError
-from paceline.protocol.rounds import Closed, Waiting, close_round, reached
+from paceline.protocol.rounds import (
+    NEVER,
+    Abandoned,
+    Closed,
+    Rescue,
+    Waiting,
+    all_stepped,
+    close_round,
+    is_over,
+    reached,
+)
 from paceline.transport.board import Board
 from paceline.transport.lock import Lock
 from paceline.transport.slots import ExchangeMemory, Spec
+
+_NORMS = 1 << 10  # of one round, at most
 
 
 class Rounds:
@@ -41,7 +53,7 @@ class Rounds:
         """
         board, memory = self._board, self._memory
         number = self.number + 1
-        self._slot.write(number, push.weight, push.loss, push.stop, push.steps)
+        self._slot.write(number, push.weight, push.loss, push.stop, push.steps, push.place)
         memory.pushed[self._rank] = number
         board.ring(self._rank)
         pushed = time.monotonic()
@@ -50,14 +62,72 @@ class Rounds:
             contributors = tuple(w for w, slot in enumerate(memory.slots) if slot.pushed_in(number))
             closed = stepped = pushed  # all the time until the servers are done is waiting
         else:
-            contributors = board.wait(lambda: close_round(number, memory.pushed, board)).contributors
+            contributors = board.wait(lambda: close_round(number, memory.pushed, board, memory.since)).contributors
             closed = time.monotonic()
             self._stepper.step(number, contributors, contributors.index(self._rank), len(contributors))
             memory.stepped[self._rank] = number
             board.ring(self._rank)
             stepped = time.monotonic()
-            board.wait(lambda: reached(number, memory.stepped, contributors))
+            self._await_steps(number, contributors)
         return Round(number, contributors, (closed - pushed) + (time.monotonic() - stepped))
+
+    def _await_steps(self, number: int, contributors: tuple[int, ...]) -> None:
+        """Wait until all shares are stepped; do what is left of them for those who have died."""
+        board, memory, rank = self._board, self._memory, self._rank
+        while isinstance(
+            answer := board.wait(lambda: all_stepped(number, memory.stepped, contributors, memory.since, rank)), Rescue
+        ):
+            self._stepper.step(number, contributors, contributors.index(answer.worker), len(contributors))
+            memory.stepped[answer.worker] = number
+            board.ring(rank)
+
+    def bury(self, worker: int, deaths: int) -> None:
+        """Under the run's lock: this worker has died so many times, and counts in no round until it has joined."""
+        if self._memory.attached[worker] < deaths:
+            self._memory.since[worker] = NEVER
+
+    def finish_abandoned(self) -> None:
+        """Under the run's lock: complete the last round if only the dead are in it."""
+        answer = self._is_over(self._begun())
+        if isinstance(answer, Abandoned):
+            self._complete(self._begun(), answer.contributors)
+
+    def _complete(self, number: int, contributors: tuple[int, ...]) -> None:
+        """Under the run's lock: step a round in place of all who are in it."""
+        memory = self._memory
+        for share, worker in enumerate(contributors):
+            if memory.stepped[worker] < number:
+                self._stepper.step(number, contributors, share, len(contributors))
+                memory.stepped[worker] = number
+        for member in () if contributors else range(len(memory.stepped)):
+            memory.stepped[member] = number
+
+    def attach_again(self, deaths: int) -> None:
+        """Under the run's lock: this process is the worker's next, after so many that have died."""
+        self.bury(self._rank, deaths)
+        self._memory.attached[self._rank] = deaths
+
+    def join(self) -> None:
+        """Count from a round that nobody has begun yet, and wait until the one before it is over."""
+        board, memory, rank = self._board, self._memory, self._rank
+        while True:
+            first = self._begun() + 1
+            memory.since[rank] = first
+            board.ring(rank)
+            if self._begun() < first:
+                break
+        while isinstance(board.wait(lambda: self._is_over(first - 1)), Abandoned):
+            with self._lock:
+                self.finish_abandoned()
+            board.ring(rank)
+
+    def _is_over(self, number: int) -> bool | Abandoned | Waiting:
+        memory = self._memory
+        return is_over(number, memory.pushed, memory.stepped, self._servers, memory.since, self._board)
+
+    def _begun(self) -> int:
+        """The last round that anybody has pushed, or asked a norm for."""
+        return max(*self._memory.pushed, *(asked // _NORMS for asked in self._memory.asked))
 
     def load(self, loads: int, write: Callable[[], None]) -> None:
         """This worker has loaded its ``loads``-th checkpoint; ``write`` puts it in place of what all share, and is
@@ -76,18 +146,30 @@ class Rounds:
         Every worker in the round must call it before it pushes, equally often. Raises ConfigError if one has not.
         """
         board, memory = self._board, self._memory
-        number, round_ = max(memory.answered) + 1, self.number + 1
+        round_ = self.number + 1
+        number = max(memory.asked[self._rank], round_ * _NORMS) + 1
         self._slot.chosen[:] = chosen
         self._slot.write_weight(round_, weight)
         memory.asked[self._rank] = number
         board.ring(self._rank)
         contributors = board.wait(lambda: self._all_ask(number, round_)).contributors
-        self._slot.write_norm(self._stepper.norm(round_, contributors, self._rank, order))
-        memory.answered[self._rank] = number
-        board.ring(self._rank)
-        board.wait(lambda: reached(number, memory.answered, contributors))
+        self._answer(number, round_, contributors, self._rank, order)
+        while isinstance(
+            answer := board.wait(
+                lambda: all_stepped(number, memory.answered, contributors, memory.since, self._rank, round_)
+            ),
+            Rescue,
+        ):
+            self._answer(number, round_, contributors, answer.worker, order)
         parts = [memory.slots[worker].norm for worker in contributors]
         return max(parts) if order == math.inf else sum(parts) ** (1.0 / order)
+
+    def _answer(self, number: int, round_: int, contributors: tuple[int, ...], worker: int, order: float) -> None:
+        """Give a worker's part of the norm: this one's, or that of one that has died."""
+        memory = self._memory
+        memory.slots[worker].write_norm(self._stepper.norm(round_, contributors, worker, order))
+        memory.answered[worker] = number
+        self._board.ring(self._rank)
 
     def _all_ask(self, number: int, round_: int) -> Closed | Waiting:
         memory = self._memory
@@ -98,7 +180,7 @@ class Rounds:
                     why="the norm is that of all workers' gradient, so all must ask for it",
                     fix="call clip_grad_norm_ on every worker, or on none",
                 )
-        return close_round(number, memory.asked, self._board)
+        return close_round(number, memory.asked, self._board, memory.since, round_)
 
     def losses(self, number: int, contributors: tuple[int, ...]) -> tuple[float, float]:
         """Sums over the contributors of round ``number``, the last, of (loss x samples, samples)."""

@@ -48,6 +48,14 @@ class _Elsewhere:
 
     def drawn(self, samples: int) -> None: ...
 
+    def skip(self, loader: int) -> int:
+        return 0
+
+    def fetched(self, loader: int) -> None: ...
+
+    def needs_ghost(self, loader: int) -> bool:
+        return False
+
     def leases(self, loader: int) -> None: ...
 
     def more(self, loader: int) -> bool:
@@ -96,8 +104,8 @@ class Reader:
         """Worker 0's own loader, made to read in turn with the threads."""
         batches = loader.batches
 
-        def one_by_one(leases: Leases | None) -> Iterator[tuple[Any, int]]:
-            given = batches(leases)
+        def one_by_one(leases: Leases | None, skip: int = 0, /) -> Iterator[tuple[Any, int]]:
+            given = batches(leases, skip)
             while True:
                 with self.turn:
                     item = next(given, None)
@@ -163,7 +171,8 @@ class ServedBatches:
     def close(self) -> None:
         self._connection.close()
 
-    def _batches(self, leases: Leases | None) -> Iterator[tuple[Any, int]]:
+    def _batches(self, leases: Leases | None, skip: int = 0, /) -> Iterator[tuple[Any, int]]:
+        assert not skip, "nobody takes the place of a worker without data"
         self._ask("begin", leased=leases is not None)
         while (item := self._ask("next")) is not None:
             yield item

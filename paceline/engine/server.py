@@ -95,14 +95,14 @@ def _next_round(board: Board, one: _Served, member: int) -> _Round | Waiting | N
         return None
     if board.published < one.published_as:
         return Waiting(0, "worker 0 has not shared its model")
-    closed = close_round(number, one.memory.pushed, board)
+    closed = close_round(number, one.memory.pushed, board, one.memory.since)
     return (one, number, closed.contributors) if isinstance(closed, Closed) else closed
 
 
 def _next_entry(one: _Served, member: int) -> _Turn | Waiting | None:
     memory, waiting = one.memory, None
     for part in one.parts:
-        if memory.applied[part] < memory.log.appended:
+        if memory.applied[part] < memory.log.seen:
             entry = memory.log.entry(memory.applied[part] + 1)
             on = applied_by(one.spec, entry, part)
             if on == member:

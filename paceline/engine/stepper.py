@@ -31,7 +31,7 @@ class Stepper:
             shard.fold(slots, weights)
             settings = self._shards.new_settings(shard, contributors[0])
             mask, undo = self._shards.union([slot.mask for slot in slots]), self._memory.undo[share]
-            shard.step(settings, mask, undo=undo, number=number, members=contributors)
+            shard.step(settings, mask, undo=undo, number=number)
 
     def norm(self, number: int, contributors: tuple[int, ...], me: int, order: float) -> float:
         """Member ``me``'s part of the norm of the folded gradient: sum of |g|^order, or the maximum for infinity.

@@ -7,7 +7,7 @@ loader ends. All workers run the same script, so they come to wraps and to ends 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -31,7 +31,18 @@ from paceline.errors import ConfigError
 from paceline.params.table import tabulate
 from paceline.protocol import messages
 from paceline.protocol.log import Entry
-from paceline.protocol.rounds import EMPTY, NOT_PARKED, TAIL, Waiting, held_at_end, is_drained, more_at_tail
+from paceline.protocol.rounds import (
+    AWAY,
+    EMPTY,
+    LEFT,
+    NOT_PARKED,
+    PRESENT,
+    TAIL,
+    Waiting,
+    held_at_end,
+    is_drained,
+    more_at_tail,
+)
 from paceline.protocol.stopping import CHECK_ROUNDS, Stopping
 from paceline.transport.board import COLLECTIVES, Aborted
 from paceline.transport.channel import Closed
@@ -62,6 +73,21 @@ class Worker:
         self._stopping = Stopping(job.steps, job.epochs, job.until_loss, job.patience)
         self.collectives = Collectives(context, self._ring)
         self._exchanges: list[Exchange] = []
+        self._stores: list[Exchange] = []
+        board = self._board
+        board.on_alarm = self._settle
+        # A newcomer takes the place of a worker that has died: it runs the script from the top, and for each pass that
+        # its place has behind it yields one ghost batch (docs/decisions/0009).
+        self._joined = self.collectives.takes_part
+        self._behind: dict[int, int] = {}  # loader -> passes that are left to catch up with
+        if not self._joined:
+            passes = {loader: board.passes(loader)[context.rank] for loader in range(COLLECTIVES)}
+            self._behind = {loader: count for loader, count in passes.items() if count}
+        self._ghost_pass = self._muted = False
+        # loader -> (loader and pass, batches of it that the script has had); which the script trains on; before that
+        self._places: dict[int, tuple[int, int]] = {}
+        self._reading: int | None = None
+        self._read_before: dict[int, int | None] = {}
         self._samples_at_step: list[int] = []
         self._samples = 0  # drawn so far
         self._batch_samples = 1
@@ -119,7 +145,8 @@ class Worker:
         ``names``: id of a parameter -> its name; ``with_rows``: ids of those whose gradients are sparse rows.
         """
         exchange = Exchange(optimizer, names, with_rows, self.context, share=share, pace=self.pace)
-        self.collectives.open(exchange, _nothing if self._exchanges else self._account)
+        account = None if self._exchanges else self._account
+        self.collectives.open(exchange, lambda entry: self._close(exchange, entry, account))
         self._exchanges.append(exchange)
         self._samples_at_step.append(self._samples)
         if isinstance(self.pace, Sync):
@@ -130,6 +157,7 @@ class Worker:
         """Share tensors that are pushed to and pulled outside of any training loop. A collective."""
         exchange = Exchange(optimizer, names, set(), self.context, share=True, pace=Async())
         self.collectives.open(exchange, _nothing)
+        self._stores.append(exchange)
         return exchange
 
     def average_buffers(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
@@ -164,7 +192,8 @@ class Worker:
         if self._leased:
             workers = self._board.workers
             memory, _ = self.collectives.ask("ledger", b"", leases_bytes(workers), f"the ledger of loader {number}")
-            self._leases[number] = Leases(memory, self._lock, self.rank, workers, partial(self._tell_returned, number))
+            tell = partial(self._tell_returned, number)
+            self._leases[number] = Leases(memory, self.collectives.number, self._lock, self.rank, workers, tell)
         return number
 
     def knows(self, models: Sequence[nn.Module]) -> None:
@@ -176,12 +205,14 @@ class Worker:
     def leases(self, loader: int) -> Leases | None:
         """None for an evaluation: it is each worker's own business, and what it reads is not trained on."""
         leases = self._leases.get(loader)
-        training = torch.is_grad_enabled() and (not self._models or any(model.training for model in self._models))
-        if leases is None or not training or self._ended != _TRAINING:
+        if leases is None or not self._is_training() or self._ended != _TRAINING:
             return None
         leases.open(self.epoch(loader), self._board.gone)
         self._leasing.add(loader)
         return leases
+
+    def _is_training(self) -> bool:
+        return torch.is_grad_enabled() and (not self._models or any(model.training for model in self._models))
 
     def more(self, loader: int) -> bool:
         """Wait at the tail of a pass that is trained on; see ``protocol/rounds.py``."""
@@ -237,11 +268,6 @@ class Worker:
     def may_drop(self) -> bool:
         return isinstance(self.pace, Quorum)
 
-    def _commit(self) -> None:
-        self._verdict = True
-        for leases in self._leases.values():
-            leases.commit()
-
     # --- the training loop ---
 
     def exchange(self, index: int, *, void: bool = False) -> None:
@@ -249,6 +275,10 @@ class Worker:
         if self._ended != _TRAINING:
             self._idle()
             return
+        if self._muted or self.is_behind:
+            return
+        if not self._joined:
+            self._join()
         if not self._in_rounds and self._board.interrupt:
             self._follow_end(_INTERRUPTED)
         exchange = self._exchanges[index]
@@ -268,7 +298,8 @@ class Worker:
         weight = float(samples) if self._loaders else 1.0
         row.computing_s += begun - self._step_done_s
         self._step_done_s = begun
-        round_ = exchange.step(Push(VOID if void else weight, self._look, self._board.interrupt))
+        place = self._where()
+        round_ = exchange.step(Push(VOID if void else weight, self._look, self._board.interrupt, 1, place))
         self._account_time(round_)
         if round_ is not None:
             self._after_meeting(index, round_)
@@ -300,7 +331,9 @@ class Worker:
     def _after_meeting(self, index: int, round_: Round) -> None:
         row = self._row
         if round_.counted:
-            self._commit()
+            self._verdict = True
+            for leases in self._leases.values() if self._in_rounds else ():
+                leases.commit()
         if round_.over:
             self._row = Row()
         elif not round_.counted:
@@ -345,9 +378,31 @@ class Worker:
         if look and all(w in contributors or self._board.gone[w] for w in range(self._board.workers)):
             total, samples = rounds.losses(number, contributors)
             self._look = (0.0, 0.0)
-            reason = self._stopping.look(total / samples) if samples else None
+            reason = self._look_once(number, total, samples)
         if reason is not None:
             self._end(_DONE, reason)
+
+    def _look_once(self, number: int, loss: float, samples: float) -> str | None:
+        """At rounds, after round ``number`` or at the end of a pass: the first to come to a look takes it for all, so
+        that newcomers know of those before them."""
+        accounts, stopping = self._board.accounts, self._stopping
+        at = self._trained_passes << 32 | number
+        with self._lock:
+            if accounts.looked < at:
+                accounts.looked = at
+                stopping.best, stopping.looks_without_gain = accounts.best, int(accounts.looks_without_gain)
+                reason = stopping.look(loss / samples) if samples else None
+                accounts.best, accounts.looks_without_gain = stopping.best, stopping.looks_without_gain
+                accounts.found = float(reason is not None)
+                return reason
+            return "" if accounts.found else None
+
+    def _close(self, exchange: Exchange, entry: Entry, account: Callable[[Entry], None] | None) -> None:
+        """Under the run's lock, with a STEP as it is appended: it counts from here on, and so do its samples."""
+        for member in entry.members:
+            self._settle_place(member, exchange.place(member))
+        if account is not None:
+            account(entry)
 
     def _account(self, entry: Entry) -> None:
         """A push through the log counts: add up what came with it, and end training where that is due.
@@ -404,12 +459,16 @@ class Worker:
 
     def norm(self, exchange: Exchange, chosen: bytes, order: float) -> float:
         """The norm of a gradient of this exchange over all workers; see engine/clipping.py."""
+        if self._muted or not self._joined:
+            return 1.0
         index = self._exchanges.index(exchange)
         samples = self._samples - self._samples_at_step[index]
         return exchange.norm(chosen, order, float(samples) if self._loaders else 1.0)
 
     def log(self, loss: float | None, values: dict[str, float]) -> None:
         """Record a loss of the batch in hand, and other values of the step."""
+        if self._muted or not self._joined:
+            return
         if (self._ended != _TRAINING and not self._row.stepped) or (self._batch_stepped and self._batch_dropped):
             return
         if loss is not None:
@@ -430,6 +489,15 @@ class Worker:
     # --- passes over loaders (data.loader.Passes) ---
 
     def begin(self, loader: int, length: int | None) -> bool:
+        first = False
+        if not self._joined:
+            if self.is_behind:
+                self._ghost_pass = loader in self._behind and self._is_training()
+                self._muted = True
+                return False
+            if self._is_training():
+                first = True
+                self._join(loader)
         for left in sorted(self._left):
             self._left.discard(left)
             self._await_all(left)
@@ -443,9 +511,32 @@ class Worker:
             number = self._board.passes(loader)[self.rank]
             if loader in self._training_loaders or not self._training_loaders:
                 self._epoch = number + 1
-                if self.rank == 0:
+                if self.rank == 0 and not first:
                     self._channel.send(messages.Pass(loader, number, length))
+            done = self._done_before(loader, number) if first else 0
+            leases = self._leases.get(loader)
+            if done or (first and leases is not None and leases.committed):
+                self._training_loaders.add(loader)
+            self._places[loader] = (_key(loader, number), done)
+            self._read_before[loader] = self._reading
         return not ghost
+
+    @property
+    def is_behind(self) -> bool:
+        """Has this process still to catch up with what the worker before it in its place had done?"""
+        return bool(self._behind)
+
+    def skip(self, loader: int) -> int:
+        return self._places[loader][1]
+
+    def fetched(self, loader: int) -> None:
+        key, count = self._places[loader]
+        self._places[loader] = (key, count + 1)
+        self._reading = loader
+
+    def needs_ghost(self, loader: int) -> bool:
+        self._muted = bool(self._board.deaths[self.rank]) and self._drawn == self._pass_starts[loader][1]
+        return self._muted
 
     def drawn(self, samples: int) -> None:
         if self._row.stepped:
@@ -459,11 +550,31 @@ class Worker:
         return self._board.passes(loader)[self.rank]
 
     def end(self, loader: int) -> None:
+        if self._caught_up(loader):
+            return
+        self._muted = False
         if self._finish_pass(loader):
             self.flush()
             self._await_all(loader)
 
+    def _caught_up(self, loader: int) -> bool:
+        """Was it a pass of ghosts, of a newcomer?"""
+        if self._joined or not self._muted:
+            return False
+        self._muted = False
+        if self._ghost_pass:
+            self._ghost_pass = False
+            self._trained_passes += 1
+            self._training_loaders.add(loader)
+            self._behind[loader] -= 1
+            if not self._behind[loader]:
+                del self._behind[loader]
+        return True
+
     def leave(self, loader: int) -> None:
+        if self._caught_up(loader):
+            return
+        self._muted = False
         if self._finish_pass(loader):
             self._left.add(loader)
 
@@ -490,6 +601,7 @@ class Worker:
             self._leasing.discard(loader)
             self._leases[loader].end(trained=trained)
         if drawn and not trained:
+            self._reading = self._read_before[loader]
             if untouched:
                 self._samples = self._evaluating[loader][0]  # no backward came of them: they weigh nothing
             self._board.evaluated[loader] = 1
@@ -592,9 +704,111 @@ class Worker:
         reason = self._stopping.after_pass(number)
         if self._stopping.needs_loss and samples:
             self._look = (0.0, 0.0)
-            reason = self._stopping.look(loss / samples) or reason
+            found = self._look_once(self._exchanges[0].number, loss, samples)
+            reason = found if found is not None else reason
         if reason is not None:
             self._end(_DONE, reason)
+
+    # --- deaths and newcomers ---
+
+    def _where(self) -> tuple[int, int]:
+        """How far this worker is into its data: what goes with a push, so that both count or neither."""
+        if self._reading is None:
+            return (0, 0)
+        key, fetched = self._places[self._reading]
+        leases = self._leases.get(self._reading)
+        return (key, fetched) if leases is None else (key, leases.place)
+
+    def _done_before(self, loader: int, number: int) -> int:
+        """How many batches of its part of this pass had been trained on by the worker whose place this one takes."""
+        key, done = self._board.places[2 * self.rank], self._board.places[2 * self.rank + 1]
+        return done if key == _key(loader, number) and loader not in self._leases else 0
+
+    def _settle(self) -> None:
+        """Draw the consequences of deaths that the launcher has told of, unless another worker has."""
+        if not self._joined:
+            with self._lock:
+                self._bury()
+            return
+        with self._lock:
+            changed = self._settle_all()
+        if changed:
+            self._ring()
+
+    def _bury(self) -> list[int]:
+        board = self._board
+        dead = [w for w in range(board.workers) if board.settled[w] < board.deaths[w]]
+        for worker in dead:
+            for exchange in (*self._exchanges, *self._stores):
+                exchange.bury(worker, board.deaths[worker])
+        return dead
+
+    def _settle_all(self) -> bool:
+        """Under the run's lock; has anything changed?"""
+        board = self._board
+        dead = self._bury()
+        for exchange in (*self._exchanges, *self._stores) if dead else ():
+            exchange.finish_abandoned()
+        for worker in dead:
+            for exchange in self._exchanges if self._in_rounds else ():
+                self._settle_place(worker, exchange.place(worker))
+            for leases in self._leases.values():
+                leases.bury(worker)
+            board.parked[worker] = NOT_PARKED
+            board.settled[worker] = board.deaths[worker]
+            if board.gone[worker] != LEFT:
+                board.presence[worker] = AWAY
+        lost = [w for w in range(board.workers) if board.given_up[w] and board.gone[w] == AWAY]
+        for worker in lost:
+            board.presence[worker] = LEFT
+        for loader in self._leases if dead or lost else ():
+            self._drain(loader)
+        return bool(dead or lost)
+
+    def _settle_place(self, worker: int, place: tuple[int, int]) -> None:
+        """Under the run's lock: a push of the worker's counts, and with it the samples that it had come to by then."""
+        key, position = place
+        if not key:
+            return
+        leases = self._leases.get((key >> 32) - 1)
+        if leases is not None:
+            leases.settle(worker, position)
+            return
+        places = self._board.places
+        if places[2 * worker] != key:
+            places[2 * worker], places[2 * worker + 1] = key, 0
+        places[2 * worker + 1] = max(places[2 * worker + 1], position)
+
+    def _join(self, loader: int | None = None) -> None:
+        """A newcomer has caught up, and is about to begin a pass over ``loader``: from here on the others count with
+        it."""
+        board, rank = self._board, self.rank
+        # The worker before it may have died at the end of a pass that the others are still in.
+        at_end = loader is not None and board.passes(loader)[rank] > 0
+        for exchange in self._exchanges:
+            exchange.catch_up()
+        with self._lock:
+            self._settle_all()
+            board.passes(COLLECTIVES)[rank] = self.collectives.number
+            if loader is not None and at_end:
+                board.parked[rank] = loader + 1
+            board.presence[rank] = PRESENT
+        self._joined = self.collectives.takes_part = True
+        self._ring()
+        if loader is not None and at_end:
+            self._trained_passes -= 1
+            self._await_all(loader)
+        for exchange in self._exchanges:
+            exchange.join()
+        if isinstance(self.pace, Local) and self._exchanges:
+            self._steps = self._exchanges[0].most_steps
+        if self._trained_passes:
+            present = [w for w in range(board.workers) if board.gone[w] != LEFT]
+            for one in self._buffers:
+                one.average(self._trained_passes, present)
+        self._step_done_s = time.monotonic()
+        if max(board.ended):
+            self._follow_end(max(board.ended))
 
     # --- the end ---
 
@@ -631,9 +845,10 @@ class Worker:
     def go(self) -> None:
         """Leave: nobody waits for this worker any more."""
         with self._lock:
+            self._settle_all()
             for leases in self._leases.values():
                 leases.forgo()
-            self._board.gone[self.rank] = 1
+            self._board.presence[self.rank] = LEFT
             for loader in self._leases:
                 self._drain(loader)
         self._ring()
@@ -651,6 +866,10 @@ class Worker:
     def _close_row(self) -> None:
         self._rows += self._row.pack()
         self._row = Row()
+
+
+def _key(loader: int, number: int) -> int:
+    return loader + 1 << 32 | number
 
 
 def _nothing(entry: Entry) -> None:

@@ -144,14 +144,13 @@ class Shard:
         rate: float = 1.0,
         undo: Undo | None = None,
         number: int = 0,
-        members: Sequence[int] = (),
     ) -> None:
         """One optimizer step with what was folded.
 
         ``settings`` replaces the groups' hyper-parameters (None: unchanged). ``has_gradient[i]`` tells whether anyone
         had a gradient for parameter i: one without is not stepped, as in torch (None: all have). ``rate`` multiplies
-        the learning rate of this step. With ``undo`` it is round ``number`` of ``members``, and goes on where a
-        process that has died has left it.
+        the learning rate of this step. With ``undo`` it is round ``number``, and goes on where a process that has
+        died has left it.
         """
         assert self._fold is not None, "step before fold"
         if settings is not None:
@@ -162,7 +161,7 @@ class Shard:
             scaled = [g if rate == 1.0 or "lr" not in g else g | {"lr": g["lr"] * rate} for g in self._settings]
             for chunk in self._chunks:
                 chunk.set(scaled)
-        done, place = undo.begin(number, members) if undo is not None else 0, 0
+        done, place = undo.begin(number) if undo is not None else 0, 0
         for chunk in self._chunks:
             place = chunk.step(self._fold, has_gradient, undo, done, place)
 

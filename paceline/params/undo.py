@@ -18,7 +18,7 @@ from paceline.protocol.partition import Piece
 CHUNK_BYTES = 1 << 20  # parameters and state: a core's cache is as large on small machines
 BLOCK_VALUES = 1 << 16
 HEADER_WORDS = 8
-_NUMBER, _PROGRESS, _ROWS, _MEMBERS = 0, 1, 2, 4
+_NUMBER, _PROGRESS, _ROWS = 0, 1, 2
 _SLACK_BYTES = 4096  # every tensor saved begins at a multiple of 64
 
 
@@ -28,29 +28,14 @@ class Undo:
     def __init__(self, words: memoryview[int], area: torch.Tensor) -> None:
         self._words, self.area = words, area
 
-    @property
-    def number(self) -> int:
-        """The round, or entry of the log, whose step began last."""
-        return self._words[_NUMBER]
-
-    @property
-    def members(self) -> tuple[int, ...]:
-        """Who contributed to it."""
-        masks = [(self._words[_MEMBERS + place], place * 64) for place in range(HEADER_WORDS - _MEMBERS)]
-        return tuple(first + bit for mask, first in masks for bit in range(mask.bit_length()) if mask >> bit & 1)
-
-    def begin(self, number: int, members: Sequence[int]) -> int:
-        """The step of round ``number`` begins, or is gone on with: how far it has come already.
+    def begin(self, number: int) -> int:
+        """The step of this round, or entry of the log, begins, or is gone on with: how far it has come already.
 
         2n: n chunks are done; 2n + 1: the next is in progress, and what it was before is in the area.
         """
         words = self._words
         if words[_NUMBER] != number:
             words[_PROGRESS] = 0
-            for place in range(_MEMBERS, HEADER_WORDS):
-                words[place] = 0
-            for member in members:
-                words[_MEMBERS + member // 64] |= 1 << member % 64
             words[_NUMBER] = number
         return words[_PROGRESS]
 

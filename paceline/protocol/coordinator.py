@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
+
 from paceline.protocol import messages
 
 
@@ -29,7 +31,12 @@ class Died:
     status: int
 
 
-Event = Came | Died
+@dataclass(frozen=True, slots=True)
+class Interrupted:
+    """The user has asked for the run's end: who dies from here on is not replaced."""
+
+
+Event = Came | Died | Interrupted
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +45,28 @@ class Allocate:
 
     request: messages.Wrap
     servers: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Give:
+    """Send the memory of this collective, made before, to a newcomer that has come to it."""
+
+    rank: int
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Replace:
+    """A worker has died: tell the others, and start another in its place."""
+
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    """A worker has died, and the others go on without one in its place."""
+
+    rank: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +93,26 @@ class Done:
     """All workers have finished; servers may end."""
 
 
-Effect = Allocate | Abort | Tell | Done
+Effect = Allocate | Give | Replace | GiveUp | Abort | Tell | Done
 
 
 class Coordinator:
-    """Follows ``workers`` and ``servers`` from their start to their end."""
+    """Follows ``workers`` and ``servers`` from their start to their end.
 
-    def __init__(self, workers: int, servers: int) -> None:
+    A worker that dies is replaced, unless it has died ``restarts`` times more since it last got on; then the others go
+    on without it, if they are ``min_workers``, else the run fails.
+    """
+
+    def __init__(self, workers: int, servers: int, *, restarts: int = 0, min_workers: int | None = None) -> None:
         self._workers, self._servers = workers, servers
+        self._restarts, self._min_workers = restarts, workers if min_workers is None else min_workers
+        self._deaths: dict[int, int] = {}  # of a worker since it last got on
+        self._given: dict[int, messages.Wrap] = {}
+        self._lost: set[int] = set()
+        self._raised: dict[int, messages.Failed] = {}  # by workers that are about to end of it
+        self._said: set[str] = set()  # what scripts have raised so far
+        self._interrupted = False
+        self._told: dict[int, int] = {}  # reports of a worker's steps, since its process began
         self._asked: dict[int, dict[int, messages.Wrap]] = {}
         self._finished: set[int] = set()
         self._ended_workers: set[int] = set()
@@ -83,6 +124,12 @@ class Coordinator:
         match event:
             case Came(role="worker", rank=rank, message=messages.Wrap() as request):
                 return self._wrap(rank, request)
+            case Came(role="worker", rank=rank, message=messages.Steps()):
+                self._told[rank] = self._told.get(rank, 0) + 1
+                if self._gets_on(rank):
+                    self._deaths.pop(rank, None)
+            case Came(role="worker", rank=rank, message=messages.Failed(kind="ScriptError") as failure):
+                return self._script_raised(rank, failure)
             case Came(role=role, rank=rank, message=messages.Failed() as failure):
                 return self._fail(role, rank, failure)
             case Came(role="worker", rank=rank, message=messages.Finished()):
@@ -93,16 +140,26 @@ class Coordinator:
                 return [Tell("stop", f"training is over: {reason}")]
             case Died(role=role, rank=rank, pid=pid, status=status):
                 return self._died(role, rank, pid, status)
+            case Interrupted():
+                self._interrupted = True
         return []
 
     def _wrap(self, rank: int, request: messages.Wrap) -> list[Effect]:
         self._wraps += 1
-        asked = self._asked.setdefault(request.number, {})
-        asked[rank] = request
-        if len(asked) < self._workers:
+        known = self._given.get(request.number)
+        if known is not None:
+            if request.kind != known.kind:
+                return self._fail("worker", rank, _not_alike(rank, request, known))
+            return [Give(rank, request.number)]
+        self._asked.setdefault(request.number, {})[rank] = request
+        return self._allocate(request.number)
+
+    def _allocate(self, number: int) -> list[Effect]:
+        asked = self._asked[number]
+        if len(asked) < self._workers - len(self._lost):
             return self._check_stuck()
-        del self._asked[request.number]
-        first = asked[0]
+        del self._asked[number]
+        first = self._given[number] = asked[min(asked)]
         for other, its in sorted(asked.items()):
             if its.kind != first.kind:
                 return self._fail("worker", other, _not_alike(other, its, first))
@@ -129,8 +186,52 @@ class Coordinator:
         self._failed = True
         return [Tell("failed", f"{role} {rank}: {failure.what}", role, rank), Abort(role, rank, failure)]
 
+    def _script_raised(self, rank: int, failure: messages.Failed) -> list[Effect]:
+        """A bug is in every worker's script and comes again; what one raises once, after it got on, may be its own."""
+        said = failure.what.partition(" raised ")[2]
+        if said in self._said or not self._gets_on(rank) or not self._restarts or not said:
+            return self._fail("worker", rank, failure)
+        self._said.add(said)
+        self._raised[rank] = failure
+        return [Tell("raised", f"worker {rank}: {failure.what}", "worker", rank)]
+
+    def _gets_on(self, rank: int) -> bool:
+        """The first report may be the last, of a worker that ends."""
+        return self._told.get(rank, 0) > 1
+
+    def _replace(self, rank: int, what: str, failure: messages.Failed) -> list[Effect]:
+        for asked in self._asked.values():
+            asked.pop(rank, None)
+        self._asked = {number: asked for number, asked in self._asked.items() if asked}
+        self._told.pop(rank, None)
+        deaths = self._deaths[rank] = self._deaths.get(rank, 0) + 1
+        if deaths <= self._restarts and not self._interrupted:
+            return [Tell("died", f"{what}; another takes its place", "worker", rank), Replace(rank)]
+        self._lost.add(rank)
+        left = self._workers - len(self._lost)
+        if left < max(self._min_workers, 1) and not self._interrupted:
+            if deaths > 1:
+                failure = msgspec.structs.replace(
+                    failure, why=f"the {_ordinal(deaths)} time without getting on in between"
+                )
+            return [Tell("died", what, "worker", rank), *self._fail("worker", rank, failure)]
+        self._ended_workers.add(rank)
+        others = f"; the other{f' {left} go' if left > 1 else ' goes'} on without it" if left else ""
+        effects: list[Effect] = [Tell("died", what + others, "worker", rank), GiveUp(rank)]
+        for number in sorted(self._asked):
+            effects += self._allocate(number)
+        if len(self._ended_workers) == self._workers:
+            effects.append(Done())
+        return effects
+
     def _died(self, role: str, rank: int, pid: int, status: int) -> list[Effect]:
         clean = rank in self._finished if role == "worker" else len(self._ended_workers) == self._workers
+        if role == "worker" and not (clean and status == 0) and not self._failed:
+            raised = self._raised.pop(rank, None)
+            what = f"worker {rank} (pid {pid}) {how_ended(status)}" if raised is None else raised.what
+            lost = messages.Failed("WorkersLost", what, _guess(status), f"its last output is in logs/worker-{rank}.log")
+            self._finished.discard(rank)
+            return self._replace(rank, what, raised or lost)
         if role == "worker":
             self._ended_workers.add(rank)
         if clean and status == 0:
@@ -165,6 +266,11 @@ def _not_alike(rank: int, its: messages.Wrap, first: messages.Wrap) -> messages.
         "run.wrap is called by all workers, as often and in the same order",
         "do not call run.wrap under a condition on run.rank or run.is_main",
     )
+
+
+def _ordinal(number: int) -> str:
+    endings = {1: "st", 2: "nd", 3: "rd"}
+    return f"{number}{'th' if number % 100 in (11, 12, 13) else endings.get(number % 10, 'th')}"
 
 
 def how_ended(status: int) -> str:

@@ -30,7 +30,7 @@ _SETS = MAX_WORKERS // 64  # words of a set of workers
 _HEADER = 8
 _ENTRY = 8
 _FATE = 4  # words a worker: what became of its last offer
-_APPENDED, _VERSION, _LOADED, _OFFERED = 0, 1, 2, 4
+_APPENDED, _VERSION, _LOADED, _SEEN, _OFFERED = 0, 1, 2, 3, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,52 +63,61 @@ def words_needed(workers: int) -> int:
 class Log:
     """The log over ``words``, zeros at first. What writes must be called under the run's lock."""
 
-    def __init__(self, words: Words, workers: int) -> None:
-        self._words, self._workers = words, workers
+    def __init__(self, words: Words, workers: int, kept: Words | None = None) -> None:
+        self.words, self._workers = words, workers
+        # The same words, through the lock's journal where there is one. The ring needs none: what lies behind the last
+        # entry means nothing.
+        self._kept = words if kept is None else kept
         self._fates = _HEADER + RING * _ENTRY
 
     @property
     def appended(self) -> int:
-        """The number of the last entry."""
-        return self._words[_APPENDED]
+        """The number of the last entry; under the lock."""
+        return self.words[_APPENDED]
+
+    @property
+    def seen(self) -> int:
+        """The number of the last entry that may be applied: for readers without the lock."""
+        return self.words[_SEEN]
 
     @property
     def version(self) -> int:
         """STEPs so far, applied or not."""
-        return self._words[_VERSION]
+        return self.words[_VERSION]
 
     @property
     def loaded(self) -> int:
         """The number of the last LOAD."""
-        return self._words[_LOADED]
+        return self.words[_LOADED]
 
     def append(self, kind: int, by: int, members: Sequence[int], staleness: int = 0) -> Entry:
         """Append an entry, and tell each member of it."""
-        words = self._words
+        words, kept = self.words, self._kept
         number = words[_APPENDED] + 1
         version = words[_VERSION] + (kind == STEP)
         start = _place(number)
         words[start], words[start + 1], words[start + 2], words[start + 3] = kind, by, version, staleness
-        self._write_set(start + 4, members)
+        self._write_set(words, start + 4, members)
         for member in members:
             fate = self._fates + member * _FATE
-            words[fate + 1], words[fate + 2], words[fate + 3] = version, by, len(members)
-            words[fate] = number
-        words[_VERSION] = version
+            kept[fate + 1], kept[fate + 2], kept[fate + 3] = version, by, len(members)
+            kept[fate] = number
+        kept[_VERSION] = version
         if kind == LOAD:
-            words[_LOADED] = number
-        words[_APPENDED] = number  # last: from here on it is in the log
+            kept[_LOADED] = number
+        kept[_APPENDED] = number  # last: from here on it is in the log
         return Entry(number, kind, by, version, staleness, tuple(members))
 
     def entry(self, number: int) -> Entry:
         """Entry ``number``, one of the last RING."""
-        words, start = self._words, _place(number)
+        words, start = self.words, _place(number)
         kind, by, version, staleness = words[start], words[start + 1], words[start + 2], words[start + 3]
         return Entry(number, kind, by, version, staleness, self._read_set(start + 4))
 
     def fate(self, worker: int) -> Fate:
+        """What became of its last offer: final if the entry's number is not above ``seen``."""
         start = self._fates + worker * _FATE
-        words = self._words
+        words = self.words
         return Fate(words[start], words[start + 1], words[start + 2], words[start + 3])
 
     @property
@@ -117,22 +126,32 @@ class Log:
         return self._read_set(_OFFERED)
 
     def offer(self, worker: int) -> None:
-        self._words[_OFFERED + worker // 64] |= 1 << worker % 64
+        self._kept[_OFFERED + worker // 64] |= 1 << worker % 64
+
+    def withdraw(self, worker: int) -> None:
+        """The worker has died: what it has offered counts for nothing."""
+        self._kept[_OFFERED + worker // 64] &= ~(1 << worker % 64)
 
     def clear_offers(self) -> None:
-        self._write_set(_OFFERED, ())
+        self._write_set(self._kept, _OFFERED, ())
 
-    def _write_set(self, start: int, members: Sequence[int]) -> None:
+    def publish(self) -> bool:
+        """Show others what was appended, if anything; called when the lock's holder has done all that it does."""
+        fresh = self.words[_SEEN] != self.words[_APPENDED]
+        self.words[_SEEN] = self.words[_APPENDED]
+        return fresh
+
+    def _write_set(self, words: Words, start: int, members: Sequence[int]) -> None:
         masks = [0] * _SETS
         for member in members:
             masks[member // 64] |= 1 << member % 64
         for place, mask in enumerate(masks):
-            self._words[start + place] = mask
+            words[start + place] = mask
 
     def _read_set(self, start: int) -> tuple[int, ...]:
         members = []
         for place in range(min(_SETS, -(-self._workers // 64))):
-            mask = self._words[start + place]
+            mask = self.words[start + place]
             while mask:
                 lowest = mask & -mask
                 members.append(place * 64 + lowest.bit_length() - 1)

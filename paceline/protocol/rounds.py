@@ -12,11 +12,18 @@ The laws
   5. Who finds no batch left to draw by lease parks at the *tail* of its pass, since others may give some back. It goes
      on with those, or to the end of the pass once that is drained: nothing has come back, and everybody is at the tail
      or has finished. This is decided under the run's lock.
+  6. A worker that dies is *away* once the consequences of its death are drawn, under the run's lock. A push that it had
+     finished counts; what is left of its share of that round is stepped by the first contributor that is alive, or,
+     where only the dead had pushed it and nobody alive can, by whoever finds that out, under the lock. The ends of
+     passes wait for who is away, rounds do not. A newcomer takes its place, *since* a round that nobody had pushed when
+     it came, and pushes when the one before is over.
 
 Why all who ask get the same contributors, each at its own time: r is seen closed only if at one moment everybody who
 has not pushed it was gone, or parked and not free to go on. From that moment until r is over nobody can free them: to
 open a barrier, to evaluate or to give back one must be neither parked nor waiting for r, and there is no such worker
-left.
+left. Who dies before r is over holds it open until the consequences are drawn, and by then r is over, or somebody alive
+is in it. A newcomer that has published since when it counts, and then sees that nobody has pushed that round, is seen
+by all who push it later; else it tries a later one, and has not pushed before.
 
 Columns are read in the order pushed, gone, parked, passes, and the rest. A column is anything indexable by rank: memory
 shared by processes, or a list in a test or a simulation.
@@ -30,6 +37,8 @@ from typing import Protocol, TypeAlias
 
 Column: TypeAlias = "Sequence[int] | memoryview[int]"
 
+PRESENT, LEFT, AWAY = 0, 1, 2  # values of ``gone``
+NEVER = 2**63 - 1
 NOT_PARKED = 0
 EMPTY, TAIL = 1 << 32, 1 << 33  # added to where a worker parks
 
@@ -38,7 +47,8 @@ class Board(Protocol):
     """What the workers of a job have published of themselves; each column has one writer a cell.
 
     ``parked[w]`` is 0, or 1 + the loader at whose end worker w waits, with EMPTY added by law 4 or TAIL by law 5;
-    ``passes(l)[w]`` is how many passes over loader l worker w has finished; ``gone[w]`` is 1 once w has left;
+    ``passes(l)[w]`` is how many passes over loader l worker w has finished; ``gone[w]`` is LEFT once w has left, AWAY
+    when it has died and another is to take its place;
     ``evaluated[l]`` is 1 once anyone has read loader l without a step; ``returned[l]`` is how many batches of it have
     come back, ``drained[l]`` how many passes over it are drained.
     """
@@ -80,8 +90,11 @@ class Waiting:
     reason: str
 
 
-def close_round(number: int, pushed: Column, board: Board) -> Closed | Waiting:
-    """Is round ``number`` closed, and with whom? ``pushed[w]`` is the last round worker w has pushed.
+def close_round(
+    number: int, pushed: Column, board: Board, since: Column, of_round: int | None = None
+) -> Closed | Waiting:
+    """Is round ``number`` closed, and with whom? ``pushed[w]`` is the last round worker w has pushed; ``since[w]`` the
+    first it counts in. ``of_round``: what is numbered is something else than rounds, in this round.
 
     Must be asked by somebody who holds the round open: a contributor, or a server that has seen one.
     """
@@ -90,7 +103,7 @@ def close_round(number: int, pushed: Column, board: Board) -> Closed | Waiting:
     for worker in range(len(pushed)):
         if pushed[worker] >= number:
             contributors.append(worker)
-        else:
+        elif since[worker] <= (number if of_round is None else of_round):
             missing.append(worker)
     before = _places(missing, board)
     for worker in missing:
@@ -168,6 +181,8 @@ def _first_if_all_stand(board: Board) -> int | None:
     One alone, and the same for all who ask, since the others are excused from rounds until it has done something.
     """
     everybody = range(len(board.gone))
+    if any(board.gone[worker] == AWAY for worker in everybody):
+        return None  # another is to come in its place, and does not stand
     places = _places(everybody, board)
     if not all(is_out(worker, board) for worker in everybody) or _places(everybody, board) != places:
         return None
@@ -217,11 +232,66 @@ def is_out(worker: int, board: Board) -> bool:
 def next_to_act(board: Board) -> int | None:
     """A worker without whose next word no round can begin, or ``common`` if they all stand; None when all are gone.
     For servers with nothing to do."""
-    present = [worker for worker in range(len(board.gone)) if not board.gone[worker]]
+    present = [worker for worker in range(len(board.gone)) if board.gone[worker] != LEFT]
     for worker in present:
         if not _excused(worker, board):
             return _told_by(worker, board)
     return board.common if present else None
+
+
+@dataclass(frozen=True, slots=True)
+class Rescue:
+    """Who asks must do what is left of the share of ``worker``, which has died."""
+
+    worker: int
+
+
+def all_stepped(
+    number: int, stepped: Column, contributors: Sequence[int], since: Column, me: int, of_round: int | None = None
+) -> Closed | Waiting | Rescue:
+    """Has everyone's share of round ``number`` been stepped, and if not, is it on ``me`` to do one of the dead?"""
+    dead = [worker for worker in contributors if since[worker] > (number if of_round is None else of_round)]
+    rescuer = next((worker for worker in contributors if worker not in dead), None)
+    for worker in contributors:
+        if stepped[worker] >= number:
+            continue
+        if worker not in dead:
+            return Waiting(worker, f"worker {worker} has not stepped its share of round {number}")
+        if rescuer == me:
+            return Rescue(worker)
+        return Waiting(me if rescuer is None else rescuer, f"the share of worker {worker}, which died, is not stepped")
+    return Closed(tuple(contributors))
+
+
+@dataclass(frozen=True, slots=True)
+class Abandoned:
+    """A round that only the dead are in: ``contributors`` had pushed it, nobody alive can; it is to be stepped for
+    them. There are none where they had only asked for a norm in it: then it stays empty."""
+
+    contributors: tuple[int, ...]
+
+
+def is_over(
+    number: int, pushed: Column, stepped: Column, servers: Sequence[int], since: Column, board: Board
+) -> bool | Abandoned | Waiting:
+    """For who is not in round ``number``, the last that has begun: is it over, so that the parameters stand still?
+
+    ``servers`` are the members that step it, where workers do not.
+    """
+    pushers = [worker for worker in range(len(pushed)) if pushed[worker] >= number]
+    if any(pushed[worker] > number for worker in pushers) or (not pushers and max(stepped) >= number):
+        return True
+    steppers = servers or pushers
+    unfinished = [member for member in steppers if stepped[member] < number]
+    if pushers and not unfinished:
+        return True
+    alive = [worker for worker in pushers if since[worker] <= number]
+    if pushers and (servers or alive):
+        at_work = [member for member in unfinished if servers or member in alive]
+        on = at_work[0] if at_work else alive[0]  # who does what is left of the shares of the dead
+        return Waiting(on, f"member {unfinished[0]} is not done with round {number}")
+    closed = close_round(number, pushed, board, since)
+    return Abandoned(closed.contributors) if isinstance(closed, Closed) else closed
 
 
 def reached(number: int, column: Column, members: Sequence[int]) -> Closed | Waiting:
@@ -242,6 +312,6 @@ def holding(loader: int, number: int, board: Board) -> Waiting | None:
     passes = board.passes(loader)
     for worker in range(len(passes)):
         # gone is read last: a worker that finishes its pass and leaves between the two reads counts as done.
-        if passes[worker] < number and not board.gone[worker]:
+        if passes[worker] < number and board.gone[worker] != LEFT:
             return Waiting(worker, f"worker {worker} has not finished its part of the data")
     return None

@@ -54,8 +54,8 @@ class Run:
 
     @property
     def is_main(self) -> bool:
-        """Is this worker 0, the one that prints and saves?"""
-        return self.rank == 0
+        """Is this worker 0, the one that prints and saves? Not while it catches up in the place of one that died."""
+        return self.rank == 0 and not (self.worker and self.worker.is_behind)
 
     @property
     def step(self) -> int:

@@ -2,7 +2,8 @@
 
 Every cell has one writer and is an aligned 8-byte word, so a store is never seen half done. Behind the
 columns of ``protocol/rounds.py`` it holds, for every member, a count of its changes: the word others sleep
-on. Members are the workers by rank, then the servers. The launcher writes ``abort`` and ``interrupt``.
+on. Members are the workers by rank, then the servers. The launcher writes ``abort``, ``interrupt``, ``deaths`` and
+``given_up``. Columns with many writers are written under the run's lock, through its journal.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import TypeVar
 
 from paceline.protocol.rounds import Waiting
 from paceline.transport import futex, segment
+from paceline.transport.journal import WORDS as JOURNAL_WORDS
+from paceline.transport.journal import Journal, Watched
 
 MAGIC = 0x31304C4341504C43
 MAX_LOADERS = 1024  # some scripts make and wrap a loader for every epoch
@@ -27,10 +30,10 @@ T = TypeVar("T")
 
 def _cell(place: int) -> property:
     def read(self: Accounts) -> float:
-        return self._cells[place]
+        return self._cells.float_at(place)
 
     def write(self: Accounts, value: float) -> None:
-        self._cells[place] = value
+        self._cells.put_float(place, value)
 
     return property(read, write)
 
@@ -42,22 +45,26 @@ class Aborted(BaseException):
 class Accounts:
     """Names for floats in shared memory: sums since the last look, steps in all, what looks have found so far."""
 
-    def __init__(self, cells: memoryview[float]) -> None:
+    def __init__(self, cells: Watched) -> None:
         self._cells = cells
 
     loss_sum = _cell(0)
     samples = _cell(1)
     steps = _cell(2)
     looks_without_gain = _cell(3)
+    looked = _cell(6)  # rounds: the last look, as passes << 32 | round
+    found = _cell(7)  # 1 if that look ends training
 
     @property
     def best(self) -> float:
         """The best loss that a look has found."""
-        return self._cells[4] if self._cells[5] else math.inf
+        return self._cells.float_at(4) if self._cells[5] else math.inf
 
     @best.setter
     def best(self, value: float) -> None:
-        self._cells[4], self._cells[5] = value, 1.0
+        if value < math.inf:
+            self._cells.put_float(4, value)
+            self._cells[5] = 1
 
 
 class Board:
@@ -73,7 +80,20 @@ class Board:
         offsets = _offsets(workers, servers)
         self._events = offsets["events"]
         self.common = self.members  # the place after the members': a change that concerns everybody
+        self.journal = Journal(self._words[offsets["journal"] : offsets["journal"] + JOURNAL_WORDS])
+        self.journal.map(0, self._words)
+
+        def watched(name: str, words: int) -> Watched:
+            return self.journal.watch(0, offsets[name], offsets[name] + words)
+
         self.gone = self._words[offsets["gone"] : offsets["gone"] + workers]
+        self.presence = watched("gone", workers)  # the same words, to be changed under the lock
+        self.settled = watched("settled", workers)  # of how many deaths of a worker the consequences are drawn
+        self.places = watched("places", workers * 2)  # see Worker.settle
+        self.deaths = self._words[offsets["deaths"] : offsets["deaths"] + workers]
+        self.given_up = self._words[offsets["given_up"] : offsets["given_up"] + workers]
+        self.on_alarm: Callable[[], None] = lambda: None  # called by who waits, after the launcher has told of a death
+        self._heard = self._words[6]
         self.parked = self._words[offsets["parked"] : offsets["parked"] + workers]
         self.ended = self._words[offsets["ended"] : offsets["ended"] + workers]
         start = offsets["passes"]
@@ -82,14 +102,13 @@ class Board:
         ]
         self._floats = memoryview(memory).cast("d")
         self._looks = offsets["looks"]
-        self._accounts = offsets["accounts"]
+        self.accounts = Accounts(watched("accounts", _LINE))  # what stop rules go by, where one decides for all
         # The columns with many writers. In "evaluated" whoever writes, writes 1; the others are written under the run's
         # lock: the last pass over a loader of which the consequences are drawn, and what protocol/rounds.py has of
         # leases.
         self.evaluated = self._words[offsets["evaluated"] : offsets["evaluated"] + MAX_LOADERS]
-        self.decided = self._words[offsets["decided"] : offsets["decided"] + MAX_LOADERS]
-        self.returned = self._words[offsets["returned"] : offsets["returned"] + MAX_LOADERS]
-        self.drained = self._words[offsets["drained"] : offsets["drained"] + MAX_LOADERS]
+        self.decided = watched("decided", MAX_LOADERS)
+        self.returned, self.drained = watched("returned", MAX_LOADERS), watched("drained", MAX_LOADERS)
         # Sleeping costs a wake-up of 10 to 50 microseconds; looking again for a while costs a core. It pays
         # only where every process has a core of its own.
         self._spins = 40 if self.members <= len(os.sched_getaffinity(0)) else 0
@@ -122,11 +141,6 @@ class Board:
         self._words[5] = number
         self.ring(0)
 
-    @property
-    def accounts(self) -> Accounts:
-        """What stop rules go by, where one worker decides for all; under the run's lock."""
-        return Accounts(self._floats[self._accounts : self._accounts + 8])
-
     def passes(self, loader: int) -> memoryview[int]:
         return self._passes[loader]
 
@@ -148,6 +162,21 @@ class Board:
         self._words[3] = 1
         self.wake_all()
 
+    def tell_death(self, worker: int, *, for_good: bool) -> None:
+        """The launcher: a worker's process has ended before its time. ``for_good``: no other takes its place."""
+        self.deaths[worker] += 1
+        self._alarm(worker, for_good)
+
+    def give_up(self, worker: int) -> None:
+        """The launcher: nobody takes the place of a worker that has died before."""
+        self._alarm(worker, for_good=True)
+
+    def _alarm(self, worker: int, for_good: bool) -> None:
+        self.given_up[worker] = self.given_up[worker] or for_good
+        self._words[6] += 1
+        self.ring(worker)  # the dead do not
+        self.wake_all()
+
     def set_interrupt(self) -> None:
         self._words[4] = 1
 
@@ -165,6 +194,11 @@ class Board:
         while isinstance(answer, Waiting):
             if self._words[3]:
                 raise Aborted(answer.reason)
+            if self._words[6] != self._heard:
+                self._heard = self._words[6]
+                self.on_alarm()
+                answer = ask()
+                continue
             if spins:
                 spins -= 1
                 answer = ask()
@@ -194,6 +228,11 @@ def _offsets(workers: int, servers: int) -> dict[str, int]:
         "returned": MAX_LOADERS,
         "drained": MAX_LOADERS,
         "accounts": _LINE,
+        "deaths": workers,
+        "given_up": workers,
+        "settled": workers,
+        "places": workers * 2,
+        "journal": JOURNAL_WORDS,
     }
     for name, words in columns.items():
         offsets[name] = place

@@ -1,7 +1,9 @@
 """The memory of one exchange: an optimizer's parameters, its state, and a slot for every worker.
 
     words   pushed[worker], stepped[member]: the round each has pushed, and has stepped its share of; asked[worker],
-            answered[worker]: the same for norms; loads[0]: checkpoints loaded over what is here
+            answered[worker]: the same for norms; loads[0]: checkpoints loaded over what is here; since[worker]: the
+            first round, or entry of the log, that the process counts in which is this worker now; attached[worker]:
+            how many have been this worker before it
     undo    an area for each who steps (of each part, where there are parts): params/undo.py
     log     where there are parts (paces quorum, bounded, async): the log (protocol/log.py), applied[part], and
             clocks[worker], steps each has finished
@@ -31,6 +33,7 @@ from paceline.params.table import Table, lay_out, vector_dtype
 from paceline.params.undo import BLOCK_VALUES, HEADER_WORDS, Undo, area_bytes
 from paceline.protocol import log
 from paceline.protocol.partition import Piece, deal, grid
+from paceline.transport.journal import Journal
 from paceline.transport.segment import PAGE, address, page_up
 
 _WORD = 8
@@ -86,7 +89,7 @@ class _Offsets:
         count = len(spec.table.entries)
         vectors = spec.table.offsets_bytes()
         self.plan = StatePlan(spec.table, spec.state, spec.blocks)
-        self.headers = (4 * spec.workers + spec.servers + 1 + 7) // 8 * 8
+        self.headers = (6 * spec.workers + spec.servers + 1 + 7) // 8 * 8
         self.log = page_up((self.headers + spec.seats * HEADER_WORDS) * _WORD)
         self.log_words = log.words_needed(spec.workers) if spec.parts else 0
         self.state = page_up(self.log + (self.log_words + spec.parts + spec.workers) * _WORD)
@@ -153,6 +156,11 @@ class Slot:
         """How many local steps are in the push."""
         return self._words[_half(number) + 5]
 
+    def place(self, number: int) -> tuple[int, int]:
+        """How far into its data the worker was with the push: (pass, position), see ``Worker.settle``."""
+        half = _half(number)
+        return self._words[half + 6], self._words[half + 7]
+
     def stop(self, number: int) -> bool:
         """Does this worker ask that the round be the last?"""
         return self._words[_half(number) + 4] != 0
@@ -160,12 +168,21 @@ class Slot:
     def write_weight(self, number: int, weight: float) -> None:
         self._floats[_half(number) + 1] = weight
 
-    def write(self, number: int, weight: float, loss: tuple[float, float], stop: bool, steps: int = 1) -> None:
+    def write(
+        self,
+        number: int,
+        weight: float,
+        loss: tuple[float, float],
+        stop: bool,
+        steps: int = 1,
+        place: tuple[int, int] = (0, 0),
+    ) -> None:
         """The header of a push. There are two, for even rounds and odd ones: when a round is over, a fast worker may
         push the next before a slow one has looked at this one's headers; further ahead nobody can be."""
         half = _half(number)
         self._floats[half + 1], self._floats[half + 2], self._floats[half + 3] = weight, *loss
         self._words[half + 4], self._words[half + 5] = stop, steps
+        self._words[half + 6], self._words[half + 7] = place
         self._words[half] = number
 
     @property
@@ -205,9 +222,13 @@ class ExchangeMemory:
         norms = spec.workers + members
         self.asked = words[norms : norms + spec.workers]
         self.answered = words[norms + spec.workers : norms + 2 * spec.workers]
-        self.loads = words[norms + 2 * spec.workers : norms + 2 * spec.workers + 1]
+        self._loads_at = norms + 2 * spec.workers
+        self.loads: log.Words = words[self._loads_at : self._loads_at + 1]
+        self.since = words[self._loads_at + 1 : self._loads_at + 1 + spec.workers]
+        self.attached = words[self._loads_at + 1 + spec.workers : self._loads_at + 1 + 2 * spec.workers]
         entries = memoryview(memory)[offsets.log : offsets.state].cast("Q")
         self.log = log.Log(entries[: offsets.log_words], spec.workers)
+        self._log_at = offsets.log // _WORD
         self.applied = entries[offsets.log_words : offsets.log_words + spec.parts]
         clocks = offsets.log_words + spec.parts
         self.clocks = entries[clocks : clocks + spec.workers]
@@ -227,6 +248,15 @@ class ExchangeMemory:
         self.slots = [
             Slot(memory, offsets.slots + worker * offsets.slot_bytes, offsets, spec) for worker in range(spec.workers)
         ]
+
+    def keep_journal(self, journal: Journal, segment: int) -> None:
+        """From now on this process changes the log under the lock, and what it changes is journaled."""
+        journal.map(segment, memoryview(self._memory).cast("Q"))
+        self.loads = journal.watch(segment, self._loads_at, self._loads_at + 1)
+        size = len(self.log.words)
+        if size:
+            kept = journal.watch(segment, self._log_at, self._log_at + size)
+            self.log = log.Log(self.log.words, len(self.slots), kept)
 
     def pin(self) -> None:
         """Lock the memory for CUDA, so that copies from and to a GPU need no staging and can be queued."""

@@ -1,7 +1,9 @@
-"""Any process of a run may be killed at any moment: the run ends with a sentence, and nobody is left behind."""
+"""Any process of a run may be killed at any moment: another takes a worker's place and training goes on, or the run
+ends with a sentence; and nobody is left behind."""
 
 from __future__ import annotations
 
+import re
 import signal
 
 import pytest
@@ -22,11 +24,26 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import paceline
 
-state, victims = sys.argv[1], sys.argv[2].split(",")
+state, victims, once = sys.argv[1], sys.argv[2].split(","), sys.argv[3:] == ["once"]
+
+
+def first_time():
+    # Nobody has died of this yet, or all are to.
+    if once:
+        try:
+            os.close(os.open(f"died-{rank}", os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return False
+    return True
+
+
+def kill(pid):
+    if first_time():
+        os.kill(pid, signal.SIGKILL)
 
 
 def die():
-    os.kill(os.getpid(), signal.SIGKILL)
+    kill(os.getpid())
 
 
 def pid_of(role, rank):
@@ -48,7 +65,7 @@ loader = DataLoader(TensorDataset(torch.randn(52, 5), torch.randn(52, 1)), batch
 if mine and state == "before wrap":
     die()
 if state == "waiting in wrap" and run.is_main:
-    os.kill(pid_of("worker", 1), signal.SIGKILL)
+    kill(pid_of("worker", 1))
 model, optimizer = run.wrap(model, optimizer)
 if mine and state == "between wraps":
     die()
@@ -83,7 +100,7 @@ for epoch in range(1_000_000 if state == "until killed" else 2):
                     os.kill(os.getppid(), signal.SIGKILL)
         if state == "parked" and run.is_main and batch == 6:
             # Worker 1 has come to the end of its pass, or is about to, and waits there.
-            os.kill(pid_of("worker", 1), signal.SIGKILL)
+            kill(pid_of("worker", 1))
         optimizer.step()
 if mine and state == "after training":
     die()
@@ -119,14 +136,55 @@ def check(ended: Ended, role: str, rank: int, how: str, code: int = 5) -> None:
 
 @pytest.mark.parametrize("state", STATES)
 def test_a_worker_killed_in_any_state_ends_the_run_with_a_sentence(state: str, runner: Runner) -> None:
-    ended = runner.run(DYING, args=[state, "1"])
+    """Where none may take its place."""
+    ended = runner.run(DYING, "--restarts", "0", args=[state, "1"])
     check(ended, "worker", 1, "was killed by SIGKILL")
     assert "logs/worker-1.log" in ended.error
 
 
+@pytest.mark.parametrize("state", STATES)
+def test_another_takes_the_place_of_a_worker_killed_in_any_state(state: str, runner: Runner) -> None:
+    ended = runner.run(DYING, args=[state, "1", "once"])
+    assert ended.code == 0, ended.err
+    died = [event for event in ended.events if event.get("kind") == "died"]
+    assert [event["rank"] for event in died] == [1]
+    assert died[0]["text"].endswith("was killed by SIGKILL; another takes its place")
+    assert (ended.summary["status"], ended.summary["epochs"]) == ("done", 2)
+    assert ended.log(1).splitlines()[-1] == "the end"
+    assert ended.log(0).splitlines()[-1] == "the end"
+
+
+def test_a_worker_that_dies_again_and_again_ends_the_run(runner: Runner) -> None:
+    ended = runner.run(DYING, "--restarts", "2", args=["between wraps", "1"])
+    died = [event["text"] for event in ended.events if event.get("kind") == "died"]
+    assert len(died) == 3
+    last = max(int(re.search(r"pid (\d+)", text)[1]) for text in died)  # type: ignore[index]
+    assert ended.code == 5
+    assert f"error: worker 1 (pid {last}) was killed by SIGKILL\n" in ended.err
+    assert "the 3rd time without getting on in between" in ended.err
+
+
+def test_the_others_go_on_without_one_that_is_not_replaced(runner: Runner) -> None:
+    options = ["--workers", "3", "--restarts", "0", "--min-workers", "2", "--assign", "lease"]
+    ended = runner.run(DYING, *options, args=["in a pass", "1"])
+    assert ended.code == 0, ended.err
+    (died,) = [event for event in ended.events if event.get("kind") == "died"]
+    assert died["text"].endswith("was killed by SIGKILL; the other 2 go on without it")
+    assert (ended.summary["status"], ended.summary["epochs"]) == ("done", 2)
+    await_death(open_pids(process["pid"] for process in ended.info["processes"]))
+
+
+def test_fewer_than_the_least_end_the_run(runner: Runner) -> None:
+    options = ["--workers", "3", "--restarts", "0", "--min-workers", "2"]
+    ended = runner.run(DYING, *options, args=["in a pass", "1,2"])
+    assert ended.code == 5
+    assert "was killed by SIGKILL" in ended.error
+
+
 @pytest.mark.parametrize(("state", "servers"), [("between wraps", "0"), ("in a pass", "1")])
 def test_worker_0_may_be_the_one(state: str, servers: str, runner: Runner) -> None:
-    check(runner.run(DYING, "--servers", servers, args=[state, "0"]), "worker", 0, "was killed by SIGKILL")
+    ended = runner.run(DYING, "--restarts", "0", "--servers", servers, args=[state, "0"])
+    check(ended, "worker", 0, "was killed by SIGKILL")
 
 
 def test_a_server_that_is_killed_is_named(runner: Runner) -> None:
@@ -135,7 +193,7 @@ def test_a_server_that_is_killed_is_named(runner: Runner) -> None:
 
 
 def test_several_workers_that_die_at_once_leave_nobody_behind(runner: Runner) -> None:
-    ended = runner.run(DYING, "--workers", "4", "--servers", "1", args=["in a pass", "1,2,3"])
+    ended = runner.run(DYING, "--restarts", "0", "--workers", "4", "--servers", "1", args=["in a pass", "1,2,3"])
     named = next(rank for rank in (1, 2, 3) if f"worker {rank} " in ended.answer["error"])
     check(ended, "worker", named, "was killed by SIGKILL")
 
@@ -145,11 +203,11 @@ def test_several_workers_that_die_at_once_leave_nobody_behind(runner: Runner) ->
     [("segfault", "was killed by SIGSEGV"), ("exit", "exited with status 3 in the middle of the run")],
 )
 def test_other_sudden_deaths_are_named(state: str, how: str, runner: Runner) -> None:
-    check(runner.run(DYING, args=[state, "1"]), "worker", 1, how)
+    check(runner.run(DYING, "--restarts", "0", args=[state, "1"]), "worker", 1, how)
 
 
 def test_survivors_that_never_come_back_to_us_are_ended_too(runner: Runner) -> None:
-    ended = runner.run(DYING, args=["others stuck", "1"])
+    ended = runner.run(DYING, "--restarts", "0", args=["others stuck", "1"])
     assert "stuck" in ended.out.splitlines()
     check(ended, "worker", 1, "was killed by SIGKILL")
 

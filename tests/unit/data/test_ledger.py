@@ -149,3 +149,21 @@ def test_to_draw_more_ahead_than_there_is_room_for_is_our_own_fault() -> None:
         ledger.draw(0, None, ordinal)
     with pytest.raises(AssertionError, match="ahead"):
         ledger.draw(0, None, RING)
+
+
+def test_what_a_dead_worker_had_is_there_for_others_but_what_counts() -> None:
+    ledger = make(2)
+    ledger.open(0, 0, [0, 1])
+    assert [ledger.draw(0, 8) for _ in range(4)] == [0, 2, 3, 4]
+    assert ledger.begin(0)
+    assert ledger.begin(0)
+    place = ledger.begun(0)
+    assert ledger.begin(0)
+    ledger.commit(0, place)  # its last push came after two of the three
+    assert ledger.committed == 2
+    ledger.commit(0, place)
+    assert ledger.committed == 2
+    ledger.give_back(0, begun=True)
+    assert ledger.returned == 2
+    ledger.open(0, 0, [0, 1])
+    assert [ledger.draw(0, 8) for _ in range(3)] == [3, 4, 5]

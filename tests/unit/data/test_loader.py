@@ -55,6 +55,14 @@ class Passes:
 
     may_drop = False
 
+    def skip(self, loader: int) -> int:
+        return 0
+
+    def fetched(self, loader: int) -> None: ...
+
+    def needs_ghost(self, loader: int) -> bool:
+        return False
+
     def leases(self, loader: int) -> None:
         return None
 

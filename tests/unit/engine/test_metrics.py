@@ -183,3 +183,12 @@ def test_several_rows_may_come_at_once(portions: int) -> None:
     for start in range(0, len(data), size):
         merger.add(data[start : start + size], 0)
     assert steps(merger) == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_a_dead_worker_had_not_told_is_not_waited_for() -> None:
+    merger = Merger(started_s=0.0)
+    merger.add(row(1, 2) + row(2, 2) + row(3, 1), 0)
+    merger.add(row(1, 2), 1)
+    assert steps(merger) == [1]
+    merger.lost(1)
+    assert steps(merger) == [2, 3]

@@ -68,12 +68,12 @@ def test_whoever_goes_on_leaves_the_same_bits(name: str, before: int) -> None:
                 (shard,) = job.shards(1)
                 shard.fold(given, [1.0, 3.0])
                 try:
-                    shard.step(None, None, undo=Dying(*area, left), number=step + 1, members=(0, 1))
+                    shard.step(None, None, undo=Dying(*area, left), number=step + 1)
                 except Killed:
                     died += 1
             (shard,) = job.shards(1)
             shard.fold(given, [1.0, 3.0])
-            shard.step(None, None, undo=Undo(*area), number=step + 1, members=(0, 1))
+            shard.step(None, None, undo=Undo(*area), number=step + 1)
         return job, died
 
     expected, _ = play([])
@@ -174,12 +174,9 @@ def test_rows_are_gone_on_with_too(name: str, raw: bool) -> None:
     assert moment > 8  # more than two chunks of rows
 
 
-def test_the_header_tells_who_took_part() -> None:
+def test_the_header_tells_how_far_a_step_has_come() -> None:
     undo = Undo(*area_of(0))
-    assert (undo.number, undo.members) == (0, ())
-    assert undo.begin(7, (0, 3, 64, 255)) == 0
+    assert undo.begin(7) == 0
     undo.advance(5)
-    assert (undo.number, undo.members) == (7, (0, 3, 64, 255))
-    assert undo.begin(7, (1,)) == 5
-    assert undo.begin(8, (1, 2)) == 0
-    assert undo.members == (1, 2)
+    assert undo.begin(7) == 5
+    assert undo.begin(8) == 0

@@ -7,7 +7,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from paceline.protocol import messages
-from paceline.protocol.coordinator import Abort, Allocate, Came, Coordinator, Died, Done, Effect, Event, Tell
+from paceline.protocol.coordinator import (
+    Abort,
+    Allocate,
+    Came,
+    Coordinator,
+    Died,
+    Done,
+    Effect,
+    Event,
+    Give,
+    GiveUp,
+    Interrupted,
+    Replace,
+    Tell,
+)
 
 SAID = messages.Failed("ScriptError", "worker 1 raised ValueError: no", traceback="Traceback ...")
 
@@ -22,6 +36,10 @@ def finished(rank: int) -> Came:
 
 def died(rank: int, status: int = 0, role: str = "worker", pid: int = 4321) -> Died:
     return Died(role, rank, pid, status)
+
+
+def steps(rank: int) -> Came:
+    return Came("worker", rank, messages.Steps(b""))
 
 
 def effects(coordinator: Coordinator, *events: Event) -> list[Effect]:
@@ -190,6 +208,103 @@ def test_what_is_not_its_business_has_no_effect(message: messages.Any) -> None:
     assert Coordinator(1, 0).handle(Came("worker", 0, message)) == []
 
 
+# --- deaths that a run survives ---
+
+
+def test_a_worker_that_dies_is_replaced_so_often_and_then_the_run_fails() -> None:
+    coordinator = Coordinator(2, 0, restarts=2)
+    effects(coordinator, wrap(0), wrap(1))
+    for _ in range(2):
+        told, replaced = coordinator.handle(died(1, -9))
+        assert told == Tell("died", "worker 1 (pid 4321) was killed by SIGKILL; another takes its place", "worker", 1)
+        assert replaced == Replace(1)
+    abort = the_abort(coordinator.handle(died(1, -9)))
+    assert abort.failure.what == "worker 1 (pid 4321) was killed by SIGKILL"
+    assert abort.failure.why == "the 3rd time without getting on in between"
+
+
+@pytest.mark.parametrize(("reports", "replaced"), [(0, False), (1, False), (2, True)])
+def test_who_gets_on_in_between_is_replaced_again(reports: int, replaced: bool) -> None:
+    """The first report may be what a process says as it ends."""
+    coordinator = Coordinator(2, 0, restarts=1)
+    effects(coordinator, wrap(0), wrap(1), died(1, -9), *[steps(1)] * reports)
+    assert (Replace(1) in coordinator.handle(died(1, -9))) is replaced
+
+
+def test_others_deaths_are_no_business_of_ones_own() -> None:
+    coordinator = Coordinator(3, 0, restarts=1)
+    found = effects(coordinator, wrap(0), wrap(1), wrap(2), died(0, -9), died(1, -9), died(2, -9))
+    assert [effect for effect in found if isinstance(effect, Replace)] == [Replace(0), Replace(1), Replace(2)]
+
+
+def test_a_newcomer_gets_the_memory_that_the_others_have() -> None:
+    coordinator = Coordinator(2, 0, restarts=1)
+    effects(coordinator, wrap(0), wrap(1), wrap(0, 2, "copy"), died(1, -9))
+    assert coordinator.handle(wrap(1)) == [Give(1, 1)]
+    assert coordinator.handle(wrap(1, 2, "copy")) == [Allocate(wrap(0, 2, "copy").message, servers=False)]
+
+
+def test_what_the_dead_had_asked_for_is_asked_for_again() -> None:
+    coordinator = Coordinator(2, 0, restarts=1)
+    assert effects(coordinator, wrap(1), died(1, -9))[-1] == Replace(1)
+    assert coordinator.handle(wrap(0)) == []
+    assert coordinator.handle(wrap(1)) == [Allocate(wrap(0).message, servers=False)]
+
+
+def test_a_newcomer_that_wraps_something_else_aborts() -> None:
+    coordinator = Coordinator(2, 0, restarts=1)
+    effects(coordinator, wrap(0), wrap(1), died(1, -9))
+    assert the_abort(coordinator.handle(wrap(1, kind="copy", what="4 tensors"))).rank == 1
+
+
+def test_the_others_go_on_while_they_are_enough() -> None:
+    coordinator = Coordinator(4, 0, min_workers=2)
+    told, given_up = effects(coordinator, died(3, -9))
+    assert isinstance(told, Tell)
+    assert told.text.endswith("; the other 3 go on without it")
+    assert given_up == GiveUp(3)
+    assert GiveUp(2) in coordinator.handle(died(2, -9))
+    assert coordinator.handle(wrap(0)) == []
+    assert coordinator.handle(wrap(1)) == [Allocate(wrap(0).message, servers=False)]
+    assert aborts(coordinator.handle(died(1, -9)))
+
+
+def test_a_wrap_waits_no_more_for_who_is_given_up() -> None:
+    coordinator = Coordinator(3, 0, min_workers=1)
+    found = effects(coordinator, wrap(1), wrap(2), died(0, -9))
+    assert found[1:] == [GiveUp(0), Allocate(wrap(1).message, servers=False)]
+
+
+def test_the_run_is_done_when_those_that_are_left_have_ended() -> None:
+    coordinator = Coordinator(2, 1, min_workers=1)
+    found = effects(coordinator, wrap(0), wrap(1), died(1, -9), finished(0))
+    assert Done() not in found
+    assert coordinator.handle(died(0)) == [Done()]
+
+
+def test_what_a_script_raises_once_is_forgiven_and_twice_is_not() -> None:
+    coordinator = Coordinator(2, 0, restarts=3)
+    effects(coordinator, wrap(0), wrap(1), steps(1), steps(1))
+    assert coordinator.handle(Came("worker", 1, SAID)) == [Tell("raised", f"worker 1: {SAID.what}", "worker", 1)]
+    told, replaced = coordinator.handle(died(1, 1))
+    assert told == Tell("died", "worker 1 raised ValueError: no; another takes its place", "worker", 1)
+    assert replaced == Replace(1)
+    assert the_abort(coordinator.handle(Came("worker", 1, SAID))).failure == SAID
+
+
+def test_what_a_script_raises_at_its_start_is_told_at_once() -> None:
+    coordinator = Coordinator(2, 0, restarts=3)
+    effects(coordinator, wrap(0), wrap(1), steps(1))
+    assert the_abort(coordinator.handle(Came("worker", 1, SAID))).failure == SAID
+
+
+def test_nobody_is_replaced_once_the_user_has_asked_for_the_end() -> None:
+    coordinator = Coordinator(2, 0, restarts=3)
+    assert effects(coordinator, wrap(0), wrap(1), Interrupted()) == [Allocate(wrap(0).message, servers=False)]
+    assert coordinator.handle(died(1, -9))[1:] == [GiveUp(1)]
+    assert coordinator.handle(died(0, -9))[1:] == [GiveUp(0), Done()]
+
+
 RANKS = st.integers(0, 2)
 EVENTS = st.one_of(
     st.builds(wrap, RANKS, st.integers(1, 3), st.sampled_from(["exchange", "copy"])),
@@ -200,9 +315,9 @@ EVENTS = st.one_of(
 )
 
 
-@given(st.lists(EVENTS, max_size=25))
-def test_whatever_happens_at_most_one_failure_is_told(events: list[Event]) -> None:
-    found = effects(Coordinator(3, 2), *events)
+@given(st.lists(EVENTS, max_size=25), st.integers(0, 2), st.integers(1, 3))
+def test_whatever_happens_at_most_one_failure_is_told(events: list[Event], restarts: int, least: int) -> None:
+    found = effects(Coordinator(3, 2, restarts=restarts, min_workers=least), *events)
     assert len(aborts(found)) <= 1
     told = [effect for effect in found if isinstance(effect, Tell) and effect.kind == "failed"]
     assert len(told) == len(aborts(found))

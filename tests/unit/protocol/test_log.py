@@ -122,3 +122,22 @@ def test_every_worker_may_be_a_member_and_has_a_fate_of_its_own(workers: int) ->
         log.append(COPY, worker, (worker,))
     assert [log.fate(worker).number for worker in range(workers)] == list(range(2, workers + 2))
     assert {log.fate(worker).version for worker in range(workers)} == {1}
+
+
+def test_what_the_dead_have_offered_is_withdrawn() -> None:
+    log, _ = make_log(70)
+    for worker in (0, 5, 66):
+        log.offer(worker)
+    log.withdraw(66)
+    log.withdraw(1)
+    assert log.offered == (0, 5)
+
+
+def test_an_entry_is_seen_once_it_is_published() -> None:
+    log, words = make_log(2)
+    reader = Log(words, 2)
+    assert not log.publish()
+    log.append(STEP, 0, (0,))
+    assert (log.appended, reader.seen) == (1, 0)
+    assert log.publish()
+    assert reader.seen == 1

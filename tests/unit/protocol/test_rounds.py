@@ -10,13 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from paceline.protocol.rounds import (
+    AWAY,
     EMPTY,
+    NEVER,
+    Abandoned,
     Closed,
+    Rescue,
     Waiting,
+    all_stepped,
     barrier_open,
     close_round,
     held_at_end,
     holding,
+    is_over,
     next_to_act,
     quorum_met,
     reached,
@@ -61,7 +67,7 @@ def board(gone: str, parked: str, **finished: str) -> Lists:
     ],
 )
 def test_a_round_closes_with_those_who_pushed_it(pushed: str, where: Lists, contributors: tuple[int, ...]) -> None:
-    assert close_round(3, [int(d) for d in pushed], where) == Closed(contributors)
+    assert close_round(3, [int(d) for d in pushed], where, [0] * len(where.gone)) == Closed(contributors)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +82,7 @@ def test_a_round_closes_with_those_who_pushed_it(pushed: str, where: Lists, cont
     ],
 )
 def test_a_round_waits_for_whoever_can_still_push_it(pushed: str, where: Lists, on: int) -> None:
-    answer = close_round(3, [int(d) for d in pushed], where)
+    answer = close_round(3, [int(d) for d in pushed], where, [0] * len(where.gone))
     assert answer == Waiting(on, f"worker {on} has not pushed round 3")
 
 
@@ -141,18 +147,18 @@ def test_a_worker_that_leaves_its_next_pass_while_it_is_looked_at_can_still_push
         where.finished[0][0] = 3
 
     where.parked = WhileRead(where.parked, at=0, then=go_on)
-    assert close_round(3, [2, 3], where) == Waiting(0, "worker 0 has not pushed round 3")
+    assert close_round(3, [2, 3], where, [0] * len(where.gone)) == Waiting(0, "worker 0 has not pushed round 3")
 
 
 def test_who_had_nothing_to_read_is_excused_until_somebody_evaluates_there() -> None:
     where = board("000", "010", loader0="010")
     where.parked[1] += EMPTY
-    assert close_round(3, [3, 2, 3], where) == Closed((0, 2))
+    assert close_round(3, [3, 2, 3], where, [0] * len(where.gone)) == Closed((0, 2))
     assert held_at_end(1, where) == Waiting(where.common, "worker 0 has not finished its part of the data")
     where.evaluated = [0, 1]
-    assert close_round(3, [3, 2, 3], where) == Closed((0, 2))
+    assert close_round(3, [3, 2, 3], where, [0] * len(where.gone)) == Closed((0, 2))
     where.evaluated = [1, 0]
-    assert close_round(3, [3, 2, 3], where) == Waiting(1, "worker 1 has not pushed round 3")
+    assert close_round(3, [3, 2, 3], where, [0] * len(where.gone)) == Waiting(1, "worker 1 has not pushed round 3")
     assert held_at_end(1, where) is None
 
 
@@ -188,7 +194,7 @@ def test_an_evaluation_seen_while_a_round_is_looked_at_excuses_nobody() -> None:
         where.parked[2] = 2
 
     where.finished[0] = WhileRead(where.finished[0], at=1, then=evaluate_and_park)
-    assert close_round(3, [2, 3, 2], where) == Waiting(0, "worker 0 has not pushed round 3")
+    assert close_round(3, [2, 3, 2], where, [0] * len(where.gone)) == Waiting(0, "worker 0 has not pushed round 3")
 
 
 def test_a_worker_that_finishes_and_leaves_while_it_is_looked_at_counts_as_done() -> None:
@@ -214,6 +220,87 @@ def test_a_worker_that_finishes_and_leaves_while_it_is_looked_at_counts_as_done(
 )
 def test_a_server_with_nothing_to_do_looks_to_one_that_can_act(where: Lists, worker: int | None) -> None:
     assert next_to_act(where) == worker
+
+
+# --- deaths ---
+
+
+def since(digits: str) -> list[int]:
+    return [NEVER if digit == "-" else int(digit) for digit in digits]
+
+
+@pytest.mark.parametrize(
+    ("pushed", "begun", "answer"),
+    [
+        pytest.param("32", "0-", Closed((0,)), id="who has died is not waited for"),
+        pytest.param("33", "0-", Closed((0, 1)), id="its push counts"),
+        pytest.param("32", "04", Closed((0,)), id="a newcomer counts from a later round"),
+        pytest.param("32", "03", Waiting(1, "worker 1 has not pushed round 3"), id="a newcomer counts from this one"),
+    ],
+)
+def test_a_round_and_the_dead(pushed: str, begun: str, answer: Closed | Waiting) -> None:
+    assert close_round(3, [int(d) for d in pushed], board("00", "00"), since(begun)) == answer
+
+
+@pytest.mark.parametrize(
+    ("stepped", "begun", "me", "answer"),
+    [
+        pytest.param("333", "000", 0, Closed((0, 1, 2)), id="all are done"),
+        pytest.param("323", "000", 0, Waiting(1, "worker 1 has not stepped its share of round 3"), id="one is not"),
+        pytest.param("323", "0-0", 0, Rescue(1), id="the first alive does it"),
+        pytest.param("323", "0-0", 2, Waiting(0, "the share of worker 1, which died, is not stepped"), id="not others"),
+        pytest.param("223", "--0", 2, Rescue(0), id="the last that is left does it"),
+        pytest.param("333", "-00", 1, Closed((0, 1, 2)), id="dead, but done"),
+        pytest.param("323", "040", 0, Rescue(1), id="a newcomer in its place does not"),
+    ],
+)
+def test_the_share_of_the_dead_is_stepped_by_one(
+    stepped: str, begun: str, me: int, answer: Closed | Waiting | Rescue
+) -> None:
+    assert all_stepped(3, [int(d) for d in stepped], (0, 1, 2), since(begun), me) == answer
+
+
+@pytest.mark.parametrize(
+    ("pushed", "stepped", "begun", "where", "answer"),
+    [
+        pytest.param("00", "00", "0-", board("02", "00"), True, id="none has begun"),
+        pytest.param("30", "30", "0-", board("02", "00"), True, id="stepped by all that are in it"),
+        pytest.param("43", "33", "0-", board("02", "00"), True, id="the next has begun"),
+        pytest.param("33", "23", "0-", board("02", "00"), Waiting(0, "member 0 is not done with round 3"), id="alive"),
+        pytest.param(
+            "33", "32", "0-", board("02", "00"), Waiting(0, "member 1 is not done with round 3"), id="rescued"
+        ),
+        pytest.param("23", "22", "0-", board("02", "00"), Waiting(0, "worker 0 has not pushed round 3"), id="awaited"),
+        pytest.param("23", "22", "0-", board("02", "10", loader0="10"), Abandoned((1,)), id="the other is parked"),
+        pytest.param("23", "22", "0-", board("12", "00"), Abandoned((1,)), id="the other has left"),
+        pytest.param("33", "32", "--", board("22", "00"), Abandoned((0, 1)), id="all are dead"),
+        pytest.param("22", "22", "--", board("22", "00"), Abandoned(()), id="all are dead before they pushed"),
+        pytest.param("22", "33", "--", board("22", "00"), True, id="and that was closed"),
+    ],
+)
+def test_a_newcomer_waits_until_the_last_round_is_over(
+    pushed: str, stepped: str, begun: str, where: Lists, answer: bool | Abandoned | Waiting
+) -> None:
+    number = 0 if pushed == "00" else 3
+    columns = [int(d) for d in pushed], [int(d) for d in stepped]
+    assert is_over(number, *columns, (), since(begun), where) == answer
+
+
+def test_what_servers_step_is_never_abandoned_once_it_is_pushed() -> None:
+    where = board("22", "00")
+    waiting = Waiting(2, "member 2 is not done with round 3")
+    assert is_over(3, [3, 2], [0, 0, 2], (2,), since("--"), where) == waiting
+    assert is_over(3, [3, 2], [0, 0, 3], (2,), since("--"), where) is True
+
+
+def test_the_end_of_a_pass_waits_for_a_newcomer_and_nobody_stands_before_it() -> None:
+    where = board("20", "01", loader0="01")
+    assert holding(0, 1, where) == Waiting(0, "worker 0 has not finished its part of the data")
+    where.parked[1] += EMPTY
+    assert where.gone[0] == AWAY
+    assert isinstance(held_at_end(1, where), Waiting)
+    where.gone[0] = 1
+    assert held_at_end(1, where) is None
 
 
 # --- quorum ---

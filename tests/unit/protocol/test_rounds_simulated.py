@@ -66,7 +66,7 @@ class World:
     servers: int
     pushed: list[int] = field(init=False)
     stepped: list[int] = field(init=False)
-    ready: list[int] = field(init=False)
+    since: list[int] = field(init=False)
     gone: list[int] = field(init=False)
     parked: list[int] = field(init=False)
     passes: list[list[int]] = field(init=False)
@@ -91,7 +91,7 @@ class World:
     def __post_init__(self) -> None:
         members = self.workers + self.servers
         self.pushed, self.gone, self.parked = [0] * self.workers, [0] * self.workers, [0] * self.workers
-        self.stepped, self.ready, self.events = [0] * members, [0] * members, [0] * (members + 1)
+        self.stepped, self.events, self.since = [0] * members, [0] * (members + 1), [0] * self.workers
         self.evaluated, self.returned, self.drained = [0, 0], [0, 0], [0, 0]
         self.passes = [[0] * self.workers for _ in (TRAIN, EVALUATE)]
         self.slots = [()] * self.workers
@@ -130,9 +130,9 @@ class _Reading:
     def __init__(self, world: World, known: Iterator[int]) -> None:
         self.workers = world.workers
         self.common = world.workers + world.servers
-        self.pushed, self.stepped, self.ready, self.gone, self.parked, self.events = (
+        self.pushed, self.stepped, self.since, self.gone, self.parked, self.events = (
             _Cells(column, known)
-            for column in (world.pushed, world.stepped, world.ready, world.gone, world.parked, world.events)
+            for column in (world.pushed, world.stepped, world.since, world.gone, world.parked, world.events)
         )
         self.evaluated, self.returned, self.drained = (
             _Cells(column, known) for column in (world.evaluated, world.returned, world.drained)
@@ -205,18 +205,11 @@ def wait(world: World, question: Callable[[_Reading], T | Waiting]) -> Generator
 # --- what workers and servers do ---
 
 
-def take_part(
-    world: World, member: int, number: int, steppers: tuple[int, ...], contributors: tuple[int, ...], last: list[object]
-) -> Steps[None]:
+def take_part(world: World, member: int, number: int, contributors: tuple[int, ...]) -> Steps[None]:
     """Fold and step a share, as engine/stepper.py does; ``last`` is whom the shares were divided among."""
     agreed = world.rounds.setdefault(number, {})
     agreed[member] = contributors
     assert len(set(agreed.values())) == 1, f"steppers of round {number} disagree on its contributors: {agreed}"
-    if last[0] != (steppers, number - 1):
-        yield from put(world.ready, member, number)
-        yield from ring(world, member)
-        yield from wait(world, lambda columns: reached(number, columns.ready, steppers))
-    last[0] = (steppers, number)
     for contributor in contributors:
         yield
         assert world.pushed[contributor] == number, (
@@ -227,7 +220,7 @@ def take_part(
     yield from ring(world, member)
 
 
-def exchange(world: World, me: int, batches: tuple[Batch, ...], last: list[object]) -> Steps[None]:
+def exchange(world: World, me: int, batches: tuple[Batch, ...]) -> Steps[None]:
     """``optimizer.step()``, as engine/exchange.py does it."""
     number = (yield from ask(world, lambda columns: max(columns.stepped))) + 1
     yield
@@ -246,8 +239,8 @@ def exchange(world: World, me: int, batches: tuple[Batch, ...], last: list[objec
         servers = tuple(range(world.workers, world.workers + world.servers))
         yield from wait(world, lambda columns: reached(number, columns.stepped, servers))
         return
-    closed = yield from wait(world, lambda columns: close_round(number, columns.pushed, columns))
-    yield from take_part(world, me, number, closed.contributors, closed.contributors, last)
+    closed = yield from wait(world, lambda columns: close_round(number, columns.pushed, columns, columns.since))
+    yield from take_part(world, me, number, closed.contributors)
     yield from wait(world, lambda columns: reached(number, columns.stepped, closed.contributors))
 
 
@@ -358,7 +351,6 @@ def evaluate(world: World, me: int, batches: int | None) -> Steps[None]:
 
 def work(world: World, me: int, plan: Plan) -> Steps[None]:
     """A training script: passes with rounds, evaluations without, breaks, and an end."""
-    last: list[object] = [((), -1)]
     pending: tuple[Batch, ...] = ()
     left = knows = False
     steps = 0
@@ -384,7 +376,7 @@ def work(world: World, me: int, plan: Plan) -> Steps[None]:
             seen += 1
             pending += (batch,)
             if len(pending) >= plan.accumulate[number]:
-                yield from exchange(world, me, pending, last)
+                yield from exchange(world, me, pending)
                 pending = ()
                 steps, knows = steps + 1, True
                 if plan.evaluates_every and steps % plan.evaluates_every == 0:
@@ -395,7 +387,7 @@ def work(world: World, me: int, plan: Plan) -> Steps[None]:
         if not left:
             yield from await_all(world, me, TRAIN, empty=not knows)
         elif plan.steps_after_break[number]:
-            yield from exchange(world, me, pending, last)
+            yield from exchange(world, me, pending)
             pending = ()
         if plan.ends_in == number:
             break
@@ -411,8 +403,6 @@ def work(world: World, me: int, plan: Plan) -> Steps[None]:
 
 def serve(world: World, member: int, nothing: Channel) -> Steps[None]:
     """engine/server.py, with its own question: which round is closed, or on whom does it hang?"""
-    last: list[object] = [((), -1)]
-    servers = tuple(range(world.workers, world.workers + world.servers))
 
     def question(columns: _Reading) -> Any:
         served = SimpleNamespace(memory=columns, published_as=0, spec=SimpleNamespace(parts=0))
@@ -423,7 +413,7 @@ def serve(world: World, member: int, nothing: Channel) -> Steps[None]:
         if answer is None:
             return
         _, number, contributors = answer
-        yield from take_part(world, member, number, servers, contributors, last)
+        yield from take_part(world, member, number, contributors)
 
 
 # --- one run ---
@@ -549,7 +539,6 @@ def test_a_run_reaches_what_the_claims_are_about() -> None:
     assert any(len(contributors) == world.workers == 4 for world, contributors in rounds)
     assert any(world.servers == 2 for world, _ in rounds)
     assert any(world.left_over for world in worlds)
-    assert any(max(world.ready) > 1 for world in worlds)
     assert any(world.drained_passes and world.took_back for world in worlds)
     assert any(
         len({column[worker] for worker in range(world.workers)}) > 1 for world in worlds for column in world.passes

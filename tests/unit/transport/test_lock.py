@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from paceline.transport import segment
+from paceline.transport.journal import WORDS, Journal
 from paceline.transport.lock import Lock
 
 TIMES = 2000
@@ -24,7 +25,7 @@ _COUNT = struct.Struct("q")
 
 @pytest.fixture
 def fd() -> Iterator[int]:
-    made = segment.create("test", 4096)
+    made = segment.create("test", 8 * (WORDS + 64))
     yield made
     os.close(made)
 
@@ -154,3 +155,42 @@ def test_locks_over_other_files_are_others(fd: int) -> None:
         assert not is_free(fd)
         assert not is_free(other)
     os.close(other)
+
+
+def test_what_a_killed_holder_left_half_done_is_undone_by_the_next(fd: int) -> None:
+    memory = memoryview(segment.attach(fd)).cast("Q")
+
+    def lock() -> tuple[Lock, Journal]:
+        journal = Journal(memory[64:])
+        journal.map(0, memory[:64])
+        return Lock(fd, journal), journal
+
+    holder, journal = lock()
+    cells = journal.watch(0, 0, 64)
+    with holder:
+        cells[5] = 1
+    holder.__enter__()
+    cells[5], cells[6] = 2, 3
+    other, _ = lock()
+    other.try_to_mend()  # the holder is alive
+    assert (memory[5], memory[6]) == (2, 3)
+    holder.forget()  # the kernel does so when it dies
+    other.try_to_mend()
+    assert (memory[5], memory[6]) == (1, 0)
+    assert is_free(fd)
+
+
+def test_an_error_inside_undoes_what_was_done(fd: int) -> None:
+    memory = memoryview(segment.attach(fd)).cast("Q")
+    journal = Journal(memory[64:])
+    journal.map(0, memory[:64])
+    cells, lock = journal.watch(0, 0, 64), Lock(fd, journal)
+
+    def fail() -> None:
+        with lock:
+            cells[5] = 1
+            raise ValueError("inside")
+
+    with pytest.raises(ValueError, match="inside"):
+        fail()
+    assert memory[5] == 0

@@ -89,7 +89,7 @@ def regions(memory: ExchangeMemory, spec: Spec) -> Iterator[tuple[str, torch.Ten
         yield name, torch.frombuffer(getattr(memory, name), dtype=torch.uint8)
     yield "clocks", torch.frombuffer(memory.clocks, dtype=torch.uint8)
     if spec.parts:
-        yield "log", torch.frombuffer(memory.log._words, dtype=torch.uint8)
+        yield "log", torch.frombuffer(memory.log.words, dtype=torch.uint8)
         yield "applied", torch.frombuffer(memory.applied, dtype=torch.uint8)
     for dtype, vector in memory.params.items():
         yield f"params {dtype}", as_bytes(vector)

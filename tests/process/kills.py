@@ -1,0 +1,89 @@
+"""A job whose parameters count how often each sample was trained on, and whose processes kill themselves at random.
+
+What it is worth: whoever dies, whenever, every sample counts exactly once an epoch. Run for long by ``make soak``.
+"""
+
+from __future__ import annotations
+
+from tests.process.runner import Ended, Runner
+
+# Where servers can import it.
+COUNTING = """
+import torch
+
+
+class Counting(torch.optim.Optimizer):
+    '''Adds one wherever the gradient is not zero, whatever it was divided by.'''
+
+    def __init__(self, params):
+        super().__init__(params, {})
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.data.add_((parameter.grad != 0).to(parameter.dtype))
+"""
+
+# Worker 0 writes how often each sample was counted. A process dies up to two milliseconds after it drew its lot: in its
+# step, under the lock, in its loader, or where it waits.
+SCRIPT = """
+import json
+import os
+import random
+import signal
+import sys
+import threading
+
+import torch
+from counting import Counting
+from torch.utils.data import DataLoader, TensorDataset
+
+import paceline
+
+samples, epochs, kills = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+chance, seed = float(sys.argv[4]), sys.argv[5]
+luck = random.Random(f"{seed} {os.getpid()}")
+
+
+def take_one():
+    for number in range(kills):
+        try:
+            os.close(os.open(run.directory / f"kill-{number}", os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            continue
+        return True
+    return False
+
+
+def draw_lots():
+    if luck.random() < chance and take_one():
+        timer = threading.Timer(luck.random() * 0.002, os.kill, (os.getpid(), signal.SIGKILL))
+        timer.daemon = True
+        timer.start()
+
+
+run = paceline.init()
+counts = torch.nn.Parameter(torch.zeros(samples, dtype=torch.float64))
+optimizer = Counting([counts])
+loader = DataLoader(TensorDataset(torch.arange(samples)), batch_size=4, shuffle=True)
+optimizer, loader = run.wrap(optimizer, loader)
+for epoch in range(epochs):
+    steps = 0
+    for (numbers,) in loader:
+        counts.grad = torch.zeros_like(counts)
+        counts.grad[numbers] = 1.0
+        draw_lots()
+        optimizer.step()
+        run.log(loss=float(steps))
+        steps += 1
+    assert steps, "a loop must not find an epoch empty"
+if run.is_main:
+    (run.directory / "counts.json").write_text(json.dumps(counts.detach().tolist()))
+"""
+
+
+def run(runner: Runner, *options: str, samples: int, epochs: int, kills: int, chance: float, seed: int) -> Ended:
+    runner.write("counting.py", COUNTING)
+    arguments = [str(samples), str(epochs), str(kills), str(chance), str(seed)]
+    return runner.run(SCRIPT, "--restarts", "1000", *options, args=arguments)
