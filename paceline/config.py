@@ -155,6 +155,7 @@ class Job:
     lambda of delay compensation (Zheng et al. 2017), of dense gradients only; both for ``bounded`` and ``async``.
     ``restarts`` is how often a worker that dies is replaced without having got on in between; then the run ends, or
     goes on without it while ``min_workers`` are left (None: all).
+    ``checkpoint_every`` is in steps (None: only at Ctrl-C); the ``keep`` newest checkpoints stay.
     ``threads`` is per process (None: cores // workers, at least 1).
     ``steps`` counts rounds, or pushes of all workers divided by their number, so that every pace sees as many samples;
     ``epochs`` passes over the training loader; ``until_loss`` and
@@ -171,6 +172,8 @@ class Job:
     compensate: float | None = None
     restarts: int = 3
     min_workers: int | None = None
+    checkpoint_every: int | None = None
+    keep: int = 2
     threads: int | None = None
     seed: int = 0
     steps: int | None = None
@@ -184,9 +187,10 @@ class Job:
         _within("workers", self.workers, 1, MAX_WORKERS)
         _within("servers", self.servers, 0, MAX_SERVERS)
         _within("restarts", self.restarts, 0, _MAX)
+        _within("keep", self.keep, 1, _MAX)
         if self.min_workers is not None:
             _within("min-workers", self.min_workers, 1, self.workers)
-        for name in ("threads", "steps", "epochs", "patience"):
+        for name in ("checkpoint_every", "threads", "steps", "epochs", "patience"):
             value = getattr(self, name)
             if value is not None:
                 _within(name, value, 1, _MAX)

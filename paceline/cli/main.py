@@ -76,6 +76,32 @@ def run(
 
 
 @app.command(
+    usage="Usage: paceline resume [OPTIONS] [RUN]",
+    help_epilogue="""\
+RUN is a run directory or a part of its name; the newest without. The script
+runs again from its top with what it was given then; passes that were trained
+on have one batch each, then training goes on where the checkpoint was made.
+An option given here wins over that of the run: more workers, another pace.
+
+Examples:
+  paceline resume
+  paceline resume 20260131-0900-train-sync --workers 4""",
+)
+def resume(
+    run: Annotated[str | None, Parameter(help="a run directory, or part of its name", show_default=False)] = None,
+    /,
+    *,
+    flags: JobFlags = JobFlags(),  # noqa: B008
+    show: ShowFlags = ShowFlags(),  # noqa: B008
+) -> int:
+    """Go on with a run from its newest good checkpoint."""
+    from paceline.cli.run import resume_run
+    from paceline.engine.local import run_local
+
+    return _refusable(show, lambda show: resume_run(run, flags, show, _folder(flags.run_dir), run_local))
+
+
+@app.command(
     usage="Usage: paceline demo [OPTIONS] [NAME] [ARGS]",
     help_epilogue="""\
 NAME is text (a transformer learns to write Python; the default), linear

@@ -64,6 +64,10 @@ class JobFlags:
     min_workers: Annotated[
         str | None, _option("N", "with so many left go on without one that cannot be replaced [default: all]")
     ] = None
+    checkpoint_every: Annotated[
+        str | None, _option("N", "save a checkpoint every N steps [default: only at Ctrl-C]")
+    ] = None
+    keep: Annotated[str | None, _option("N", "how many checkpoints stay [default: 2]")] = None
     threads: Annotated[str | None, _option("N", "threads of each process [default: cores / workers]")] = None
     seed: Annotated[str | None, _option("N", "of everything random [default: 0]")] = None
     steps: Annotated[str | None, _option("N", "stop after so many rounds, or as many samples at any pace")] = None

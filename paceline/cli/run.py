@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -15,10 +16,11 @@ from paceline.cli.options import OPTIONS, OPTIONS_OF_OURS_ALONE, JobFlags, Setti
 from paceline.config import Job
 from paceline.engine.program import Script
 from paceline.errors import PacelineError, ScriptError, UsageError
-from paceline.events import Record, Summary
+from paceline.events import Record, RunInfo, Summary
 
 if TYPE_CHECKING:
     from paceline.cli.console import Console
+    from paceline.engine.checkpoints import Loaded
 
 
 class Engine(Protocol):
@@ -26,6 +28,14 @@ class Engine(Protocol):
 
     def __call__(
         self, job: Job, program: Script, *, watch: Callable[[Record], None], argv: Sequence[str]
+    ) -> Summary: ...
+
+
+class ResumingEngine(Protocol):
+    """The same, going on from a checkpoint."""
+
+    def __call__(
+        self, job: Job, program: Script, *, watch: Callable[[Record], None], argv: Sequence[str], resume: Loaded
     ) -> Summary: ...
 
 
@@ -53,6 +63,38 @@ def run_script(
     if show.dry_run:
         return answers.dry_run(job, program, settings, show)
     return train(job, program, show, engine)
+
+
+def resume_run(wanted: str | None, flags: JobFlags, show: ShowFlags, folder: Path, engine: ResumingEngine) -> int:
+    """The command ``resume``; returns the exit code."""
+    from paceline.engine.checkpoints import Checkpoints
+    from paceline.report.runs import find_run
+
+    found = find_run(folder, wanted)
+    if found.info is not None and found.info.status in ("starting", "running") and _is_alive(found.info):
+        raise UsageError(f"run {found.name!r} is still going on", fix="end it with Ctrl-C first: it saves a checkpoint")
+    loaded = Checkpoints(found.directory).load()
+    settings = resolve(flags, os.environ, str(found.directory / "config.toml"))
+    program = chosen(None, (), settings)
+    job = settings.job(program.path.stem)
+    if show.dry_run:
+        return answers.dry_run(job, program, settings, show)
+
+    def before(console: Console) -> None:
+        for warning in loaded.warnings:
+            console.say(f"warning: {warning}; the one before it is used")
+        console.say(f"goes on behind step {loaded.step}, saved {loaded.time}")
+
+    return train(job, program, show, partial(engine, resume=loaded), before=before)
+
+
+def _is_alive(info: RunInfo) -> bool:
+    launcher = next((process.pid for process in info.processes if process.role == "launcher"), None)
+    try:
+        command = Path(f"/proc/{launcher}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return b"paceline" in command or b"python" in command
 
 
 def chosen(script: str | None, args: tuple[str, ...], settings: Settings) -> Script:

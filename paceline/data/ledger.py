@@ -44,6 +44,32 @@ class Ledger:
         """Batches on the table that were drawn before."""
         return self._words[_RETURNED]
 
+    @property
+    def is_new(self) -> bool:
+        """Has no epoch begun?"""
+        return not self._words[_EPOCH]
+
+    def left(self) -> tuple[int, int, list[int]]:
+        """(the epoch, the first batch that was never drawn, those before it that do not count)."""
+        words = self._words
+        back = {words[place] >> 2 for place in range(_HEADER, _HEADER + words[_RETURNED])}
+        for worker in range(self._workers):
+            start = self._start(worker)
+            back |= {lease >> 2 for lease in self._leases(worker, words[start + _FIRST], words[start + _END])}
+            back |= {words[start + _KEPT] - 1} if words[start + _KEPT] else set()
+        return words[_EPOCH] - 1, words[_NEXT], sorted(back)
+
+    def refill(self, epoch: int, first: int, before: Sequence[int]) -> None:
+        """As ``left`` told it, for whoever comes first."""
+        words = self._words
+        words[_EPOCH], words[_NEXT], words[_COMMITTED] = epoch + 1, first, first - len(before)
+        room = self._workers * RING
+        if len(before) > room:
+            raise ValueError(f"{len(before)} batches were out, {room} can be taken back")
+        for place, ordinal in enumerate(before):
+            words[_HEADER + place] = ordinal << 2
+        words[_RETURNED] = len(before)
+
     def open(self, epoch: int, worker: int, present: Sequence[int]) -> None:
         """``worker`` begins a pass: the first to begin a new epoch puts all its batches on the table, but the first
         ones, which are for those ``present``."""

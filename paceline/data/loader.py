@@ -28,6 +28,7 @@ from torch.utils.data import (
 
 from paceline.data.assign import epoch_seed, owners
 from paceline.data.count import count_samples
+from paceline.data.trained import Trained
 from paceline.errors import ConfigError
 
 Count = Callable[[Any], int]
@@ -44,6 +45,12 @@ class Passes(Protocol):
 
     def skip(self, loader: int) -> int:
         """How many of this worker's batches of the pass have been trained on by a worker before it in its place."""
+
+    def fetching(self) -> None:
+        """The first batch of a pass is about to be fetched; what is drawn at random from here on is its."""
+
+    def border(self) -> None:
+        """The script has done with a batch, and asks for the next."""
 
     def fetched(self, loader: int) -> None:
         """The next of this worker's batches is there, for the first time."""
@@ -102,6 +109,12 @@ class Part:
     workers: int
     assign: str
     seed: int
+    trained: tuple[Trained | None, ...] = ()  # by loader: what a resumed run had trained on in its epoch
+
+    def left_of(self, loader: int, epoch: int) -> Trained | None:
+        """What of this epoch need not be dealt any more."""
+        trained = self.trained[loader] if loader < len(self.trained) else None
+        return trained if trained is not None and trained.epoch == epoch else None
 
     def mine(self, numbers: np.ndarray, total: int, epoch: int) -> np.ndarray:
         """bool[k]: which of ``numbers`` (int64[k], of ``total``) are this worker's in this epoch."""
@@ -113,6 +126,11 @@ class Part:
         if self.assign == "round_robin":
             return -(-batches // self.workers)
         return int(self.mine(np.arange(batches), batches, epoch).sum())
+
+    def rest(self, loader: int, epoch: int, batches: Iterable[Any], total: int | None) -> Iterable[Any]:
+        """Of all batches of an epoch, those that are still to be dealt."""
+        trained = self.left_of(loader, epoch)
+        return batches if trained is None else trained.batches_left(batches, total)
 
     def owns_batch(self, ordinal: int, total: int | None, epoch: int) -> bool:
         assign = "round_robin" if self.assign == "block" and total is None else self.assign
@@ -171,7 +189,7 @@ class SharedLoader(DataLoader[Any]):
         if isinstance(source.dataset, IterableDataset):
             settings |= {"batch_size": batch_size, "drop_last": source.drop_last}
         else:
-            self._plan = _Plan(source, part, orders)
+            self._plan = _Plan(source, part, orders, index)
             if self._plan.by_batch_of_one:
                 settings |= {"batch_size": None, "sampler": self._plan}
             else:
@@ -193,9 +211,11 @@ class SharedLoader(DataLoader[Any]):
         """This worker's batches of a pass, each with its samples; tells nobody."""
         epoch = self._passes.epoch(self._index)
         if self._plan is None:
-            yield from islice(_streamed(super().__iter__(), self._part, epoch, None, self._count, leases), skip, None)
+            self._passes.fetching()
+            batches = self._part.rest(self._index, epoch, super().__iter__(), None)
+            yield from islice(_streamed(batches, self._part, epoch, None, self._count, leases), skip, None)
             return
-        counts = self._plan.start(epoch, leases, skip)
+        counts = self._plan.start(epoch, leases, skip, self._passes.fetching)
         for batch in super().__iter__():
             known = counts.popleft()
             if leases is None or leases.begin():
@@ -228,7 +248,9 @@ class SharedBatches:
         """This worker's batches of a pass, each with its samples; tells nobody."""
         epoch = self._passes.epoch(self._index)
         total = len(self._source) if isinstance(self._source, Sized) else None
-        return islice(_streamed(iter(self._source), self._part, epoch, total, self._count, leases), skip, None)
+        self._passes.fetching()
+        batches = self._part.rest(self._index, epoch, self._source, total)
+        return islice(_streamed(batches, self._part, epoch, total, self._count, leases), skip, None)
 
 
 def one_pass(loader: Any, index: int, passes: Passes, batches: Batches) -> Iterator[Any]:
@@ -252,6 +274,8 @@ def one_pass(loader: Any, index: int, passes: Passes, batches: Batches) -> Itera
             if training:
                 passes.drawn(samples)
             yield batch
+            if training:
+                passes.border()
             if not training or (passes.over and not before):
                 break
         if training and passes.needs_ghost(index):
@@ -313,24 +337,30 @@ class _Plan:
     A loader with ``batch_size=None`` (its data set yields batches) gives single numbers instead.
     """
 
-    def __init__(self, source: DataLoader[Any], part: Part, orders: dict[int, Any] | None = None) -> None:
+    def __init__(
+        self, source: DataLoader[Any], part: Part, orders: dict[int, Any] | None = None, index: int = 0
+    ) -> None:
         self._orders: dict[int, Any] = {} if orders is None else orders  # epoch -> what the user's sampler drew
-        self._source, self._part, self._epoch = source, part, 0
+        self._source, self._part, self._epoch, self._index = source, part, 0, index
         self._counts: deque[int | None] = deque()
         self._drawn: tuple[int, list[Any]] = (-1, [])
         self._leases: Leases | None = None
         self._skip = 0
+        self._before: Callable[[], None] = lambda: None
         self.by_batch_of_one = source.batch_sampler is None
 
-    def start(self, epoch: int, leases: Leases | None = None, skip: int = 0) -> deque[int | None]:
+    def start(
+        self, epoch: int, leases: Leases | None = None, skip: int = 0, before: Callable[[], None] = lambda: None
+    ) -> deque[int | None]:
         """From now on ``iter`` gives this epoch, without the first ``skip`` batches; the sample counts of its batches
-        appear in the answer, in order."""
-        self._epoch, self._leases, self._skip = epoch, leases, skip
+        appear in the answer, in order. ``before`` is called before the first."""
+        self._epoch, self._leases, self._skip, self._before = epoch, leases, skip, before
         self._counts = deque()
         return self._counts
 
     def __iter__(self) -> Iterator[Any]:
         counts = self._counts
+        self._before()
         for batch in islice(self._mine(self._epoch), self._skip, None):
             counts.append(None if self.by_batch_of_one else len(batch))
             yield batch
@@ -367,12 +397,12 @@ class _Plan:
     def _leased(self, leases: Leases, epoch: int) -> Iterator[Any]:
         sampler, everything = self._source.batch_sampler, Part(0, 1, "round_robin", self._part.seed)
         if self._is_plain(sampler):
-            order = self._order(sampler.sampler, epoch)
+            order = self._rest(self._order(sampler.sampler, epoch), sampler, epoch)
             total = _count_batches(sampler, len(order))
             while (ordinal := leases.draw(total)) is not None:
                 yield _batch(order, sampler, ordinal)
             return
-        listed = _Plan(self._source, everything, self._orders)._listed(epoch)
+        listed = _Plan(self._source, everything, self._orders, self._index)._listed(epoch)
         while (ordinal := leases.draw(len(listed))) is not None:
             yield listed[ordinal]
 
@@ -384,18 +414,30 @@ class _Plan:
                 batches = list(self._cut(sampler, epoch))
             else:
                 drawn = self._draw(self._source.sampler if sampler is None else sampler, epoch)
+                drawn = list(part.rest(self._index, epoch, drawn, len(drawn)))
                 batches = [batch for i, batch in enumerate(drawn) if part.owns_batch(i, len(drawn), epoch)]
             self._drawn = (epoch, batches)
         return self._drawn[1]
 
     def _cut(self, sampler: BatchSampler, epoch: int) -> Iterator[Any]:
         """Batches as ``sampler`` cuts them: of the worker's own samples, or whole ones of the global order."""
-        order, part = self._order(sampler.sampler, epoch), self._part
+        order, part = self._rest(self._order(sampler.sampler, epoch), sampler, epoch), self._part
         if part.assign == "round_robin" or not isinstance(order, np.ndarray):
             return self._dealt(order, sampler, epoch)
         total = len(self._source.dataset)  # type: ignore[arg-type]
         held = order[part.mine(order, total, epoch)].tolist()
         return iter(BatchSampler(held, sampler.batch_size, sampler.drop_last))
+
+    def _rest(self, order: Any, sampler: BatchSampler, epoch: int) -> Any:
+        """Of an epoch's order, what is still to be dealt."""
+        trained = self._part.left_of(self._index, epoch)
+        if trained is None:
+            return order
+        if not isinstance(order, np.ndarray):
+            batches = [_batch(order, sampler, ordinal) for ordinal in range(_count_batches(sampler, len(order)))]
+            return [number for batch in trained.batches_left(batches, len(batches)) for number in batch]
+        total = len(self._source.dataset)  # type: ignore[arg-type]
+        return trained.samples_left(order, sampler.batch_size, total)
 
     def _dealt(self, order: Any, sampler: BatchSampler, epoch: int) -> Iterator[Any]:
         count = _count_batches(sampler, len(order))

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from paceline.config import Bounded, Pace, Quorum
 from paceline.engine.applier import Applier
 from paceline.engine.meeting import Push, Round
-from paceline.protocol.log import COPY, LOAD, STEP, Entry
+from paceline.protocol.log import COPY, LOAD, SAVE, STEP, Entry
 from paceline.protocol.rounds import NEVER, Waiting, is_out, quorum_met, within_bound
 from paceline.transport.board import Board
 from paceline.transport.lock import Lock
@@ -129,6 +129,23 @@ class Arrivals:
         else:
             self._apply(entry)
 
+    def append_save(self) -> Entry:
+        """Under the run's lock: what was appended so far is in the checkpoint, and nothing else."""
+        return self._append(SAVE, (self._rank,))
+
+    def save(self, entry: Entry, copy: Callable[[], None]) -> None:
+        """Call ``copy`` in the turn of ``entry``, a SAVE, at all parts."""
+        for part in range(self._spec.parts):
+            self._await_turn(part, entry.number)
+        copy()
+        for part in range(self._spec.parts):
+            self._memory.applied[part] = entry.number
+        self._board.ring(self._rank)
+
+    def go_on_from(self, number: int) -> None:
+        """Under the run's lock, before anybody has pushed: this was the version of the run that is resumed."""
+        self._log.go_on_from(number)
+
     def bury(self, worker: int, deaths: int) -> None:
         """Under the run's lock: this worker has died so many times; what it has left in the log is for others to do."""
         if self._memory.attached[worker] < deaths:
@@ -222,7 +239,7 @@ class Arrivals:
 
     def _is_orphan(self, entry: Entry) -> bool:
         """Has the worker died that would apply it?"""
-        by_worker = not self._spec.servers or entry.kind == LOAD
+        by_worker = not self._spec.servers or entry.kind in (LOAD, SAVE)
         return by_worker and self._memory.since[entry.by] > entry.number
 
     def _adopt(self, part: int) -> None:
@@ -234,7 +251,10 @@ class Arrivals:
             entry = self._log.entry(number)
             if not self._is_orphan(entry):
                 return
-            if entry.kind == LOAD:  # what it has loaded is gone with it
+            if entry.kind in (
+                LOAD,
+                SAVE,
+            ):  # what it has loaded is gone with it, and nobody has use for a part of a copy
                 self._memory.applied[part] = number
             else:
                 assert self.applier is not None
@@ -254,7 +274,8 @@ class Arrivals:
 
 
 def applied_by(spec: Spec, entry: Entry, part: int) -> int:
-    """The member that applies ``entry`` to ``part``: a server where there are any, but a load is the worker's own."""
-    if not spec.servers or entry.kind == LOAD:
+    """The member that applies ``entry`` to ``part``: a server where there are any, but a load or a save is the worker's
+    own."""
+    if not spec.servers or entry.kind in (LOAD, SAVE):
         return entry.by
     return spec.workers + part % spec.servers

@@ -80,8 +80,11 @@ class Collectives:
             for view, (_, tensor) in zip(views, tensors, strict=True):
                 tensor.copy_(view)
 
-    def open(self, exchange: Exchange, account: Close) -> None:
-        """Put an exchange's parameters and state in shared memory. Raises ConfigError, HostError."""
+    def open(self, exchange: Exchange, account: Close, go_on: dict[str, int] | None = None) -> None:
+        """Put an exchange's parameters and state in shared memory. Raises ConfigError, HostError.
+
+        ``go_on``: its numbers in the run that is resumed.
+        """
         spec = exchange.spec
         what = f"{type(exchange.optimizer).__name__} over {spec.table.values} parameters"
         memory, first = self.ask("exchange", msgspec.msgpack.encode(spec), size_bytes(spec), what)
@@ -89,6 +92,8 @@ class Collectives:
         exchange.attach(ExchangeMemory(memory, spec), self.number, account)
         if self._rank == 0 and not self._is_published:
             exchange.publish()
+            if go_on is not None:
+                exchange.go_on_from(go_on)
         self._publish()
         exchange.adopt()
 

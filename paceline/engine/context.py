@@ -24,6 +24,7 @@ class Context:
     channel: Channel
     board: Board
     lock: Lock
+    resume: Path | None = None  # the checkpoint that the run goes on from
 
 
 class Ending(Protocol):

@@ -8,7 +8,8 @@ it is applied (``rounds.py``, ``arrivals.py``), and whose optimizer applies it (
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import msgspec
 import torch
@@ -27,6 +28,7 @@ from paceline.engine.stepper import Stepper
 from paceline.errors import ConfigError
 from paceline.params import optimizers
 from paceline.params.table import differences, tabulate
+from paceline.protocol.log import Entry
 from paceline.transport.slots import ExchangeMemory, Spec
 
 _PARTS_PER_SERVER = 2
@@ -101,6 +103,94 @@ class Exchange:
         if not self._sends_gradients:
             assert isinstance(pace, Local | Async)
             self.inner = Inner(self._replica, pace.every, sums=isinstance(pace, Async))
+
+    # --- checkpoints ---
+
+    def shared_names(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Names and shapes of the parameters."""
+        return [(entry.name, tuple(entry.shape)) for entry in self.spec.table.entries]
+
+    def shared_values(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The shared parameters, by name; aliases."""
+        yield from zip((entry.name for entry in self.spec.table.entries), self._replica.shared, strict=True)
+
+    def shared_state(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The state of the optimizer that steps them, by name and key; aliases."""
+        for index, entry in enumerate(self.spec.table.entries):
+            yield entry.name, self._memory.state.view(index)
+
+    def fill(self, values: Sequence[torch.Tensor], states: Sequence[dict[str, torch.Tensor]]) -> None:
+        """Worker 0, before the memory is there: begin with these parameters and this state."""
+        with torch.no_grad():
+            for parameter, value, state in zip(self.parameters, values, states, strict=True):
+                parameter.copy_(value)
+                if state:
+                    self._stepped_by.state[parameter] = dict(state)
+
+    def numbers(self) -> dict[str, int]:
+        """How far the exchange has come, whatever the pace and the number of workers."""
+        return {
+            "number": self.number // self._pushes_a_step,
+            "loads": self._memory.loads[0],
+            "steps": max(self._memory.clocks, default=0),
+        }
+
+    @property
+    def _pushes_a_step(self) -> int:
+        """Versions count the pushes of all."""
+        return self.spec.workers if self.spec.parts and not isinstance(self._pace, Quorum) else 1
+
+    def go_on_from(self, numbers: dict[str, int]) -> None:
+        """Worker 0, before anybody has pushed: the run goes on from here."""
+        with self._context.lock:
+            self._memory.loads[0] = numbers["loads"]
+            for worker in range(len(self._memory.clocks)):
+                self._memory.clocks[worker] = numbers["steps"]
+            self._meeting.go_on_from(numbers["number"] * self._pushes_a_step)
+
+    def save(self, entry: Entry | None, copy: Callable[[], None]) -> None:
+        """Call ``copy`` while nobody steps the parameters: in turn ``entry`` of the log, or between two rounds, where
+        who is in the next has this worker to wait for."""
+        self._replica.wait_for_device()
+        if entry is None:
+            copy()
+        else:
+            self._arrivals.save(entry, copy)
+
+    def append_save(self) -> Entry | None:
+        """Under the run's lock: what was appended so far is in the checkpoint. None at rounds."""
+        return self._arrivals.append_save() if self.spec.parts else None
+
+    def place_in(self, worker: int, number: int) -> tuple[int, int]:
+        """How far into its data a worker was with its last push up to round ``number``, which is over."""
+        return self._memory.slots[worker].place(min(self._memory.pushed[worker], number))
+
+    @property
+    def settings(self) -> list[optimizers.Group]:
+        """The hyper-parameters of the user's optimizer, as plain values."""
+        return optimizers.settings(self.optimizer)
+
+    def load_settings(self, groups: Sequence[optimizers.Group]) -> None:
+        """Set those that the optimizer has."""
+        for group, new in zip(self.optimizer.param_groups, groups, strict=True):
+            for key, value in new.items():
+                if key not in group:
+                    continue
+                if isinstance(group[key], torch.Tensor):
+                    group[key].fill_(value)
+                else:
+                    group[key] = value
+
+    def own_state(self) -> dict[int, dict[str, Any]]:
+        """The state of this worker's own copy of the optimizer, where it takes local steps; by parameter."""
+        if self.inner is None:
+            return {}
+        state = self.optimizer.state
+        return {index: dict(state[p]) for index, p in enumerate(self.parameters) if p in state}
+
+    def load_own_state(self, state: dict[int, dict[str, Any]]) -> None:
+        for index, values in state.items() if self.inner is not None else ():
+            self.optimizer.state[self.parameters[index]] = values
 
     def publish(self) -> None:
         """Worker 0: fill the memory with its parameters and its optimizer's state."""

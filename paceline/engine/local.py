@@ -22,10 +22,12 @@ import msgspec
 
 from paceline import config_file, errors, events
 from paceline.config import Job
-from paceline.engine import allocator
+from paceline.engine import allocator, resume_from
+from paceline.engine.checkpoints import Checkpoints, Loaded
 from paceline.engine.metrics import Merger
 from paceline.engine.program import Call, Script
 from paceline.engine.recorder import Recorder
+from paceline.engine.saver import Saver
 from paceline.engine.setup import Setup, encode_job
 from paceline.protocol import messages
 from paceline.protocol.coordinator import (
@@ -55,9 +57,16 @@ _ZYGOTE = "import sys; sys.path.append({root!r}); from paceline.engine.zygote im
 
 
 def run_local(
-    job: Job, program: Script | Call, *, watch: Callable[[events.Record], None], argv: Sequence[str] = ()
+    job: Job,
+    program: Script | Call,
+    *,
+    watch: Callable[[events.Record], None],
+    argv: Sequence[str] = (),
+    resume: Loaded | None = None,
 ) -> events.Summary:
     """Run ``program`` with ``job.workers`` workers on this machine; blocks until all processes have ended.
+
+    ``resume``: go on from this checkpoint, in the directory of the run that made it.
 
     ``watch`` sees every record, in this thread. Raises a PacelineError (ScriptError with the user's traceback,
     Interrupted at Ctrl-C, ...) when the run has failed and everything has stopped.
@@ -66,19 +75,24 @@ def run_local(
         raise errors.HostError(
             f"distributed runs need Linux; this is {sys.platform}", fix="run the script alone: python SCRIPT"
         )
-    recorder = Recorder(job, watch, argv)
-    return _Launcher(job, program, recorder).run()
+    going_on = None if resume is None else (resume.path.parent.parent, resume.step)
+    recorder = Recorder(job, watch, argv, going_on)
+    return _Launcher(job, program, recorder, resume).run()
 
 
 class _Launcher:
-    def __init__(self, job: Job, program: Script | Call, recorder: Recorder) -> None:
-        self._job, self._program, self._recorder = job, program, recorder
+    def __init__(self, job: Job, program: Script | Call, recorder: Recorder, resume: Loaded | None) -> None:
+        self._job, self._program, self._recorder, self._resume = job, program, recorder, resume
         # Who has data that nobody else has, or reads it for all, cannot be replaced.
         restarts = 0 if job.data == "served" else job.restarts
         self._coordinator = Coordinator(job.workers, job.servers, restarts=restarts, min_workers=job.min_workers)
         self._memories: dict[int, tuple[messages.Memory, int]] = {}  # what newcomers get, by number
-        self._started_s = time.monotonic()
-        self._merger = Merger(self._started_s)
+        self._started_s = time.monotonic() - recorder.offset_s
+        state = resume.documents["state"] if resume is not None else None
+        after = 0 if state is None else resume_from.last_key(state, job)
+        self._merger = Merger(self._started_s, after=after, steps=0 if state is None else state["step"])
+        checkpoints = Checkpoints(recorder.directory, job.keep)
+        self._saver = Saver(checkpoints, job.workers, lambda kind, text: self._notice(kind, text))
         self._selector = selectors.DefaultSelector()
         self._channels: dict[tuple[str, int], Channel] = {}
         self._alive: dict[tuple[str, int], int] = {}
@@ -94,6 +108,8 @@ class _Launcher:
         board_fd = Board.create(self._job.workers, self._job.servers)
         self._board = Board(segment.attach(board_fd))
         self._lock = Lock(board_fd, self._board.journal)
+        if self._resume is not None:
+            resume_from.fill_board(self._resume.documents["state"], self._board, self._job)
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         script = self._program if isinstance(self._program, Script) else None
         self._recorder.write_config(
@@ -116,6 +132,7 @@ class _Launcher:
             self._stop_zygote()
             for _, fd in self._memories.values():
                 os.close(fd)
+            self._saver.close()
             os.close(board_fd)
         return self._conclude()
 
@@ -153,13 +170,16 @@ class _Launcher:
             script=str(program.path) if isinstance(program, Script) else "",
             args=program.args if isinstance(program, Script) else (),
             call=program.main if isinstance(program, Call) else None,
+            resume=str(self._resume.path.resolve()) if self._resume is not None else "",
         )
 
     def _fork_all(self) -> None:
+        log = self._recorder.directory / "logs" / "worker-0.log"
+        shown = log.stat().st_size if log.exists() else 0  # of the run that is resumed
         for role, count in (("server", self._job.servers), ("worker", self._job.workers)):
             for rank in range(count):
                 self._fork(role, rank)
-        self._log = _Tail(self._recorder.directory / "logs" / "worker-0.log")
+        self._log = _Tail(log, shown)
 
     def _fork(self, role: str, rank: int) -> None:
         mine, its = Channel.pair()
@@ -200,8 +220,9 @@ class _Launcher:
                 if role == "zygote":
                     self._zygote_died()
                 continue
-            for message, _descriptors in arrived:
-                self._take(role, rank, message)
+            for message, descriptors in arrived:
+                self._take(role, rank, message, descriptors)
+        self._saver.turn()
         for metric in self._merger.ready():
             self._recorder.take(metric)
         self._recorder.flush()
@@ -209,8 +230,12 @@ class _Launcher:
         if self._kill_at_s is not None and time.monotonic() > self._kill_at_s:
             self._kill_all()
 
-    def _take(self, role: str, rank: int, message: messages.Any) -> None:
+    def _take(self, role: str, rank: int, message: messages.Any, descriptors: tuple[int, ...] = ()) -> None:
         match message:
+            case messages.Part():
+                self._saver.take(rank, message, descriptors[0])
+            case messages.Alarm(text=text):
+                self._saver.failed(text)
             case messages.Ready(versions=versions):
                 self._recorder.info.versions = versions
                 self._fork_all()
@@ -249,10 +274,12 @@ class _Launcher:
             self._selector.unregister(channel)
             try:
                 while True:
-                    for message, _descriptors in channel.drain():
-                        self._take(role, rank, message)
+                    for message, descriptors in channel.drain():
+                        self._take(role, rank, message, descriptors)
             except Closed:
                 channel.close()
+        if role == "worker":
+            self._saver.lost(rank, finished=status == 0)
         self._alive.pop((role, rank), None)
         self._obey(self._coordinator.handle(Died(role, rank, pid, status)))
 
@@ -363,6 +390,9 @@ class _Launcher:
 
     # --- reporting ---
 
+    def _notice(self, kind: str, text: str) -> None:
+        self._recorder.take(events.Notice(self._now(), kind, text))
+
     def _now(self) -> float:
         return round(time.monotonic() - self._started_s, 6)
 
@@ -411,8 +441,9 @@ def _in_main_thread() -> bool:
 class _Tail:
     """Reads what a growing text file has got since the last look, in whole lines."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, start: int) -> None:
         self._file: IO[bytes] = path.open("rb")
+        self._file.seek(start)
         self._rest = b""
 
     def read(self, *, last: bool = False) -> str:

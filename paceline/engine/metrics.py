@@ -67,11 +67,12 @@ class _Merged:
 class Merger:
     """Takes rows as they come from each worker, gives one Metric a round once all its contributors have told."""
 
-    def __init__(self, started_s: float) -> None:
+    def __init__(self, started_s: float, *, after: int = 0, steps: int = 0) -> None:
+        """``after`` is the last round of a run that is resumed, ``steps`` how many steps it had come to."""
         self._started_s = started_s
         self._open: dict[int, _Merged] = {}
-        self._next = 1
-        self._steps = 0
+        self._next = after + 1
+        self._steps = steps
         self._values: dict[int, dict[str, float | None]] = {}
         self._gaps = False
         self.begun_s: float | None = None

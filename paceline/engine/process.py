@@ -52,6 +52,7 @@ def main(role: str, rank: int, setup: bytes, descriptors: tuple[int, ...], paren
             channel=Channel(socket.socket(fileno=descriptors[0])),
             board=board,
             lock=Lock(descriptors[1], board.journal),
+            resume=Path(known.resume) if known.resume else None,
         )
         contexts.current = context
         if role == "server":

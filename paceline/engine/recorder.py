@@ -5,6 +5,7 @@ run.json  config.toml  metrics.jsonl  events.jsonl  summary.json  logs/  plots/
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import subprocess
@@ -24,22 +25,38 @@ _FLUSH_RECORDS = 256
 
 
 class Recorder:
-    """Owns a new run directory for ``job``; passes every record on to ``watch``. Raises HostError."""
+    """Owns a new run directory for ``job``; passes every record on to ``watch``. Raises HostError.
 
-    def __init__(self, job: Job, watch: Callable[[events.Record], None], argv: Sequence[str]) -> None:
+    ``resume``: the directory of an earlier run of the job and the step to go on behind; what it had recorded of later
+    ones is dropped. ``offset_s`` is where that run's clock stood.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        watch: Callable[[events.Record], None],
+        argv: Sequence[str],
+        resume: tuple[Path, int] | None = None,
+    ) -> None:
         self._job, self._watch = job, watch
-        self.directory = _new_directory(job)
+        self.directory = _new_directory(job) if resume is None else resume[0]
         for name in ("logs", "plots"):
-            (self.directory / name).mkdir()
+            (self.directory / name).mkdir(exist_ok=True)
         self._encoder = msgspec.json.Encoder()
-        self._metrics: IO[bytes] = (self.directory / "metrics.jsonl").open("wb")
-        self._events: IO[bytes] = (self.directory / "events.jsonl").open("wb", buffering=0)
+        kept = _metrics_up_to(self.directory / "metrics.jsonl", resume[1]) if resume is not None else []
+        _replace(self.directory / "metrics.jsonl", b"".join(self._encoder.encode(metric) + b"\n" for metric in kept))
+        self._metrics: IO[bytes] = (self.directory / "metrics.jsonl").open("ab")
+        self._events: IO[bytes] = (self.directory / "events.jsonl").open("ab", buffering=0)
         self._unflushed = 0
         self._losses = array("d")
         self._totals = [0.0, 0.0, 0.0]
         self._samples = self._steps = self._epochs = self._bytes = 0
         self._last_s = self._staleness = 0.0
         self._lines = self._dropped = 0
+        for metric in kept:
+            self._count(metric)
+        self.offset_s = self._last_s
+        self._before_s = self._last_s - kept[0].time_s if kept else 0.0
         self.info = events.RunInfo(
             run=self.directory.name,
             status="starting",
@@ -79,7 +96,7 @@ class Recorder:
 
     def close(self, status: str, reason: str, exit_code: int, begun_s: float) -> events.Summary:
         """Write summary.json and the last run.json. ``begun_s``: when the first batch began, as in records."""
-        seconds = max(self._last_s - begun_s, 0.0) if self._steps else 0.0
+        seconds = max(self._last_s - begun_s, 0.0) + self._before_s if self._steps else 0.0
         busy = sum(self._totals)
         tail = self._losses[-max(1, len(self._losses) // 20) :]
         summary = events.Summary(
@@ -127,6 +144,18 @@ class Recorder:
             self._losses.append(metric.loss)
         for place, value in enumerate((metric.computing_s, metric.waiting_s, metric.exchanging_s)):
             self._totals[place] += value
+
+
+def _metrics_up_to(path: Path, step: int) -> list[events.Metric]:
+    """The records of a run up to a step; a line cut short is passed over."""
+    found = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in path.read_bytes().splitlines():
+            with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
+                metric = msgspec.json.decode(line, type=events.Metric)
+                if metric.step <= step:
+                    found.append(metric)
+    return found
 
 
 def _new_directory(job: Job) -> Path:

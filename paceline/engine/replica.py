@@ -38,7 +38,7 @@ class Replica:
         self._dense = {i: gradients[i] for i, entry in enumerate(entries) if not entry.row}  # parameter -> its range
         self._by_rows = {i: gradients[i].view(-1) for i, entry in enumerate(entries) if entry.row}
         self._raw = {i for i in self._by_rows if optimizers.adds_rows(optimizer, self.parameters[i].dtype)}
-        self._shared = [view(entry, memory.params[entry.vector]) for entry in entries]
+        self.shared = [view(entry, memory.params[entry.vector]) for entry in entries]
         home = memory.params | self.slot.copy
         self._home = [view(entry, home[entry.vector]) for entry in entries]
         self._on_device = sorted({p.device for p in self.parameters if p.device.type == "cuda"}, key=str)
@@ -52,7 +52,7 @@ class Replica:
     def publish_parameters(self) -> None:
         """Fill the shared memory with this worker's parameters."""
         with torch.no_grad():
-            for view, parameter in zip(self._shared, self.parameters, strict=True):
+            for view, parameter in zip(self.shared, self.parameters, strict=True):
                 if view.data_ptr() != parameter.data_ptr():
                     view.copy_(parameter)
 
@@ -144,7 +144,7 @@ class Replica:
     def write_difference(self) -> None:
         """Write (shared parameters - own) into the slot: the outer gradient of local steps (Douillard et al. 2023)."""
         with torch.no_grad():
-            for view, shared, parameter in zip(self._dense.values(), self._shared, self.parameters, strict=True):
+            for view, shared, parameter in zip(self._dense.values(), self.shared, self.parameters, strict=True):
                 torch.sub(shared, parameter.to(shared.device), out=view)
         self._write_mask(self._all)
 

@@ -129,6 +129,14 @@ class Rounds:
         """The last round that anybody has pushed, or asked a norm for."""
         return max(*self._memory.pushed, *(asked // _NORMS for asked in self._memory.asked))
 
+    def go_on_from(self, number: int) -> None:
+        """Under the run's lock, before anybody has pushed: this was the last round of the run that is resumed."""
+        memory = self._memory
+        for worker in range(len(memory.pushed)):
+            memory.pushed[worker] = number
+        for member in range(len(memory.stepped)):
+            memory.stepped[member] = number
+
     def load(self, loads: int, write: Callable[[], None]) -> None:
         """This worker has loaded its ``loads``-th checkpoint; ``write`` puts it in place of what all share, and is
         called if no other worker has done so. No round can close in the meantime: this worker has not pushed."""

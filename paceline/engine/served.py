@@ -51,6 +51,10 @@ class _Elsewhere:
     def skip(self, loader: int) -> int:
         return 0
 
+    def fetching(self) -> None: ...
+
+    def border(self) -> None: ...
+
     def fetched(self, loader: int) -> None: ...
 
     def needs_ghost(self, loader: int) -> bool:
@@ -172,10 +176,13 @@ class ServedBatches:
         self._connection.close()
 
     def _batches(self, leases: Leases | None, skip: int = 0, /) -> Iterator[tuple[Any, int]]:
-        assert not skip, "nobody takes the place of a worker without data"
         self._ask("begin", leased=leases is not None)
+        self._passes.fetching()
         while (item := self._ask("next")) is not None:
-            yield item
+            if skip:
+                skip -= 1
+            else:
+                yield item
 
     def _ask(self, kind: str, *, leased: bool = False) -> Any:
         question = msgspec.msgpack.encode((kind, self._passes.epoch(self._index), leased))

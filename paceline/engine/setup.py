@@ -19,6 +19,7 @@ class Setup(msgspec.Struct, frozen=True):
     script: str = ""
     args: tuple[str, ...] = ()
     call: dict[str, Any] | None = None
+    resume: str = ""  # the checkpoint to go on from
 
 
 def encode_job(job: Job) -> dict[str, Any]:

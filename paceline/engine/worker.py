@@ -17,16 +17,20 @@ from torch import nn, optim
 
 from paceline.config import Async, Local, Quorum, Sync
 from paceline.data.loader import Count, Part, share
+from paceline.data.trained import ALL, Trained
 from paceline.engine import buffers, clipping
 from paceline.engine.collectives import Collectives
 from paceline.engine.context import Context
 from paceline.engine.exchange import Exchange
+from paceline.engine.keeping import load_random_states
 from paceline.engine.leases import Leases
 from paceline.engine.leases import size_bytes as leases_bytes
 from paceline.engine.meeting import Push, Round
 from paceline.engine.metrics import Row
+from paceline.engine.saving import Saving
 from paceline.engine.served import Reader, ServedBatches
 from paceline.engine.shards import VOID
+from paceline.engine.snapshot import Resumed
 from paceline.errors import ConfigError
 from paceline.params.table import tabulate
 from paceline.protocol import messages
@@ -78,8 +82,18 @@ class Worker:
         board.on_alarm = self._settle
         # A newcomer takes the place of a worker that has died: it runs the script from the top, and for each pass that
         # its place has behind it yields one ghost batch (docs/decisions/0009).
+        # So does a worker of a run that is resumed, and with it all others.
         self._joined = self.collectives.takes_part
         self._behind: dict[int, int] = {}  # loader -> passes that are left to catch up with
+        self._resumed: Resumed | None = None
+        # Sets what the script has of its own to what it was; until the first batch that is not a ghost.
+        self._to_take: Callable[[], None] | None = None
+        self._is_taken = True
+        if self._joined and context.resume is not None:
+            self._resumed, self._joined = Resumed(context.resume), False
+            self.part = replace(self.part, trained=self._trained_then(self._resumed.state))
+        self.saving = Saving(context, self._exchanges, self._position)
+        self.saving.more = self._own
         if not self._joined:
             passes = {loader: board.passes(loader)[context.rank] for loader in range(COLLECTIVES)}
             self._behind = {loader: count for loader, count in passes.items() if count}
@@ -95,6 +109,7 @@ class Worker:
         self._pass_starts: dict[int, tuple[int, int]] = {}  # loader -> own steps and batches drawn when its pass began
         self._evaluating: dict[int, tuple[int, object]] = {}  # loader -> samples and gradients at that time
         self._training_loaders: set[int] = set()
+        self._continued: set[int] = set()  # loaders whose pass this process has not begun
         self._left: set[int] = set()  # loaders whose last pass the script left early
         self._empty: set[int] = set()  # loaders whose last pass had nothing to read
         self._loaders = 0
@@ -108,6 +123,7 @@ class Worker:
         self._batch_stepped = self._batch_dropped = False
         self._steps = 0  # pace local: steps in the rounds behind this worker
         self._ended = _TRAINING
+        self._interrupted = False  # the script has still to be told
         self._ended_s, self._idle_steps = 0.0, 0
         self._row = Row()
         self._rows = bytearray()
@@ -135,6 +151,11 @@ class Worker:
     def over(self) -> bool:
         return self._ended != _TRAINING
 
+    @property
+    def holds(self) -> bool:
+        """Do schedulers stand still? Not in the rest of a step that Ctrl-C has ended training with."""
+        return self.over and not self._interrupted
+
     # --- sharing: each is a collective, called by all workers in the same order ---
 
     def add_exchange(
@@ -146,7 +167,14 @@ class Worker:
         """
         exchange = Exchange(optimizer, names, with_rows, self.context, share=share, pace=self.pace)
         account = None if self._exchanges else self._account
-        self.collectives.open(exchange, lambda entry: self._close(exchange, entry, account))
+        resumed, index = self._resumed, len(self._exchanges)
+        if resumed is not None and self.rank == 0:
+            resumed.fill(index, exchange)
+        self.collectives.open(
+            exchange,
+            lambda entry: self._close(exchange, entry, account),
+            None if resumed is None else resumed.state["exchanges"][index],
+        )
         self._exchanges.append(exchange)
         self._samples_at_step.append(self._samples)
         if isinstance(self.pace, Sync):
@@ -194,11 +222,15 @@ class Worker:
             memory, _ = self.collectives.ask("ledger", b"", leases_bytes(workers), f"the ledger of loader {number}")
             tell = partial(self._tell_returned, number)
             self._leases[number] = Leases(memory, self.collectives.number, self._lock, self.rank, workers, tell)
+            if self._resumed is not None and number < len(self._resumed.state["loaders"]):
+                ledger = self._resumed.state["loaders"][number]["ledger"]
+                if ledger is not None and self.part.left_of(number, ledger[0]) is None:
+                    self._leases[number].refill(*ledger)
         return number
 
     def knows(self, models: Sequence[nn.Module]) -> None:
         """The wrapped models: whether they are in training mode tells an evaluation from training."""
-        self._models = list(models)
+        self._models = self.saving.models = list(models)
 
     # --- passes: whose batches ---
 
@@ -273,12 +305,15 @@ class Worker:
     def exchange(self, index: int, *, void: bool = False) -> None:
         """One optimizer step of exchange ``index``, as the pace says. ``void``: there is no gradient worth applying."""
         if self._ended != _TRAINING:
+            self._raise_if_interrupted()
             self._idle()
             return
         if self._muted or self.is_behind:
             return
         if not self._joined:
             self._join()
+        if not self._loaders:
+            self.saving.at_border()  # there is no better one
         if not self._in_rounds and self._board.interrupt:
             self._follow_end(_INTERRUPTED)
         exchange = self._exchanges[index]
@@ -365,13 +400,17 @@ class Worker:
     def _after_round(self, exchange: Exchange, number: int, contributors: tuple[int, ...]) -> None:
         rounds = exchange.in_rounds
         assert rounds is not None
-        if rounds.asked_to_stop(number, contributors):
-            self._end(_INTERRUPTED, "interrupted")
-            raise KeyboardInterrupt
-        every = 1
+        every, before = 1, self.step_number - 1
         if isinstance(self.pace, Local):
-            every = self.pace.every
+            every, before = self.pace.every, self._steps
             self._steps = rounds.count_steps(number, contributors, self._steps)
+        lowest = contributors[0] == self.rank
+        if rounds.asked_to_stop(number, contributors):
+            self.saving.want(number, self.step_number, shares=lowest)
+            self._end(_INTERRUPTED, "interrupted")
+            self._interrupted = True
+            return
+        self.saving.after(number, before, self.step_number, shares=lowest)
         reason = self._stopping.after_round(self._steps if isinstance(self.pace, Local) else number)
         look = reason is None and self._stopping.needs_loss and number % max(1, CHECK_ROUNDS // every) == 0
         # Whoever is out of data has not seen this round: then nobody looks, so that all count the same looks.
@@ -417,6 +456,9 @@ class Worker:
         alone = isinstance(self.pace, Quorum)
         steps_done = entry.version if alone else int(accounts.steps) // self._board.workers
         reason = self._stopping.after_round(steps_done)
+        if alone or entry.version % self._pushes_a_step == 0:
+            step = entry.version // self._pushes_a_step
+            self.saving.after(entry.version, step - 1, step, shares=True)
         if reason is None and entry.version % (CHECK_ROUNDS * self._pushes_a_step) == 0:
             reason = self._take_look()
         if reason is not None:
@@ -440,9 +482,9 @@ class Worker:
 
     def _follow_end(self, ended: int) -> None:
         if ended and self._ended == _TRAINING:
-            self._end(ended, "interrupted" if ended == _INTERRUPTED else "")
             if ended == _INTERRUPTED:
-                raise KeyboardInterrupt
+                self._stop_here()
+            self._end(ended, "")
             for exchange in self._exchanges:
                 exchange.refresh()  # what others have pushed until then
 
@@ -489,6 +531,7 @@ class Worker:
     # --- passes over loaders (data.loader.Passes) ---
 
     def begin(self, loader: int, length: int | None) -> bool:
+        self._raise_if_interrupted()
         first = False
         if not self._joined:
             if self.is_behind:
@@ -517,9 +560,22 @@ class Worker:
             leases = self._leases.get(loader)
             if done or (first and leases is not None and leases.committed):
                 self._training_loaders.add(loader)
+            (self._continued.add if done else self._continued.discard)(loader)
             self._places[loader] = (_key(loader, number), done)
             self._read_before[loader] = self._reading
+        if self._is_training():  # an evaluation is part of what comes after a pass
+            self.saving.at_border()
+        if self._places.get(loader, (0, 0))[1] == 0:
+            self.fetching()  # the checkpoint was made here, or in a pass before
         return not ghost
+
+    def border(self) -> None:
+        self.saving.at_border()
+
+    def fetching(self) -> None:
+        if self._to_take is not None and not self._is_taken:
+            self._to_take()
+            self._is_taken = True
 
     @property
     def is_behind(self) -> bool:
@@ -535,12 +591,14 @@ class Worker:
         self._reading = loader
 
     def needs_ghost(self, loader: int) -> bool:
-        self._muted = bool(self._board.deaths[self.rank]) and self._drawn == self._pass_starts[loader][1]
+        is_new = bool(self._board.deaths[self.rank]) or self._to_take is not None
+        self._muted = is_new and self._drawn == self._pass_starts[loader][1]
         return self._muted
 
     def drawn(self, samples: int) -> None:
         if self._row.stepped:
             self._close_row()
+        self._to_take = None
         self._drawn += 1
         self._batch_stepped = self._batch_dropped = False
         self._samples += samples
@@ -552,7 +610,10 @@ class Worker:
     def end(self, loader: int) -> None:
         if self._caught_up(loader):
             return
+        if self._muted and self._to_take is not None:
+            self._to_take()  # without what the ghost batch has done to it
         self._muted = False
+        self._raise_if_interrupted()
         if self._finish_pass(loader):
             self.flush()
             self._await_all(loader)
@@ -572,7 +633,7 @@ class Worker:
         return True
 
     def leave(self, loader: int) -> None:
-        if self._caught_up(loader):
+        if self._caught_up(loader) or self._ended == _INTERRUPTED:
             return
         self._muted = False
         if self._finish_pass(loader):
@@ -597,6 +658,7 @@ class Worker:
         # Fewer batches than there are to a step: they have left a gradient, for a step that comes after the pass.
         leased = loader in self._leasing
         trained = steps > 0 or (drawn and not untouched and (leased or loader in self._training_loaders))
+        trained = trained or loader in self._continued
         if leased:
             self._leasing.discard(loader)
             self._leases[loader].end(trained=trained)
@@ -635,6 +697,7 @@ class Worker:
         number = board.passes(loader)[self.rank]
         begun = time.monotonic()
         empty = loader in self._empty and loader not in self._training_loaders
+        self.saving.at_border()
         board.parked[self.rank] = loader + 1 + (EMPTY if empty else 0)
         self._ring()
         board.wait(lambda: held_at_end(self.rank, board) or number)
@@ -661,8 +724,7 @@ class Worker:
             return
         ended = max(board.ended)
         if ended == _INTERRUPTED:
-            self._end(ended, "interrupted")
-            raise KeyboardInterrupt
+            self._stop_here()
         if trained:
             self._training_loaders.add(loader)
             self._trained_passes += 1
@@ -725,7 +787,10 @@ class Worker:
         return done if key == _key(loader, number) and loader not in self._leases else 0
 
     def _settle(self) -> None:
-        """Draw the consequences of deaths that the launcher has told of, unless another worker has."""
+        """Draw the consequences of deaths that the launcher has told of, unless another worker has; give one's part of
+        a checkpoint, if one waits between two steps."""
+        if self._joined and self._board.parked[self.rank] and self.collectives.takes_part:
+            self.saving.at_border()
         if not self._joined:
             with self._lock:
                 self._bury()
@@ -784,7 +849,7 @@ class Worker:
         it."""
         board, rank = self._board, self.rank
         # The worker before it may have died at the end of a pass that the others are still in.
-        at_end = loader is not None and board.passes(loader)[rank] > 0
+        at_end = self._resumed is None and loader is not None and board.passes(loader)[rank] > 0
         for exchange in self._exchanges:
             exchange.catch_up()
         with self._lock:
@@ -798,6 +863,9 @@ class Worker:
         if loader is not None and at_end:
             self._trained_passes -= 1
             self._await_all(loader)
+        if self._resumed is not None:
+            self._take_up(self._resumed)
+            return
         for exchange in self._exchanges:
             exchange.join()
         if isinstance(self.pace, Local) and self._exchanges:
@@ -809,6 +877,103 @@ class Worker:
         self._step_done_s = time.monotonic()
         if max(board.ended):
             self._follow_end(max(board.ended))
+
+    # --- checkpoints ---
+
+    def _position(self, number: int) -> dict[str, Any]:
+        """Under the run's lock: how far all are into their data, of what counts up to round ``number``."""
+        board, workers = self._board, range(self._board.workers)
+        for worker in workers if self._in_rounds else ():
+            self._settle_place(worker, self._exchanges[0].place_in(worker, number))
+        loaders = []
+        for loader in range(self._loaders):
+            passes, leases = list(board.passes(loader)), self._leases.get(loader)
+            # Who waits for the others at the end of a pass is still in it, with nothing left to do.
+            now = min((passes[w] for w in workers if board.gone[w] != LEFT), default=0)
+            done = [0] * board.workers
+            for w in workers if leases is None else ():
+                if passes[w] > now:
+                    done[w] = ALL
+                elif board.places[2 * w] == _key(loader, now):
+                    done[w] = board.places[2 * w + 1]
+            passes = [min(now, count) for count in passes]
+            ledger = None if leases is None else leases.left()
+            decided, evaluated = board.decided[loader], board.evaluated[loader]
+            loaders.append(
+                {"passes": passes, "done": done, "ledger": ledger, "decided": decided, "evaluated": evaluated}
+            )
+        job = self.context.job
+        dealt = {"workers": board.workers, "assign": job.assign, "seed": job.seed}
+        return dealt | {"loaders": loaders, "accounts": board.accounts.words()}
+
+    def _own(self) -> dict[str, Any]:
+        """What a checkpoint needs of this worker beside what the script keeps."""
+        inside = {
+            str(loader): self._samples - before
+            for loader, (before, _) in self._evaluating.items()
+            if loader in self._places
+        }
+        return {"look": list(self._look), "pass_samples": inside}
+
+    def _trained_then(self, state: dict[str, Any]) -> tuple[Trained | None, ...]:
+        """Where data are dealt otherwise than in the run that is resumed: what it had trained on, by loader."""
+        job, found = self.context.job, []
+        for known in state["loaders"]:
+            epoch, ledger = min(known["passes"]), known["ledger"]
+            trained = None
+            if job.data != "own" and (ledger is not None) != self._leased and ledger is not None:
+                if ledger[0] == epoch:
+                    trained = Trained(epoch, state["workers"], "lease", state["seed"], (), ledger[1], tuple(ledger[2]))
+            elif job.data != "own" and ledger is None and self._is_dealt_otherwise(state):
+                trained = Trained(epoch, state["workers"], state["assign"], state["seed"], tuple(known["done"]))
+            found.append(trained)
+        return tuple(found)
+
+    def _is_dealt_otherwise(self, state: dict[str, Any]) -> bool:
+        return (state["workers"], state["assign"]) != (self.context.job.workers, self.context.job.assign)
+
+    def _take_up(self, resumed: Resumed) -> None:
+        """This worker is where it was when the checkpoint was made, but for what its script draws next."""
+        own = resumed.own(self.rank)
+        if own is not None:
+            document, tensors, is_its_own = own
+            self._look = (document["look"][0], document["look"][1])
+
+            def take() -> None:
+                self.saving.keeper.load(document, tensors, self._exchanges)
+                for loader, samples in document["pass_samples"].items() if is_its_own else ():
+                    if int(loader) in self._evaluating:
+                        self._evaluating[int(loader)] = (self._samples - samples, self._evaluating[int(loader)][1])
+                if is_its_own:  # two workers must not draw the same numbers
+                    load_random_states(document, tensors)
+
+            self._to_take, self._is_taken = take, False
+        self._resumed = None
+        for exchange in self._exchanges:
+            exchange.refresh()
+        if isinstance(self.pace, Local) and self._exchanges:
+            self._steps = self._exchanges[0].most_steps
+        self._step_done_s = time.monotonic()
+
+    def _stop_here(self) -> None:
+        """Ctrl-C has reached this worker: save and raise. Raises KeyboardInterrupt."""
+        if self._in_rounds and self._exchanges:
+            self.saving.want(self._exchanges[0].number, self.step_number, shares=False)
+        elif self._exchanges:
+            with self._lock:
+                first = not any(ended == _INTERRUPTED for ended in self._board.ended)
+                self._board.ended[self.rank] = _INTERRUPTED
+            if first:
+                self.saving.want(self._exchanges[0].number, self.step_number, shares=True)
+        self._end(_INTERRUPTED, "interrupted")
+        self._interrupted = True
+        self._raise_if_interrupted()
+
+    def _raise_if_interrupted(self) -> None:
+        if self._interrupted:
+            self.saving.at_border()
+            self._interrupted = False
+            raise KeyboardInterrupt
 
     # --- the end ---
 
@@ -832,6 +997,7 @@ class Worker:
 
     def finish(self) -> None:
         """The script has come to its end: say so to everybody."""
+        self.saving.at_border()
         if not self._in_rounds:
             self._close_periods()  # local steps behind the end of the last pass; others may go on with them
         self.close()

@@ -9,7 +9,8 @@ The laws
      worker is unapplied, and a ring of RING entries never loses one that is needed.
 
 An entry is a STEP (fold the gradients of its members, step the parameters, copy them to the members), a COPY (only
-copy them), or a LOAD (the worker puts its own parameters and state in their place). ``version`` counts STEPs.
+copy them), a LOAD (the worker puts its own parameters and state in their place), or a SAVE (it copies all of them for a
+checkpoint). ``version`` counts STEPs.
 
 The words are anything indexable: memory shared by processes, or a list in a test.
 """
@@ -24,7 +25,7 @@ from paceline.config import MAX_WORKERS
 
 Words: TypeAlias = "MutableSequence[int] | memoryview[int]"
 
-STEP, COPY, LOAD = 1, 2, 3
+STEP, COPY, LOAD, SAVE = 1, 2, 3, 4
 RING = 2 * MAX_WORKERS
 _SETS = MAX_WORKERS // 64  # words of a set of workers
 _HEADER = 8
@@ -107,6 +108,10 @@ class Log:
             kept[_LOADED] = number
         kept[_APPENDED] = number  # last: from here on it is in the log
         return Entry(number, kind, by, version, staleness, tuple(members))
+
+    def go_on_from(self, version: int) -> None:
+        """Before anything is appended: so many STEPs lie behind the parameters."""
+        self._kept[_VERSION] = version
 
     def entry(self, number: int) -> Entry:
         """Entry ``number``, one of the last RING."""

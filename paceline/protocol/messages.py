@@ -114,4 +114,37 @@ class Ready(Message, frozen=True, tag=13):
     versions: dict[str, str]
 
 
-Any = Wrap | Memory | Steps | Logged | Pass | Ended | Failed | Finished | Stop | Fork | Forked | Exited | Ready
+class Part(Message, frozen=True, tag=14):
+    """...here is my part of checkpoint ``number``, made at ``step`` (one descriptor: the tensors' memory).
+
+    ``layout`` is msgpack: {stem: {name: (dtype, shape, offset)}} and {stem: JSON}. No answer.
+    """
+
+    number: int
+    step: int
+    layout: bytes
+
+
+class Alarm(Message, frozen=True, tag=15):
+    """...something the user must hear went wrong, and training goes on. No answer."""
+
+    text: str
+
+
+Any = (
+    Wrap
+    | Memory
+    | Steps
+    | Logged
+    | Pass
+    | Ended
+    | Failed
+    | Finished
+    | Stop
+    | Fork
+    | Forked
+    | Exited
+    | Ready
+    | Part
+    | Alarm
+)

@@ -105,6 +105,8 @@ class Run:
         for item in objects:
             if isinstance(item, LRScheduler):
                 _hold_at_end(item, self.worker)
+            if isinstance(item, LRScheduler | ReduceLROnPlateau):
+                self.worker.saving.keeper.add(item)
         wrapped = tuple(self._wrap_loader(item, count) for item in objects)
         return wrapped[0] if len(wrapped) == 1 else wrapped
 
@@ -115,6 +117,14 @@ class Run:
         worker must call it, in the same order as ``wrap``. Blocks until all have. Raises ConfigError.
         """
         return Store(self.worker, tensors, optimizer)
+
+    def keep(self, *objects: Any) -> None:
+        """Put these into checkpoints and back at ``paceline resume``: anything with ``state_dict`` and
+        ``load_state_dict``. What is wrapped is kept anyway. Raises ConfigError."""
+        worker = self.worker
+        for item in objects if worker is not None else ():
+            assert worker is not None
+            worker.saving.keeper.add(item)
 
     def barrier(self) -> None:
         """Block until every worker has called it, as often and in the same order as ``wrap``."""
@@ -158,6 +168,7 @@ class Run:
             self._copied.update(id(tensor) for _, tensor in fresh)
         fresh_ids = {id(tensor) for _, tensor in fresh}
         buffers = [(name, buffer) for name, buffer in model.named_buffers() if id(buffer) in fresh_ids]
+        self.worker.saving.keeper.add_buffers(buffers)
         if buffers and self.num_workers > 1:
             self.worker.average_buffers(buffers)
         worker = self.worker
@@ -226,11 +237,16 @@ def _hold_at_end(scheduler: LRScheduler, worker: Worker) -> None:
     @wraps(before)
     def step(*args: Any, **kwargs: Any) -> None:
         total = getattr(scheduler, "total_steps", None)
-        if worker.over or (total is not None and scheduler.last_epoch + 1 >= total):
+        if worker.holds or (total is not None and scheduler.last_epoch + 1 >= total):
             return
         before(*args, **kwargs)
 
+    def state_dict() -> dict[str, Any]:
+        return {key: value for key, value in own_state().items() if key not in ("step", "state_dict")}
+
+    own_state = scheduler.state_dict
     scheduler.step = step  # type: ignore[method-assign]
+    scheduler.state_dict = state_dict  # type: ignore[method-assign]  # torch's is all of its attributes, step included
 
 
 def _number(name: str, value: Any) -> float:

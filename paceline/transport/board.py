@@ -55,6 +55,15 @@ class Accounts:
     looked = _cell(6)  # rounds: the last look, as passes << 32 | round
     found = _cell(7)  # 1 if that look ends training
 
+    def words(self) -> list[int]:
+        """All of them, as they lie in memory."""
+        return list(self._cells)
+
+    def restore(self, words: list[int]) -> None:
+        """As ``words`` told them."""
+        for place, word in enumerate(words):
+            self._cells[place] = word
+
     @property
     def best(self) -> float:
         """The best loss that a look has found."""
@@ -136,6 +145,17 @@ class Board:
     def published(self) -> int:
         """How many collectives' memory worker 0 has filled."""
         return self._words[5]
+
+    @property
+    def checkpoint(self) -> int:
+        """The last checkpoint that was begun: the round, or version, of the first exchange."""
+        return self._words[7]
+
+    def want_checkpoint(self, number: int) -> None:
+        """Under the run's lock: let all know of it, also those who wait."""
+        self._words[7] = number
+        self._words[6] += 1
+        self.wake_all()
 
     def publish(self, number: int) -> None:
         self._words[5] = number

@@ -95,7 +95,7 @@ def test_a_termination_during_the_start_is_obeyed_in_the_first_round(runner: Run
     running.signal(signal.SIGTERM)
     ended = running.end()
     check(ended)
-    first_round = ["training", "interrupted after round 1", "cleaned up"]
+    first_round = ["training", "round 1", "interrupted after round 1", "cleaned up"]
     # On a machine so slow that the patience with a first Ctrl-C ends before the scripts begin, they never do.
     assert ended.out.splitlines()[:-1] in (first_round, [])
 

@@ -58,6 +58,10 @@ class Passes:
     def skip(self, loader: int) -> int:
         return 0
 
+    def fetching(self) -> None: ...
+
+    def border(self) -> None: ...
+
     def fetched(self, loader: int) -> None: ...
 
     def needs_ghost(self, loader: int) -> bool:

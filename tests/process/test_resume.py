@@ -1,0 +1,184 @@
+"""A run goes on from its checkpoint: to the bit with as many workers, with each sample once whatever is changed."""
+
+from __future__ import annotations
+
+import json
+import signal
+
+import pytest
+
+from tests.process import kills
+from tests.process.runner import Ended, Runner
+
+# Random numbers in the data set and in dropout, buffers, a scheduler by step, one by epoch, a thing of its own,
+# and an evaluation after every pass. Worker 0 leaves all of it as numbers.
+TRAINING = """
+import json
+import sys
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+import paceline
+
+epochs, stop_at = int(sys.argv[1]), int(sys.argv[2])
+
+
+class Noisy(Dataset):
+    def __len__(self):
+        return 90
+
+    def __getitem__(self, number):
+        torch_number = torch.randn(6) * 0.1 + number % 7
+        return torch_number, torch.tensor(number % 3)
+
+
+class Average:
+    def __init__(self):
+        self.value, self.seen = torch.zeros(()), {1: ("a", 0)}
+
+    def state_dict(self):
+        return {"value": self.value, "seen": self.seen}
+
+    def load_state_dict(self, state):
+        self.value, self.seen = state["value"], state["seen"]
+
+
+torch.manual_seed(3)
+run = paceline.init()
+model = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Dropout(0.4), nn.Linear(16, 3))
+optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+by_step = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.99)
+plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
+loader = DataLoader(Noisy(), batch_size=4, shuffle=True)
+test = DataLoader(Noisy(), batch_size=30)
+model, optimizer, by_step, plateau, loader = run.wrap(model, optimizer, by_step, plateau, loader)
+average = Average()
+run.keep(average)
+for epoch in range(epochs):
+    model.train()
+    for x, y in loader:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        by_step.step()
+        average.value = 0.9 * average.value + 0.1 * loss.detach()
+        average.seen[1] = ("a", average.seen[1][1] + 1)
+        run.log(loss=loss)
+        if run.step == stop_at and run.is_main:
+            print("there", flush=True)
+    model.eval()
+    with torch.no_grad():
+        total = sum(nn.functional.cross_entropy(model(x), y).item() for x, y in test)
+    plateau.step(total)
+if run.is_main:
+    numbers = {name: values.double().sum().item() for name, values in model.state_dict().items()}
+    numbers |= {"average": average.value.item(), "seen": average.seen[1][1], "rate": optimizer.param_groups[0]["lr"]}
+    (run.directory / "numbers.json").write_text(json.dumps(numbers))
+"""
+
+
+def numbers(ended: Ended) -> dict[str, float]:
+    assert ended.code == 0, ended.err
+    return dict(json.loads((ended.directory / "numbers.json").read_text()))
+
+
+def interrupted(runner: Runner, script: str, *options: str, args: list[str], at: str) -> Ended:
+    """Ctrl-C once the script has said ``at``: a checkpoint is saved."""
+    running = runner.start_run(script, *options, args=args)
+    running.until(at)
+    running.signal(signal.SIGINT)
+    ended = running.end()
+    assert ended.code == 130, ended.err
+    (saved,) = [event["text"] for event in ended.events if event.get("kind") == "checkpoint"]
+    assert "is saved in" in saved
+    return ended
+
+
+def resumed(runner: Runner, ended: Ended, *options: str) -> Ended:
+    return runner.paceline("resume", "--json", *options, str(ended.directory))
+
+
+@pytest.mark.parametrize("options", ["--pace sync", "--pace local:3", "--pace sync --servers 1"])
+@pytest.mark.parametrize("stop_at", [7, 30])  # in the first pass, and in the third
+def test_ctrl_c_and_resume_leave_the_same_bits(options: str, stop_at: int, runner: Runner) -> None:
+    """After Ctrl-C in the middle of a pass of 12 steps."""
+    whole = runner.run(TRAINING, *options.split(), args=["4", "0"])
+    expected = numbers(whole)
+    first = interrupted(runner, TRAINING, *options.split(), args=["4", str(stop_at)], at="there")
+    ended = resumed(runner, first)
+    assert numbers(ended) == expected
+    steps = [metric["step"] for metric in ended.metrics]
+    assert steps == [metric["step"] for metric in whole.metrics]
+    assert ended.summary["samples"] == whole.summary["samples"]
+
+
+def test_a_run_goes_on_from_its_newest_good_checkpoint(runner: Runner) -> None:
+    first = runner.run(TRAINING, "--checkpoint-every", "10", "--keep", "9", args=["3", "0"])
+    expected = numbers(first)
+    saved = sorted((first.directory / "checkpoints").iterdir())
+    assert saved
+    for damaged in (None, saved[-1]) if len(saved) > 1 else (None,):
+        (first.directory / "numbers.json").unlink()
+        if damaged is not None:
+            data = bytearray((damaged / "model.safetensors").read_bytes())
+            data[-1] ^= 1
+            (damaged / "model.safetensors").write_bytes(data)
+        ended = resumed(runner, first)
+        assert numbers(ended) == expected
+        told = f"warning: {damaged.name} cannot be used: " if damaged is not None else "goes on behind step"
+        assert told in ended.err
+
+
+@pytest.mark.parametrize(
+    ("options", "then"),
+    [
+        ("--pace sync", "--workers 3"),
+        ("--pace sync --assign hash", "--workers 1"),
+        ("--pace async", ""),
+        ("--pace async", "--workers 4 --servers 1"),
+        ("--pace bounded:1", "--assign round_robin"),
+        ("--pace quorum:2 --workers 3", ""),
+        ("--pace sync --servers 2", "--pace async --workers 3"),
+        ("--pace sync --assign lease", "--workers 3"),
+    ],
+)
+def test_whatever_is_changed_each_sample_counts_once_an_epoch(options: str, then: str, runner: Runner) -> None:
+    samples, epochs = 900, 3
+    runner.write("counting.py", kills.COUNTING)
+    script = kills.SCRIPT.replace("steps += 1\n", "steps += 1\n        print('at', epoch, steps, flush=True)\n")
+    arguments = [str(samples), str(epochs), "0", "0.0", "1"]
+    first = interrupted(runner, script, *options.split(), args=arguments, at="at 1 20")
+    ended = resumed(runner, first, *then.split())
+    assert ended.code == 0, ended.err
+    assert json.loads((ended.directory / "counts.json").read_text()) == [epochs] * samples
+
+
+def test_the_checkpoint_is_what_plain_pytorch_knows(runner: Runner) -> None:
+    from safetensors.torch import load_file
+
+    ended = interrupted(runner, TRAINING, args=["1000000", "5"], at="there")
+    (path,) = (ended.directory / "checkpoints").iterdir()
+    model = load_file(path / "model.safetensors")
+    assert set(model) == {f"{i}.{name}" for i in (0, 1, 3) for name in ("weight", "bias")} | {
+        f"1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")
+    }
+    assert model["0.weight"].shape == (16, 6)
+    state = load_file(path / "optimizer.safetensors")
+    assert state["0.weight/exp_avg"].shape == (16, 6)
+
+
+def test_what_cannot_be_resumed_is_told(runner: Runner) -> None:
+    ended = runner.run(TRAINING, args=["1", "0"])
+    refused = resumed(runner, ended)
+    assert refused.code == 3
+    assert "there is no checkpoint in" in refused.err
+    first = interrupted(runner, TRAINING, args=["1000000", "5"], at="there")
+    script = runner.folder / "train.py"
+    script.write_text(script.read_text().replace("16", "17"))
+    other = runner.paceline("resume", "--json", str(max(runner.folder.glob("runs/*"))))
+    assert first.code == 130
+    assert other.code == 3
+    assert "does not fit the model: parameter 0.weight is [17, 6], the checkpoint has it as [16, 6]" in other.err
