@@ -88,7 +88,7 @@ class Ledger:
         kept, words[start + _KEPT] = words[start + _KEPT] - 1, 0
         if kept >= at_least and (total is None or kept < total):
             lease = kept << 2
-        elif (returned := self._returned(at_least)) is not None:
+        elif (returned := self._returned(at_least, total)) is not None:
             lease = returned
         elif total is None or words[_NEXT] < total:
             lease = words[_NEXT] << 2
@@ -101,16 +101,18 @@ class Ledger:
         self._append(worker, lease)
         return lease >> 2
 
-    def _returned(self, at_least: int) -> int | None:
+    def _returned(self, at_least: int, total: int | None) -> int | None:
         """The first batch of those that came back, which is then gone from them."""
         words = self._words
-        places = range(_HEADER, _HEADER + words[_RETURNED])
-        found = min(((words[place], place) for place in places if words[place] >> 2 >= at_least), default=None)
-        if found is None:
-            return None
-        words[_RETURNED] -= 1
-        words[found[1]] = words[_HEADER + words[_RETURNED]]
-        return found[0]
+        while True:
+            places = range(_HEADER, _HEADER + words[_RETURNED])
+            found = min(((words[place], place) for place in places if words[place] >> 2 >= at_least), default=None)
+            if found is None:
+                return None
+            words[_RETURNED] -= 1
+            words[found[1]] = words[_HEADER + words[_RETURNED]]
+            if total is None or found[0] >> 2 < total:  # what was kept for a worker may never have been there
+                return found[0]
 
     def begin(self, worker: int) -> bool:
         """The oldest batch that ``worker`` has drawn goes to the script; False if another worker has it now."""

@@ -167,3 +167,27 @@ def test_what_a_dead_worker_had_is_there_for_others_but_what_counts() -> None:
     assert ledger.returned == 2
     ledger.open(0, 0, [0, 1])
     assert [ledger.draw(0, 8) for _ in range(3)] == [3, 4, 5]
+
+
+@given(st.integers(1, 4), st.integers(0, 30), st.integers(0, 3), st.integers(0, 10**6), st.integers(0, 40))
+def test_what_is_left_can_be_dealt_to_others(workers: int, total: int, ahead: int, seed: int, turns: int) -> None:
+    """A ledger stopped in the middle, and another for more workers filled with what it had left."""
+    random_ = random.Random(seed)
+    ledger = make(workers)
+    everybody = [Worker(ledger, rank, ahead, total) for rank in range(workers)]
+    for rank in range(workers):
+        ledger.open(0, rank, range(workers))
+    for _ in range(turns):
+        random_.choice(everybody).act(random_)
+    counted = [ordinal for worker in everybody for ordinal in worker.counted]
+    epoch, first, before = ledger.left()
+    other = make(workers + 1)
+    assert other.is_new
+    other.refill(epoch, first, before)
+    assert not other.is_new
+    found = []
+    for rank in range(workers + 1):
+        other.open(0, rank, range(workers + 1))
+    while (ordinal := other.draw(0, total)) is not None:
+        found.append(ordinal)
+    assert sorted([*counted, *found]) == list(range(total))
