@@ -153,6 +153,7 @@ class Job:
     part with itself (``own``), all with worker 0, who sends the batches (``served``).
     ``staleness_damping`` divides the learning rate by max(1, staleness) (Zhang et al. 2016), ``compensate`` is the
     lambda of delay compensation (Zheng et al. 2017), of dense gradients only; both for ``bounded`` and ``async``.
+    ``clip`` is the largest norm of a gradient, of all workers' at round paces, else of a push.
     ``restarts`` is how often a worker that dies is replaced without having got on in between; then the run ends, or
     goes on without it while ``min_workers`` are left (None: all).
     ``checkpoint_every`` is in steps (None: only at Ctrl-C); the ``keep`` newest checkpoints stay.
@@ -170,6 +171,7 @@ class Job:
     data: str = "shared"
     staleness_damping: bool = False
     compensate: float | None = None
+    clip: float | None = None
     restarts: int = 3
     min_workers: int | None = None
     checkpoint_every: int | None = None
@@ -210,6 +212,10 @@ class Job:
         on_arrival = isinstance(pace, Bounded | Async)
         if self.staleness_damping and not on_arrival:
             raise UsageError(f"staleness-damping is for paces bounded and async; the pace is {pace}")
+        if self.clip is not None:
+            number = isinstance(self.clip, int | float) and not isinstance(self.clip, bool)
+            if not number or not 0 < self.clip < math.inf:
+                raise UsageError(f"clip is {self.clip!r}; it must be a number above 0")
         if self.compensate is not None:
             number = isinstance(self.compensate, int | float) and not isinstance(self.compensate, bool)
             if not number or not 0 <= self.compensate < math.inf:

@@ -58,6 +58,7 @@ class JobFlags:
     compensate: Annotated[
         str | None, _option("LAMBDA", "bounded, async: make up for stale gradients; 0.04 is the paper's [default: off]")
     ] = None
+    clip: Annotated[str | None, _option("X", "scale gradients down to a norm of X over all parameters")] = None
     restarts: Annotated[
         str | None, _option("N", "replace a worker that dies, up to N times without its getting on [default: 3]")
     ] = None
@@ -188,6 +189,7 @@ TRUTHS = ("staleness_damping",)
 _KINDS: dict[str, tuple[Callable[[str], object], str]] = {
     "data": (str, "a word"),
     "compensate": (float, "a number"),
+    "clip": (float, "a number"),
     "pace": (parse_pace, "a pace"),
     "assign": (str, "a word"),
     "until_loss": (float, "a number"),

@@ -9,6 +9,7 @@ it is applied (``rounds.py``, ``arrivals.py``), and whose optimizer applies it (
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -23,7 +24,7 @@ from paceline.engine.inner import Inner
 from paceline.engine.meeting import Push, Round
 from paceline.engine.replica import Replica
 from paceline.engine.rounds import Rounds
-from paceline.engine.shards import Shards
+from paceline.engine.shards import VOID, Shards
 from paceline.engine.stepper import Stepper
 from paceline.errors import ConfigError
 from paceline.params import optimizers
@@ -58,6 +59,7 @@ class Exchange:
         self._stepped_by = _outer(optimizer, pace) if isinstance(pace, Local) else optimizer
         self.spec = self._describe(names, with_rows)
         self.inner: Inner | None = None
+        self.was_finite = True  # the gradient that was brought last
         self._loads = 0
 
     @property
@@ -206,11 +208,18 @@ class Exchange:
             self.optimizer.register_state_dict_pre_hook(lambda _: self._replica.show_state())
 
     def step(self, push: Push) -> Round | None:
-        """Bring a gradient and meet; None within a period of local steps. The parameters may be computed on then."""
+        """Bring a gradient and meet; None within a period of local steps. The parameters may be computed on then.
+
+        A gradient that is not finite is dropped (``was_finite``): its push, or local step, is void.
+        """
         self._replica.check_unchanged()
+        self.was_finite = True
+        if push.weight >= 0:
+            inner = self.inner is not None
+            self.was_finite = self._replica.has_finite_gradients() if inner else self._replica.write_gradients()
+            if not self.was_finite:
+                push = replace(push, weight=VOID)
         if self.inner is None:
-            if push.weight >= 0:
-                self._replica.write_gradients()
             return self._meet(push)
         return self._meet(self.inner.close()) if self.inner.step(push) else None
 
@@ -305,7 +314,8 @@ class Exchange:
         """The norm of all workers' gradient; see ``Rounds.norm``. For pace sync only."""
         rounds = self.in_rounds
         assert rounds is not None, "there is a norm of all only where all meet"
-        self._replica.write_gradients()
+        if not self._replica.write_gradients():
+            weight = VOID  # it will be dropped: the others' norm is without it
         return rounds.norm(chosen, order, weight)
 
     def _describe(self, names: dict[int, str], with_rows: set[int]) -> Spec:

@@ -36,6 +36,7 @@ class Replica:
         entries, view = spec.table.entries, spec.table.view
         gradients = [view(entry, self.slot.gradient[entry.vector]) for entry in entries]
         self._dense = {i: gradients[i] for i, entry in enumerate(entries) if not entry.row}  # parameter -> its range
+        self._vectors = sorted({entry.vector for entry in entries if not entry.row})
         self._by_rows = {i: gradients[i].view(-1) for i, entry in enumerate(entries) if entry.row}
         self._raw = {i for i in self._by_rows if optimizers.adds_rows(optimizer, self.parameters[i].dtype)}
         self.shared = [view(entry, memory.params[entry.vector]) for entry in entries]
@@ -109,8 +110,8 @@ class Replica:
                     fix="convert the model before run.wrap, or copy values in place: p.copy_(new)",
                 )
 
-    def write_gradients(self) -> None:
-        """Copy the gradients into the slot, and which parameters have one."""
+    def write_gradients(self) -> bool:
+        """Copy the gradients into the slot, and which parameters have one. Are all values finite?"""
         gradients = [parameter.grad for parameter in self.parameters]
         with torch.no_grad():
             for param, values in self._by_rows.items():
@@ -126,7 +127,15 @@ class Replica:
                     elif self._mask[param]:
                         self._dense[param].zero_()
             self._write_mask(bytes(gradient is not None for gradient in gradients))
-        self.wait_for_device()
+            self.wait_for_device()
+            there = [self.slot.gradient[key] for key in self._vectors]
+            there += [_rows_of(gradients[param]) for param in self._by_rows if gradients[param] is not None]
+            return all(_is_finite(values) for values in there)
+
+    def has_finite_gradients(self) -> bool:
+        """The same of the gradients where they are."""
+        gradients = [_rows_of(p.grad) for p in self.parameters if p.grad is not None]
+        return all(_is_finite(gradient) for gradient in gradients)
 
     def add_gradients(self, *, first: bool) -> None:
         """Add the gradients to what is in the slot since the ``first`` of a period of local steps."""
@@ -173,6 +182,19 @@ class Replica:
 def _kept(value: object) -> object:
     """A tensor on its own: what was loaded may be an alias of the memory that is about to be filled."""
     return _dense(value.detach().clone()) if isinstance(value, torch.Tensor) else value
+
+
+def _rows_of(gradient: Any) -> torch.Tensor:
+    values: torch.Tensor = gradient._values() if gradient.is_sparse else gradient
+    return values.detach()
+
+
+def _is_finite(values: torch.Tensor) -> bool:
+    """A sum costs a reading and is finite, but for overflow, if and only if all values are."""
+    if not (values.is_floating_point() or values.is_complex()):
+        return True
+    wide = torch.float32 if values.dtype in (torch.float16, torch.bfloat16) else None
+    return bool(torch.isfinite(values.sum(dtype=wide))) or bool(torch.isfinite(values).all())
 
 
 def _dense(value: Any) -> Any:

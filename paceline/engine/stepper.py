@@ -39,6 +39,8 @@ class Stepper:
         Over the parameters that any contributor has chosen. Steps nothing.
         """
         slots, weights = self._sources(number, contributors)
+        if not slots:
+            return 0.0
         shard = self._shards.get(contributors.index(me), len(contributors))
         shard.fold(slots, weights)
         return shard.norm(self._shards.union([slot.chosen for slot in slots]), order)

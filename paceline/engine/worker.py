@@ -31,7 +31,7 @@ from paceline.engine.saving import Saving
 from paceline.engine.served import Reader, ServedBatches
 from paceline.engine.shards import VOID
 from paceline.engine.snapshot import Resumed
-from paceline.errors import ConfigError
+from paceline.errors import ConfigError, Diverged
 from paceline.params.table import tabulate
 from paceline.protocol import messages
 from paceline.protocol.log import Entry
@@ -51,6 +51,7 @@ from paceline.protocol.stopping import CHECK_ROUNDS, Stopping
 from paceline.transport.board import COLLECTIVES, Aborted
 from paceline.transport.channel import Closed
 
+STRIKES = 3
 _FLUSH_S = 0.2
 _IDLE_STEPS, _IDLE_S = 1000, 10.0  # a script that goes on this long after the end of training is ended
 _TRAINING, _DONE, _INTERRUPTED = 0, 1, 2  # cells of the board's column "ended"
@@ -125,6 +126,7 @@ class Worker:
         self._ended = _TRAINING
         self._interrupted = False  # the script has still to be told
         self._ended_s, self._idle_steps = 0.0, 0
+        self._strikes = 0  # gradients in a row that were not finite
         self._row = Row()
         self._rows = bytearray()
         self._flushed_s = self._step_done_s = time.monotonic()
@@ -334,7 +336,11 @@ class Worker:
         row.computing_s += begun - self._step_done_s
         self._step_done_s = begun
         place = self._where()
+        if self.context.job.clip is not None and not void:
+            nn.utils.clip_grad_norm_(exchange.parameters, self.context.job.clip)
         round_ = exchange.step(Push(VOID if void else weight, self._look, self._board.interrupt, 1, place))
+        if not void:
+            self._judge(exchange)
         self._account_time(round_)
         if round_ is not None:
             self._after_meeting(index, round_)
@@ -346,6 +352,25 @@ class Worker:
                     self._end(_DONE, reason)
         if row.time_s - self._flushed_s > _FLUSH_S:
             self.flush()
+
+    def _judge(self, exchange: Exchange) -> None:
+        """A gradient with NaN or infinity was dropped: tell; after STRIKES in a row there is no use in going on.
+
+        Raises Diverged.
+        """
+        if exchange.was_finite:
+            self._strikes = 0
+            return
+        self._strikes += 1
+        told = f"worker {self.rank}: the gradient of step {self.step_number} was not finite and was dropped"
+        if self._strikes < STRIKES:
+            self._channel.send(messages.Alarm(f"{told} ({self._strikes} of {STRIKES} in a row)"))
+            return
+        raise Diverged(
+            f"{told}, the {STRIKES}rd in a row",
+            why="the loss is no longer a number on its batches; the parameters are those of the last good step",
+            fix="a lower learning rate, --clip 1, or a look at the data; paceline resume goes on from a checkpoint",
+        )
 
     def _close_periods(self) -> None:
         """Bring to a meeting what local steps have come to so far."""

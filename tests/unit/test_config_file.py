@@ -42,6 +42,7 @@ jobs = st.builds(
     servers=st.integers(0, 64),
     assign=st.none() | st.sampled_from(ASSIGNMENTS),
     data=st.sampled_from(DATA),
+    clip=st.none() | st.floats(1e-300, 1e300),
     restarts=st.integers(0, 2**53),
     min_workers=st.none() | st.just(1),
     checkpoint_every=counts,
