@@ -15,7 +15,7 @@ READY := .venv/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
-.PHONY: help setup demo test check lint types format bench clean
+.PHONY: help setup demo test check lint types format simulate soak bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -41,6 +41,12 @@ types: $(READY) ## mypy, strict
 format: $(READY) ## let ruff mend what it can
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
+
+simulate: $(READY) ## N simulated schedules of faults (10000)
+	@$(BIN)/python -m tests.simulation $(or $(N),10000) $(ARGS)
+
+soak: $(READY) ## kill KILLS processes of real jobs at every pace (200), and count every sample
+	@$(BIN)/python -m tests.process.soak $(or $(KILLS),200) $(ARGS)
 
 bench: $(READY) ## measure on this machine, beside DDP, torch.distributed.rpc and Ray (installs Ray)
 	@$(BIN)/python -m pip install -qq -c constraints.txt ray

@@ -156,6 +156,7 @@ class Job:
     ``clip`` is the largest norm of a gradient, of all workers' at round paces, else of a push.
     ``restarts`` is how often a worker that dies is replaced without having got on in between; then the run ends, or
     goes on without it while ``min_workers`` are left (None: all).
+    ``hang_timeout`` is in seconds: so long a worker may use no processor while others wait for it.
     ``checkpoint_every`` is in steps (None: only at Ctrl-C); the ``keep`` newest checkpoints stay.
     ``threads`` is per process (None: cores // workers, at least 1).
     ``steps`` counts rounds, or pushes of all workers divided by their number, so that every pace sees as many samples;
@@ -174,6 +175,7 @@ class Job:
     clip: float | None = None
     restarts: int = 3
     min_workers: int | None = None
+    hang_timeout: float = 30.0
     checkpoint_every: int | None = None
     keep: int = 2
     threads: int | None = None
@@ -216,6 +218,9 @@ class Job:
             number = isinstance(self.clip, int | float) and not isinstance(self.clip, bool)
             if not number or not 0 < self.clip < math.inf:
                 raise UsageError(f"clip is {self.clip!r}; it must be a number above 0")
+        hang = self.hang_timeout
+        if not isinstance(hang, int | float) or isinstance(hang, bool) or not hang > 0:
+            raise UsageError(f"hang-timeout is {hang!r}; it must be a number of seconds above 0")
         if self.compensate is not None:
             number = isinstance(self.compensate, int | float) and not isinstance(self.compensate, bool)
             if not number or not 0 <= self.compensate < math.inf:

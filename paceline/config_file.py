@@ -120,6 +120,7 @@ _KINDS: dict[str, tuple[str, Callable[[object], object]]] = {
     "staleness_damping": ("true or false", _switch),
     "compensate": ("a number", _number),
     "clip": ("a number", _number),
+    "hang_timeout": ("a number", _number),
     "until_loss": ("a number", _number),
     "runs": ("a string", _folder),
 }

@@ -65,6 +65,9 @@ class JobFlags:
     min_workers: Annotated[
         str | None, _option("N", "with so many left go on without one that cannot be replaced [default: all]")
     ] = None
+    hang_timeout: Annotated[
+        str | None, _option("S", "replace a worker that others wait for and that does nothing so long [default: 30]")
+    ] = None
     checkpoint_every: Annotated[
         str | None, _option("N", "save a checkpoint every N steps [default: only at Ctrl-C]")
     ] = None
@@ -190,6 +193,7 @@ _KINDS: dict[str, tuple[Callable[[str], object], str]] = {
     "data": (str, "a word"),
     "compensate": (float, "a number"),
     "clip": (float, "a number"),
+    "hang_timeout": (float, "a number"),
     "pace": (parse_pace, "a pace"),
     "assign": (str, "a word"),
     "until_loss": (float, "a number"),

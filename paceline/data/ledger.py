@@ -87,7 +87,7 @@ class Ledger:
         words, start = self._words, self._start(worker)
         kept, words[start + _KEPT] = words[start + _KEPT] - 1, 0
         if kept >= at_least and (total is None or kept < total):
-            lease = kept << 2
+            lease = kept << 2 | _FINAL  # nobody takes it back: no loop finds an epoch empty
         elif (returned := self._returned(at_least, total)) is not None:
             lease = returned
         elif total is None or words[_NEXT] < total:
@@ -120,6 +120,12 @@ class Ledger:
         place = words[start + _BEGUN]
         words[start + _BEGUN] = place + 1
         return not words[start + 4 + place % RING] & _TAKEN
+
+    def drop(self, worker: int) -> None:
+        """The oldest batch that ``worker`` has drawn and not begun is not there: it lies behind a stream's end."""
+        words, start = self._words, self._start(worker)
+        words[start + 4 + words[start + _BEGUN] % RING] |= _TAKEN
+        words[start + _BEGUN] += 1
 
     def begun(self, worker: int) -> int:
         """How many batches ``worker`` has begun, in all epochs."""

@@ -71,8 +71,8 @@ class Passes(Protocol):
     def more(self, loader: int) -> bool:
         """None is left to draw by lease. Blocks until others have given some back (True), or can do so no more."""
 
-    def verdict(self) -> bool | None:
-        """Did the last push since this was last asked count? None if there was none."""
+    def verdict(self, loader: int) -> bool | None:
+        """Did the last push of batches of this loader count, since this was last asked? None if there was none."""
 
     @property
     def may_drop(self) -> bool:
@@ -90,6 +90,9 @@ class Leases(Protocol):
 
     def draw(self, total: int | None, at_least: int = 0) -> int | None:
         """The ordinal of a batch to fetch, not before ``at_least``; None if there is none left."""
+
+    def drop(self) -> None:
+        """The batch that was drawn last lies behind the stream's end."""
 
     def begin(self) -> bool:
         """The oldest batch drawn goes to the script. False: another worker has it now."""
@@ -270,7 +273,7 @@ def one_pass(loader: Any, index: int, passes: Passes, batches: Batches) -> Itera
     else:
         given = batches(None)
     try:
-        for batch, samples in _with_dropped(given, passes) if passes.may_drop else given:
+        for batch, samples in _with_dropped(given, passes, index) if passes.may_drop else given:
             if training:
                 passes.drawn(samples)
             yield batch
@@ -301,15 +304,15 @@ def _leased(batches: Batches, leases: Leases, more: Callable[[], bool]) -> Itera
         yield from batches(leases)
 
 
-def _with_dropped(batches: Iterator[tuple[Any, int]], passes: Passes) -> Iterator[tuple[Any, int]]:
+def _with_dropped(batches: Iterator[tuple[Any, int]], passes: Passes, index: int) -> Iterator[tuple[Any, int]]:
     """The batches, and those again that a push was made from which did not count."""
     again: deque[tuple[Any, int]] = deque()
     pending: list[tuple[Any, int]] = []  # given since the last push
-    passes.verdict()
+    passes.verdict(index)
     while (item := again.popleft() if again else next(batches, None)) is not None:
         pending.append(item)
         yield item
-        counted = passes.verdict()
+        counted = passes.verdict(index)
         if counted is not None:
             if not counted:
                 again.extend(pending)
@@ -329,6 +332,8 @@ def _streamed(
             leases.begin()
             yield batch, count(batch)
             wanted = leases.draw(None, ordinal + 1)
+    if leases is not None and wanted is not None:
+        leases.drop()
 
 
 class _Plan:

@@ -35,6 +35,7 @@ class Arrivals:
         self._slot = memory.slots[rank]
         self._version = 0  # of the copy that this worker computes on
         self._unfinished: Entry | None = None
+        self._last_fate = 0  # the last entry that this worker was a member of
         self.applier: Applier | None = None
         assert lock.journal is not None
         lock.journal.publish.append(self._publish)
@@ -181,6 +182,8 @@ class Arrivals:
 
     def _append(self, kind: int, members: tuple[int, ...], staleness: int = 0) -> Entry:
         entry = self._log.append(kind, self._rank, members, staleness)
+        if self._rank in members:
+            self._last_fate = entry.number
         if kind == STEP:
             self._close(entry)
         return entry
@@ -188,8 +191,10 @@ class Arrivals:
     def _await_quorum(self) -> Entry | Waiting | None:
         """The entry that this worker's gradient is in; it appends it itself if it is the one to see a quorum."""
         board, log = self._board, self._log
-        fate = log.fate(self._rank)
-        if fate.version > self._version and fate.number <= log.seen:
+        # The number is written last, so it is read first; it alone says whether the rest is of this offer.
+        if self._last_fate < log.fate(self._rank).number <= log.seen:
+            fate = log.fate(self._rank)
+            self._last_fate = fate.number
             return Entry(fate.number, STEP, fate.by, fate.version, 0, tuple(range(fate.members)))
         if max(board.ended) or board.interrupt:
             return None

@@ -36,15 +36,17 @@ class Collectives:
     def ask(self, kind: str, spec: bytes, size: int, what: str) -> tuple[Any, bytes]:
         """Ask the launcher for memory that all workers get; (mapping, worker 0's spec)."""
         self.number += 1
+        done = self._board.passes(COLLECTIVES)
+        done[self._rank] = max(done[self._rank], self.number)
         self._channel.send(messages.Wrap(self.number, kind, spec, size, what))
         # To be here is to be at the end of a pass of all: nobody in a round must wait for this worker. A newcomer comes
         # to what the others have behind them, and they do not count with it yet.
         if self.takes_part:
-            self._board.passes(COLLECTIVES)[self._rank] = self.number
             self._board.parked[self._rank] = COLLECTIVES + 1
             self._ring()
         try:
-            message, descriptors = self._channel.receive()
+            with self._board.waiting():
+                message, descriptors = self._channel.receive()
         except Closed:
             raise Aborted("the launcher is gone") from None
         if not isinstance(message, messages.Memory):
@@ -80,7 +82,9 @@ class Collectives:
             for view, (_, tensor) in zip(views, tensors, strict=True):
                 tensor.copy_(view)
 
-    def open(self, exchange: Exchange, account: Close, go_on: dict[str, int] | None = None) -> None:
+    def open(
+        self, exchange: Exchange, account: Close, attached: Callable[[], None], go_on: dict[str, int] | None = None
+    ) -> None:
         """Put an exchange's parameters and state in shared memory. Raises ConfigError, HostError.
 
         ``go_on``: its numbers in the run that is resumed.
@@ -90,6 +94,7 @@ class Collectives:
         memory, first = self.ask("exchange", msgspec.msgpack.encode(spec), size_bytes(spec), what)
         compare(spec, first, self._rank)
         exchange.attach(ExchangeMemory(memory, spec), self.number, account)
+        attached()  # from here on the dead are to be buried in it, also while this worker waits below
         if self._rank == 0 and not self._is_published:
             exchange.publish()
             if go_on is not None:

@@ -30,6 +30,7 @@ from paceline.errors import ConfigError
 from paceline.params import optimizers
 from paceline.params.table import differences, tabulate
 from paceline.protocol.log import Entry
+from paceline.protocol.rounds import Waiting
 from paceline.transport.slots import ExchangeMemory, Spec
 
 _PARTS_PER_SERVER = 2
@@ -259,6 +260,16 @@ class Exchange:
     def finish_abandoned(self) -> None:
         """Under the run's lock: do what only the dead had in hand."""
         self._meeting.finish_abandoned()
+
+    def is_in_round(self, worker: int) -> bool:
+        """Under the run's lock: has this worker, which has died, pushed a round that is not over?"""
+        rounds = self.in_rounds
+        return rounds is not None and rounds.is_in_round(worker)
+
+    def no_dead_in_round(self) -> bool | Waiting:
+        """Are all rounds over that those who have died had pushed?"""
+        rounds = self.in_rounds
+        return True if rounds is None else rounds.no_dead_in_round()
 
     def join(self) -> None:
         """A newcomer takes part from here on, with the newest parameters."""

@@ -50,6 +50,11 @@ class Leases:
         self._begun += mine
         return mine
 
+    def drop(self) -> None:
+        """What was drawn lies behind the end of the stream."""
+        with self._lock:
+            self._ledger.drop(self._rank)
+
     def commit(self) -> None:
         """A push made from all that was begun counts."""
         with self._lock:

@@ -29,6 +29,7 @@ from paceline.engine.program import Call, Script
 from paceline.engine.recorder import Recorder
 from paceline.engine.saver import Saver
 from paceline.engine.setup import Setup, encode_job
+from paceline.engine.watch import Watch
 from paceline.protocol import messages
 from paceline.protocol.coordinator import (
     Abort,
@@ -45,12 +46,14 @@ from paceline.protocol.coordinator import (
     Tell,
     how_ended,
 )
+from paceline.protocol.rounds import LEFT
 from paceline.transport import segment
 from paceline.transport.board import Board
 from paceline.transport.channel import Channel, Closed
 from paceline.transport.lock import Lock
 
 _TICK_S = 0.05
+_LOOK_S = 0.2  # how often processes are looked after
 _GRACE_S = 2.0  # between telling processes to stop and killing them
 _INTERRUPT_S = 10.0  # between Ctrl-C and the same
 _ZYGOTE = "import sys; sys.path.append({root!r}); from paceline.engine.zygote import main; main({fd})"
@@ -100,6 +103,7 @@ class _Launcher:
         self._failure: tuple[str, int, messages.Failed] | None = None
         self._kill_at_s: float | None = None
         self._interrupts = 0
+        self._watch, self._looked_s = Watch(job.hang_timeout), 0.0
         self._log: _Tail | None = None
         self._zygote: subprocess.Popen[bytes] | None = None
 
@@ -209,8 +213,8 @@ class _Launcher:
         for key, _ in self._selector.select(_TICK_S):
             role, rank = key.data
             channel = self._channels.get((role, rank))
-            if channel is None:
-                continue  # its process has ended, which an event before this one told
+            if channel is not key.fileobj:
+                continue  # its process has ended, which an event before this one told; another may have its place
             try:
                 arrived = channel.drain()
             except Closed:
@@ -227,6 +231,7 @@ class _Launcher:
             self._recorder.take(metric)
         self._recorder.flush()
         self._show_output()
+        self._look_after()
         if self._kill_at_s is not None and time.monotonic() > self._kill_at_s:
             self._kill_all()
 
@@ -281,6 +286,8 @@ class _Launcher:
         if role == "worker":
             self._saver.lost(rank, finished=status == 0)
         self._alive.pop((role, rank), None)
+        if role == "worker" and self._board.gone[rank] == LEFT:  # it had no time to say so
+            self._obey(self._coordinator.handle(Came(role, rank, messages.Finished())))
         self._obey(self._coordinator.handle(Died(role, rank, pid, status)))
 
     def _obey(self, effects: Sequence[Effect]) -> None:
@@ -291,6 +298,12 @@ class _Launcher:
                 case Give(rank=rank, number=number):
                     memory, fd = self._memories[number]
                     self._send(self._channels["worker", rank], memory, (fd,))
+                case Replace(rank=rank, role="server"):
+                    self._expected += 1
+                    self._fork("server", rank)
+                    for memory, fd in self._memories.values():
+                        if memory.kind == "exchange":
+                            self._send(self._channels["server", rank], memory, (fd,))
                 case Replace(rank=rank):
                     self._tell_death(rank, for_good=False)
                     self._expected += 1
@@ -347,6 +360,28 @@ class _Launcher:
             if whose != "zygote":
                 self._send(channel, messages.Stop(failure.what))
         self._kill_at_s = min(self._kill_at_s or 2**62, time.monotonic() + _GRACE_S)
+
+    def _look_after(self) -> None:
+        """Kill processes that do not get on: their deaths are then told, and mended, as any other's."""
+        now_s = time.monotonic()
+        if now_s < self._looked_s + _LOOK_S:
+            return
+        self._looked_s = now_s
+        if not self._board.journal.is_clean:
+            self._lock.try_to_mend()  # who takes the lock does so, but for one who cannot
+        if self._failure is not None or self._interrupts:
+            return
+        for whose, what in self._watch.look(self._alive, now_s, self._hangs):
+            role, rank = whose
+            text = f"{role} {rank} (pid {self._alive[whose]}) {what}: it is killed"
+            self._recorder.take(events.Notice(self._now(), "stuck", text, role, rank))
+            os.kill(self._alive[whose], signal.SIGKILL)
+
+    def _hangs(self, role: str, rank: int) -> bool:
+        """Do others wait, and this one not for them?"""
+        member = rank if role == "worker" else self._job.workers + rank
+        asleep = self._board.asleep
+        return not asleep[member] and any(asleep[w] for w in range(self._job.workers))
 
     def _interrupted(self, number: int, frame: FrameType | None) -> None:
         """Ctrl-C or SIGTERM: first, let the round finish; second, now."""

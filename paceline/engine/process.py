@@ -44,6 +44,7 @@ def main(role: str, rank: int, setup: bytes, descriptors: tuple[int, ...], paren
         known = msgspec.msgpack.decode(setup, type=Setup)
         torch.set_num_threads(known.threads)
         board = Board(segment.attach(descriptors[1]))
+        board.belongs_to(rank if role == "worker" else board.workers + rank)
         context = Context(
             job=decode_job(known.job),
             role=role,

@@ -92,6 +92,20 @@ class Rounds:
         if isinstance(answer, Abandoned):
             self._complete(self._begun(), answer.contributors)
 
+    def is_in_round(self, worker: int) -> bool:
+        """Has this worker pushed a round that is not over?"""
+        number = self._memory.pushed[worker]
+        return number > 0 and self._is_over(number) is not True
+
+    def no_dead_in_round(self) -> bool | Waiting:
+        """Are all rounds over that those who have died had pushed? True also where only they had: see ``complete``."""
+        for worker, pushed in enumerate(self._memory.pushed):
+            if pushed and self._memory.since[worker] == NEVER:
+                answer = self._is_over(pushed)
+                if isinstance(answer, Waiting):
+                    return answer
+        return True
+
     def _complete(self, number: int, contributors: tuple[int, ...]) -> None:
         """Under the run's lock: step a round in place of all who are in it."""
         memory = self._memory
@@ -99,7 +113,8 @@ class Rounds:
             if memory.stepped[worker] < number:
                 self._stepper.step(number, contributors, share, len(contributors))
                 memory.stepped[worker] = number
-        for member in () if contributors else range(len(memory.stepped)):
+        # Servers first: who sees a worker's word pushes the next, which they must not take for two.
+        for member in () if contributors else reversed(range(len(memory.stepped))):
             memory.stepped[member] = number
 
     def attach_again(self, deaths: int) -> None:

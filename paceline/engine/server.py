@@ -40,14 +40,16 @@ def serve(context: Context) -> None:
     served: list[_Served] = []
     while True:
         if not served or _arrived(channel.fileno()):
-            message, descriptors = channel.receive()
+            with board.waiting():
+                message, descriptors = channel.receive()
             if not isinstance(message, messages.Memory):
                 return
             served.append(_take(message, descriptors, context.rank))
             continue
         answer = board.wait(lambda: _next(board, served, member, channel.fileno()))
         if answer is None:
-            channel.receive()  # the launcher says when the run is over
+            with board.waiting():
+                channel.receive()  # the launcher says when the run is over
             return
         match answer:
             case (_Served() as which, int(number), tuple(contributors)):
@@ -79,7 +81,7 @@ def _next(board: Board, served: list[_Served], member: int, channel: int) -> _Ro
         elif answer is not None:
             return answer
     if waiting is not None:
-        return waiting
+        return None if next_to_act(board) is None else waiting  # nobody is left to close it
     if _arrived(channel):
         return "message"
     awaited = next_to_act(board)

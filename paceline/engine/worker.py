@@ -54,6 +54,7 @@ from paceline.transport.channel import Closed
 STRIKES = 3
 _FLUSH_S = 0.2
 _IDLE_STEPS, _IDLE_S = 1000, 10.0  # a script that goes on this long after the end of training is ended
+_EVALUATED, _TRAINED = 1, 2  # what a pass counts as that a newcomer catches up with
 _TRAINING, _DONE, _INTERRUPTED = 0, 1, 2  # cells of the board's column "ended"
 
 
@@ -71,7 +72,7 @@ class Worker:
         self.part = Part(*place, assign, job.seed)
         self._leases: dict[int, Leases] = {}
         self._leasing: set[int] = set()  # loaders whose pass in progress is drawn by lease
-        self._verdict: bool | None = None
+        self._verdicts: dict[int, bool] = {}  # loader -> did the last push of its batches count?
         self._models: list[nn.Module] = []
         self._board, self._channel, self._lock = context.board, context.channel, context.lock
         self._in_rounds = isinstance(job.pace, Sync | Local)
@@ -98,7 +99,10 @@ class Worker:
         if not self._joined:
             passes = {loader: board.passes(loader)[context.rank] for loader in range(COLLECTIVES)}
             self._behind = {loader: count for loader, count in passes.items() if count}
-        self._ghost_pass = self._muted = False
+        self._ghosts: dict[int, int] = {}  # loaders whose pass in progress is one to catch up with -> what it counts as
+        self._joined_in: int | None = None  # the loader in whose pass it has joined, while that lasts
+        self._last_ghost: int | None = None  # the loader of the last of them that stood for training
+        self._with_ghost = False  # is the batch in hand one that only keeps the script from finding a pass empty?
         # loader -> (loader and pass, batches of it that the script has had); which the script trains on; before that
         self._places: dict[int, tuple[int, int]] = {}
         self._reading: int | None = None
@@ -175,9 +179,9 @@ class Worker:
         self.collectives.open(
             exchange,
             lambda entry: self._close(exchange, entry, account),
+            lambda: self._exchanges.append(exchange),
             None if resumed is None else resumed.state["exchanges"][index],
         )
-        self._exchanges.append(exchange)
         self._samples_at_step.append(self._samples)
         if isinstance(self.pace, Sync):
             clipping.register(self)  # at other paces there is no gradient of all: what is clipped is the push
@@ -186,8 +190,7 @@ class Worker:
     def add_store(self, optimizer: optim.Optimizer, names: dict[int, str]) -> Exchange:
         """Share tensors that are pushed to and pulled outside of any training loop. A collective."""
         exchange = Exchange(optimizer, names, set(), self.context, share=True, pace=Async())
-        self.collectives.open(exchange, _nothing)
-        self._stores.append(exchange)
+        self.collectives.open(exchange, _nothing, lambda: self._stores.append(exchange))
         return exchange
 
     def average_buffers(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
@@ -294,9 +297,8 @@ class Worker:
         if board.drained[loader] > before:
             board.ring(board.common)
 
-    def verdict(self) -> bool | None:
-        verdict, self._verdict = self._verdict, None
-        return verdict
+    def verdict(self, loader: int) -> bool | None:
+        return self._verdicts.pop(loader, None)
 
     @property
     def may_drop(self) -> bool:
@@ -310,7 +312,7 @@ class Worker:
             self._raise_if_interrupted()
             self._idle()
             return
-        if self._muted or self.is_behind:
+        if self._is_muted or self.is_behind:
             return
         if not self._joined:
             self._join()
@@ -391,13 +393,13 @@ class Worker:
     def _after_meeting(self, index: int, round_: Round) -> None:
         row = self._row
         if round_.counted:
-            self._verdict = True
+            self._judged(counted=True)
             for leases in self._leases.values() if self._in_rounds else ():
                 leases.commit()
         if round_.over:
             self._row = Row()
         elif not round_.counted:
-            self._verdict = self._verdict or False
+            self._judged(counted=False)
             self._drop(row)
         elif index == 0:
             row.stepped, row.epoch, row.staleness = True, self._epoch, round_.staleness
@@ -410,6 +412,10 @@ class Worker:
         if index == 0:
             self._look = (0.0, 0.0)
         self._follow_end(max(self._board.ended) or (_INTERRUPTED if self._board.interrupt else _TRAINING))
+
+    def _judged(self, *, counted: bool) -> None:
+        if self._reading is not None:
+            self._verdicts[self._reading] = counted or self._verdicts.get(self._reading, False)
 
     def _drop(self, row: Row) -> None:
         """The push came too late for its round: it counts for nothing, and its samples come again."""
@@ -425,6 +431,8 @@ class Worker:
     def _after_round(self, exchange: Exchange, number: int, contributors: tuple[int, ...]) -> None:
         rounds = exchange.in_rounds
         assert rounds is not None
+        if self._board.owes:
+            self._settle()
         every, before = 1, self.step_number - 1
         if isinstance(self.pace, Local):
             every, before = self.pace.every, self._steps
@@ -434,6 +442,8 @@ class Worker:
             self.saving.want(number, self.step_number, shares=lowest)
             self._end(_INTERRUPTED, "interrupted")
             self._interrupted = True
+            if not self._loaders:  # there is no border to come to
+                self._raise_if_interrupted()
             return
         self.saving.after(number, before, self.step_number, shares=lowest)
         reason = self._stopping.after_round(self._steps if isinstance(self.pace, Local) else number)
@@ -526,15 +536,17 @@ class Worker:
 
     def norm(self, exchange: Exchange, chosen: bytes, order: float) -> float:
         """The norm of a gradient of this exchange over all workers; see engine/clipping.py."""
-        if self._muted or not self._joined:
+        if self._is_muted or self.is_behind:
             return 1.0
+        if not self._joined:
+            self._join()
         index = self._exchanges.index(exchange)
         samples = self._samples - self._samples_at_step[index]
         return exchange.norm(chosen, order, float(samples) if self._loaders else 1.0)
 
     def log(self, loss: float | None, values: dict[str, float]) -> None:
         """Record a loss of the batch in hand, and other values of the step."""
-        if self._muted or not self._joined:
+        if self._is_muted or not self._joined:
             return
         if (self._ended != _TRAINING and not self._row.stepped) or (self._batch_stepped and self._batch_dropped):
             return
@@ -560,12 +572,16 @@ class Worker:
         first = False
         if not self._joined:
             if self.is_behind:
-                self._ghost_pass = loader in self._behind and self._is_training()
-                self._muted = True
+                trained = self._was_trained(loader)
+                counts = loader in self._behind and (not trained or self._is_training())
+                self._ghosts[loader] = (_TRAINED if trained else _EVALUATED) if counts else 0
                 return False
-            if self._is_training():
-                first = True
+            first = self._is_training()
+            if first:
                 self._join(loader)
+                self._joined_in = loader
+            elif self._resumed is None:
+                self._join()  # an evaluation, of which it may have nothing to read, and then waits with the others
         for left in sorted(self._left):
             self._left.discard(left)
             self._await_all(left)
@@ -581,9 +597,9 @@ class Worker:
                 self._epoch = number + 1
                 if self.rank == 0 and not first:
                     self._channel.send(messages.Pass(loader, number, length))
-            done = self._done_before(loader, number) if first else 0
+            done = self._done_before(loader, number)
             leases = self._leases.get(loader)
-            if done or (first and leases is not None and leases.committed):
+            if done or (self._board.deaths[self.rank] and leases is not None and leases.committed):
                 self._training_loaders.add(loader)
             (self._continued.add if done else self._continued.discard)(loader)
             self._places[loader] = (_key(loader, number), done)
@@ -616,9 +632,36 @@ class Worker:
         self._reading = loader
 
     def needs_ghost(self, loader: int) -> bool:
-        is_new = bool(self._board.deaths[self.rank]) or self._to_take is not None
-        self._muted = is_new and self._drawn == self._pass_starts[loader][1]
-        return self._muted
+        is_new = loader == self._joined_in or loader in self._continued or self._to_take is not None
+        self._with_ghost = is_new and self._drawn == self._pass_starts[loader][1]
+        return self._with_ghost
+
+    @property
+    def _is_muted(self) -> bool:
+        """Is what the script does now not training, but catching up?"""
+        return self._with_ghost or bool(self._ghosts)
+
+    def _lay_ghost(self) -> None:
+        """Of a batch that only kept the script from finding a pass empty, nothing stays."""
+        if self._with_ghost and self._to_take is not None:
+            self._to_take()
+        if self._with_ghost:
+            self._forget_gradients()
+        self._with_ghost, self._joined_in = False, None
+
+    def _forget_gradients(self) -> None:
+        """Those of ghost batches, which are not to be in the next step."""
+        for exchange in self._exchanges:
+            for parameter in exchange.parameters:
+                parameter.grad = None
+
+    def _was_trained(self, loader: int) -> bool:
+        """Were the passes over this loader that lie behind this worker's place trained on?"""
+        if self._resumed is not None:
+            return bool(self._resumed.state["loaders"][loader]["trained"])
+        board = self._board
+        number = board.passes(loader)[self.rank]
+        return any(board.look(loader, number, worker)[2] for worker in range(board.workers))
 
     def drawn(self, samples: int) -> None:
         if self._row.stepped:
@@ -635,9 +678,7 @@ class Worker:
     def end(self, loader: int) -> None:
         if self._caught_up(loader):
             return
-        if self._muted and self._to_take is not None:
-            self._to_take()  # without what the ghost batch has done to it
-        self._muted = False
+        self._lay_ghost()
         self._raise_if_interrupted()
         if self._finish_pass(loader):
             self.flush()
@@ -645,13 +686,14 @@ class Worker:
 
     def _caught_up(self, loader: int) -> bool:
         """Was it a pass of ghosts, of a newcomer?"""
-        if self._joined or not self._muted:
+        counts = self._ghosts.pop(loader, None)
+        if counts is None:
             return False
-        self._muted = False
-        if self._ghost_pass:
-            self._ghost_pass = False
+        if counts == _TRAINED:
             self._trained_passes += 1
             self._training_loaders.add(loader)
+            self._last_ghost = loader
+        if counts:
             self._behind[loader] -= 1
             if not self._behind[loader]:
                 del self._behind[loader]
@@ -660,7 +702,7 @@ class Worker:
     def leave(self, loader: int) -> None:
         if self._caught_up(loader) or self._ended == _INTERRUPTED:
             return
-        self._muted = False
+        self._lay_ghost()
         if self._finish_pass(loader):
             self._left.add(loader)
 
@@ -824,6 +866,12 @@ class Worker:
             changed = self._settle_all()
         if changed:
             self._ring()
+        while self._board.owes and self._board.parked[self.rank]:  # nobody may be left in that round to see to it
+            for exchange in self._exchanges:
+                self._board.wait(exchange.no_dead_in_round)
+            with self._lock:
+                self._settle_all()
+            self._ring()
 
     def _bury(self) -> list[int]:
         board = self._board
@@ -839,7 +887,12 @@ class Worker:
         dead = self._bury()
         for exchange in (*self._exchanges, *self._stores) if dead else ():
             exchange.finish_abandoned()
+        # To give back the batches of one whose round is not over would free others to push it, who are not in it.
+        owed = [w for w in dead if self._leases and any(exchange.is_in_round(w) for exchange in self._exchanges)]
+        board.owes = bool(owed)
+        dead = [worker for worker in dead if worker not in owed]
         for worker in dead:
+            board.ring(worker)  # the dead do not
             for exchange in self._exchanges if self._in_rounds else ():
                 self._settle_place(worker, exchange.place(worker))
             for leases in self._leases.values():
@@ -873,17 +926,23 @@ class Worker:
         """A newcomer has caught up, and is about to begin a pass over ``loader``: from here on the others count with
         it."""
         board, rank = self._board, self.rank
+        loader = self._last_ghost if loader is None else loader  # a step outside of any loop
         # The worker before it may have died at the end of a pass that the others are still in.
         at_end = self._resumed is None and loader is not None and board.passes(loader)[rank] > 0
+        while True:
+            with self._lock:
+                self._settle_all()
+                if board.settled[rank] == board.deaths[rank]:
+                    if loader is not None and at_end:
+                        board.parked[rank] = loader + 1
+                    board.presence[rank] = PRESENT
+                    break
+            for exchange in self._exchanges:  # a round that the worker before it was in is not over
+                board.wait(exchange.no_dead_in_round)
+        self._joined = self.collectives.takes_part = True
         for exchange in self._exchanges:
             exchange.catch_up()
-        with self._lock:
-            self._settle_all()
-            board.passes(COLLECTIVES)[rank] = self.collectives.number
-            if loader is not None and at_end:
-                board.parked[rank] = loader + 1
-            board.presence[rank] = PRESENT
-        self._joined = self.collectives.takes_part = True
+        self._forget_gradients()
         self._ring()
         if loader is not None and at_end:
             self._trained_passes -= 1
@@ -893,6 +952,8 @@ class Worker:
             return
         for exchange in self._exchanges:
             exchange.join()
+        if board.owes:
+            self._settle()
         if isinstance(self.pace, Local) and self._exchanges:
             self._steps = self._exchanges[0].most_steps
         if self._trained_passes:
@@ -924,9 +985,9 @@ class Worker:
             passes = [min(now, count) for count in passes]
             ledger = None if leases is None else leases.left()
             decided, evaluated = board.decided[loader], board.evaluated[loader]
-            loaders.append(
-                {"passes": passes, "done": done, "ledger": ledger, "decided": decided, "evaluated": evaluated}
-            )
+            trained = loader in self._training_loaders
+            known = {"passes": passes, "done": done, "ledger": ledger, "decided": decided}
+            loaders.append(known | {"evaluated": evaluated, "trained": trained})
         job = self.context.job
         dealt = {"workers": board.workers, "assign": job.assign, "seed": job.seed}
         return dealt | {"loaders": loaders, "accounts": board.accounts.words()}

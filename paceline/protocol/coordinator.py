@@ -57,9 +57,10 @@ class Give:
 
 @dataclass(frozen=True, slots=True)
 class Replace:
-    """A worker has died: tell the others, and start another in its place."""
+    """A worker or a server has died: tell the others, and start another in its place."""
 
     rank: int
+    role: str = "worker"
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +108,7 @@ class Coordinator:
         self._workers, self._servers = workers, servers
         self._restarts, self._min_workers = restarts, workers if min_workers is None else min_workers
         self._deaths: dict[int, int] = {}  # of a worker since it last got on
+        self._server_deaths: dict[int, int] = {}  # since any worker last got on
         self._given: dict[int, messages.Wrap] = {}
         self._lost: set[int] = set()
         self._raised: dict[int, messages.Failed] = {}  # by workers that are about to end of it
@@ -128,11 +130,14 @@ class Coordinator:
                 self._told[rank] = self._told.get(rank, 0) + 1
                 if self._gets_on(rank):
                     self._deaths.pop(rank, None)
+                    self._server_deaths.clear()
             case Came(role="worker", rank=rank, message=messages.Failed(kind="ScriptError") as failure):
                 return self._script_raised(rank, failure)
             case Came(role=role, rank=rank, message=messages.Failed() as failure):
                 return self._fail(role, rank, failure)
             case Came(role="worker", rank=rank, message=messages.Finished()):
+                if rank in self._finished:
+                    return []
                 self._finished.add(rank)
                 return [Tell("leave", f"worker {rank} has finished", "worker", rank), *self._check_stuck()]
             case Came(role="worker", message=messages.Ended(reason=reason)) if not self.reason:
@@ -226,15 +231,14 @@ class Coordinator:
 
     def _died(self, role: str, rank: int, pid: int, status: int) -> list[Effect]:
         clean = rank in self._finished if role == "worker" else len(self._ended_workers) == self._workers
-        if role == "worker" and not (clean and status == 0) and not self._failed:
+        if role == "worker" and not clean and not self._failed:
             raised = self._raised.pop(rank, None)
             what = f"worker {rank} (pid {pid}) {how_ended(status)}" if raised is None else raised.what
             lost = messages.Failed("WorkersLost", what, _guess(status), f"its last output is in logs/worker-{rank}.log")
-            self._finished.discard(rank)
             return self._replace(rank, what, raised or lost)
         if role == "worker":
             self._ended_workers.add(rank)
-        if clean and status == 0:
+        if clean and (status == 0 or (role == "worker" and status == -9)):  # its script was over when it was killed
             done = role == "worker" and len(self._ended_workers) == self._workers
             if not done:
                 return []
@@ -247,6 +251,14 @@ class Coordinator:
             _guess(status),
             f"its last output is in logs/{role}-{rank}.log",
         )
+        deaths = 1
+        if role == "server":
+            deaths = self._server_deaths[rank] = self._server_deaths.get(rank, 0) + 1
+            if deaths <= self._restarts and not (self._interrupted or clean):
+                return [Tell("died", f"{failure.what}; another takes its place", role, rank), Replace(rank, "server")]
+        if deaths > 1:
+            why = f"the {_ordinal(deaths)} time without any worker's getting on in between"
+            failure = msgspec.structs.replace(failure, why=why)
         return [
             Tell("died", failure.what, role, rank),
             *self._fail(role, rank, failure),

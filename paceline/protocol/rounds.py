@@ -103,7 +103,7 @@ def close_round(
     for worker in range(len(pushed)):
         if pushed[worker] >= number:
             contributors.append(worker)
-        elif since[worker] <= (number if of_round is None else of_round):
+        elif since[worker] <= (number if of_round is None else of_round) or _is_dying(worker, board, since):
             missing.append(worker)
     before = _places(missing, board)
     for worker in missing:
@@ -112,7 +112,15 @@ def close_round(
     for worker, then, now in zip(missing, before, _places(missing, board), strict=True):
         if then != now:
             return Waiting(_told_by(worker, board), f"worker {worker} has not pushed round {number}")
+    for worker in range(len(pushed)):  # who was seen to be out, or dead, may have pushed before that
+        if worker not in contributors and pushed[worker] >= number:
+            return Waiting(worker, f"worker {worker} has just pushed round {number}")
     return Closed(tuple(contributors))
+
+
+def _is_dying(worker: int, board: Board, since: Column) -> bool:
+    """Has it died, and the consequences are just being drawn? Until they are, it holds the round open."""
+    return since[worker] == NEVER and board.gone[worker] == PRESENT
 
 
 def _excused(worker: int, board: Board) -> bool:
@@ -278,7 +286,29 @@ def is_over(
 
     ``servers`` are the members that step it, where workers do not.
     """
-    pushers = [worker for worker in range(len(pushed)) if pushed[worker] >= number]
+    answer = _is_over(number, pushed, stepped, servers, since, board)
+    # Others may have pushed while it was looked at: what was seen then must still be so.
+    again = _pushers(number, pushed)
+    if answer is True and not any(pushed[worker] > number for worker in again):
+        behind = [member for member in servers or again if stepped[member] < number]
+        if again and behind:
+            return Waiting(behind[0], f"member {behind[0]} is not done with round {number}")
+    if isinstance(answer, Abandoned):
+        alive = [worker for worker in answer.contributors if since[worker] <= number]
+        if answer.contributors and (servers or alive):
+            on = servers[0] if servers else alive[0]
+            return Waiting(on, f"member {on} has just come to round {number}")
+    return answer
+
+
+def _pushers(number: int, pushed: Column) -> list[int]:
+    return [worker for worker in range(len(pushed)) if pushed[worker] >= number]
+
+
+def _is_over(
+    number: int, pushed: Column, stepped: Column, servers: Sequence[int], since: Column, board: Board
+) -> bool | Abandoned | Waiting:
+    pushers = _pushers(number, pushed)
     if any(pushed[worker] > number for worker in pushers) or (not pushers and max(stepped) >= number):
         return True
     steppers = servers or pushers

@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from paceline.protocol.rounds import Waiting
@@ -102,7 +103,10 @@ class Board:
         self.deaths = self._words[offsets["deaths"] : offsets["deaths"] + workers]
         self.given_up = self._words[offsets["given_up"] : offsets["given_up"] + workers]
         self.on_alarm: Callable[[], None] = lambda: None  # called by who waits, after the launcher has told of a death
-        self._heard = self._words[6]
+        self._heard = 0
+        start = offsets["asleep"]
+        self.asleep = self._words[start : start + self.members]  # who waits for others; for the launcher to look at
+        self._asleep = start + self.members  # whose process this is; before it is known, nobody
         self.parked = self._words[offsets["parked"] : offsets["parked"] + workers]
         self.ended = self._words[offsets["ended"] : offsets["ended"] + workers]
         start = offsets["passes"]
@@ -156,6 +160,29 @@ class Board:
         self._words[7] = number
         self._words[6] += 1
         self.wake_all()
+
+    @property
+    def owes(self) -> bool:
+        """Are consequences of a death still to be drawn, once the round that it was in is over?"""
+        return self._words[8] != 0
+
+    @owes.setter
+    def owes(self, value: bool) -> None:
+        self._words[8] = value
+
+    def belongs_to(self, member: int) -> None:
+        """From now on it is told when this process of the member's waits."""
+        self._asleep += member - self.members
+        self._words[self._asleep] = 0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """This process waits for others by other means."""
+        self._words[self._asleep] = 1
+        try:
+            yield
+        finally:
+            self._words[self._asleep] = 0
 
     def publish(self, number: int) -> None:
         self._words[5] = number
@@ -227,7 +254,9 @@ class Board:
             seen = self._words[index]
             again = ask()
             if isinstance(again, Waiting) and again.on == answer.on:
+                self._words[self._asleep] = 1
                 futex.wait(self._address + index * 8, seen & 0xFFFFFFFF, _WAIT_S)
+                self._words[self._asleep] = 0
                 again = ask()
             answer = again
         return answer
@@ -252,6 +281,7 @@ def _offsets(workers: int, servers: int) -> dict[str, int]:
         "given_up": workers,
         "settled": workers,
         "places": workers * 2,
+        "asleep": workers + servers + 1,
         "journal": JOURNAL_WORDS,
     }
     for name, words in columns.items():

@@ -39,6 +39,17 @@ class Journal:
         words[1 + 2 * count], words[2 + 2 * count] = place, old
         words[0] = count + 1  # last: from here on it is saved
 
+    @property
+    def is_clean(self) -> bool:
+        """Is nothing half done?"""
+        return not self._words[0]
+
+    @property
+    def is_known(self) -> bool:
+        """Is all that is half done in memory that this process maps?"""
+        words = self._words
+        return all(words[1 + 2 * place] >> _PLACE_BITS in self._segments for place in range(words[0]))
+
     def roll_back(self) -> None:
         """Undo what the last holder of the lock has left unfinished."""
         words = self._words

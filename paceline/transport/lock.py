@@ -10,11 +10,13 @@ from __future__ import annotations
 import os
 import struct
 import threading
+import time
 import weakref
 from types import TracebackType
 
 from paceline.transport.journal import Journal
 
+_MEND_S = 0.002
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock of 64-bit Linux: type, whence, start, length, pid
 
 
@@ -41,6 +43,10 @@ class Lock:
         self._mutex.acquire()
         self._fcntl(self._fd, self._wait, self._take)
         if self.journal is not None:
+            while not self.journal.is_known:  # a newcomer has not come to all memory; the launcher has, and mends it
+                self._fcntl(self._fd, self._wait, self._give)
+                time.sleep(_MEND_S)
+                self._fcntl(self._fd, self._wait, self._take)
             self.journal.roll_back()
 
     def try_to_mend(self) -> None:

@@ -37,8 +37,8 @@ from paceline.transport.journal import Journal
 from paceline.transport.segment import PAGE, address, page_up
 
 _WORD = 8
-_HEADER_WORDS = 24  # two halves of eight words, then settings' version and length, and a norm
-_SETTINGS, _NORM = 16, 18
+_HEADER_WORDS = 32  # two halves of eight words, settings' version and length, a norm, and two places in the data
+_SETTINGS, _NORM, _PLACES = 16, 18, 24
 
 
 def _half(number: int) -> int:
@@ -158,8 +158,11 @@ class Slot:
 
     def place(self, number: int) -> tuple[int, int]:
         """How far into its data the worker was with the push: (pass, position), see ``Worker.settle``."""
-        half = _half(number)
-        return self._words[half + 6], self._words[half + 7]
+        words = self._words
+        for start in (_PLACES, _PLACES + 3):
+            if number and words[start] == number:
+                return words[start + 1], words[start + 2]
+        return (0, 0)
 
     def stop(self, number: int) -> bool:
         """Does this worker ask that the round be the last?"""
@@ -182,8 +185,14 @@ class Slot:
         half = _half(number)
         self._floats[half + 1], self._floats[half + 2], self._floats[half + 3] = weight, *loss
         self._words[half + 4], self._words[half + 5] = stop, steps
-        self._words[half + 6], self._words[half + 7] = place
         self._words[half] = number
+        # A worker that was not in the round between writes over the header of its last push, and may die before this
+        # one is pushed. How far that one was stays.
+        words = self._words
+        start = _PLACES + (3 if words[_PLACES] > words[_PLACES + 3] else 0)
+        words[start] = 0
+        words[start + 1], words[start + 2] = place
+        words[start] = number
 
     @property
     def norm(self) -> float:

@@ -56,9 +56,24 @@ def take_one():
     return False
 
 
+def server():
+    # The pid of one, if there are any; the last of each rank.
+    processes = json.loads((run.directory / "run.json").read_text())["processes"]
+    pids = {p["rank"]: p["pid"] for p in processes if p["role"] == "server"}
+    return luck.choice(list(pids.values())) if pids else None
+
+
+def kill(pid):
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass  # another has been faster
+
+
 def draw_lots():
     if luck.random() < chance and take_one():
-        timer = threading.Timer(luck.random() * 0.002, os.kill, (os.getpid(), signal.SIGKILL))
+        victim = server() if luck.random() < 0.5 else None
+        timer = threading.Timer(luck.random() * 0.002, kill, (victim or os.getpid(),))
         timer.daemon = True
         timer.start()
 

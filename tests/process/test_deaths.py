@@ -95,7 +95,7 @@ for epoch in range(1_000_000 if state == "until killed" else 2):
                     while True:
                         pass
                 case "server" if run.is_main:
-                    os.kill(pid_of("server", 1), signal.SIGKILL)
+                    kill(pid_of("server", 1))
                 case "zygote" if run.is_main:
                     os.kill(os.getppid(), signal.SIGKILL)
         if state == "parked" and run.is_main and batch == 6:
@@ -188,8 +188,18 @@ def test_worker_0_may_be_the_one(state: str, servers: str, runner: Runner) -> No
 
 
 def test_a_server_that_is_killed_is_named(runner: Runner) -> None:
-    ended = runner.run(DYING, "--servers", "2", args=["server", ""])
+    ended = runner.run(DYING, "--restarts", "0", "--servers", "2", args=["server", ""])
     check(ended, "server", 1, "was killed by SIGKILL")
+
+
+@pytest.mark.parametrize("pace", ["sync", "async"])
+def test_another_takes_the_place_of_a_server(pace: str, runner: Runner) -> None:
+    ended = runner.run(DYING, "--servers", "2", "--pace", pace, args=["server", "", "once"])
+    assert ended.code == 0, ended.err
+    died = [event["text"] for event in ended.events if event.get("kind") == "died"]
+    assert died
+    assert all(text.startswith("server 1 ") and text.endswith("; another takes its place") for text in died)
+    assert (ended.summary["status"], ended.summary["epochs"]) == ("done", 2)
 
 
 def test_several_workers_that_die_at_once_leave_nobody_behind(runner: Runner) -> None:

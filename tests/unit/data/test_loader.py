@@ -70,7 +70,7 @@ class Passes:
     def leases(self, loader: int) -> None:
         return None
 
-    def verdict(self) -> bool | None:
+    def verdict(self, loader: int) -> bool | None:
         return None
 
     def end(self, loader: int) -> None:

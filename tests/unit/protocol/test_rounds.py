@@ -1,4 +1,4 @@
-"""Examples of when a round closes and when the end of a pass opens; test_rounds_simulated.py has the laws."""
+"""Examples of when a round closes and when the end of a pass opens; tests/simulation has the laws."""
 
 from __future__ import annotations
 
@@ -239,7 +239,27 @@ def since(digits: str) -> list[int]:
     ],
 )
 def test_a_round_and_the_dead(pushed: str, begun: str, answer: Closed | Waiting) -> None:
-    assert close_round(3, [int(d) for d in pushed], board("00", "00"), since(begun)) == answer
+    where = board("02" if begun == "0-" else "00", "00")
+    assert close_round(3, [int(d) for d in pushed], where, since(begun)) == answer
+
+
+def test_who_is_dying_holds_the_round_until_the_consequences_are_drawn() -> None:
+    where = board("00", "00")
+    assert close_round(3, [3, 2], where, since("0-")) == Waiting(1, "worker 1 has not pushed round 3")
+    where.gone[1] = AWAY
+    assert close_round(3, [3, 2], where, since("0-")) == Closed((0,))
+
+
+def test_who_pushes_and_dies_while_it_is_looked_at_is_in_the_round() -> None:
+    """Worker 0 asks. Worker 1 is seen not to have pushed; before it is seen gone it pushes and dies."""
+    where, pushed = board("00", "00"), [3, 2]
+
+    def push_and_die() -> None:
+        pushed[1] = 3
+        list.__setitem__(where.gone, 1, AWAY)
+
+    where.gone = WhileRead([0, AWAY], at=1, then=push_and_die)
+    assert close_round(3, pushed, where, since("0-")) == Waiting(1, "worker 1 has just pushed round 3")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,249 @@
+"""What must be true of a schedule: watched from outside while it runs, and counted when it is over."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TypeAlias
+
+from paceline.config import Bounded, Local, Quorum
+from paceline.protocol.log import Entry
+from paceline.protocol.rounds import AWAY, EMPTY, LEFT, TAIL, parked_at
+from tests.simulation import known
+from tests.simulation.memory import LOADERS, Host
+from tests.simulation.plans import Plan
+
+Batch: TypeAlias = "tuple[int, int]"  # pass, place in its global order; pass -1 is an evaluation
+Folded: TypeAlias = "dict[int, tuple[Batch, ...]]"  # worker -> what its gradient was computed on
+
+_COMPUTING = 3  # turns
+
+
+class Claims:
+    def __init__(self, host: Host, plan: Plan) -> None:
+        self._host, self._plan = host, plan
+        self._steppers: dict[int, tuple[tuple[int, ...], int]] = {}  # round -> contributors, shares
+        self._stepped: dict[int, dict[tuple[int, int, int], Folded]] = {}  # round or entry -> chunk -> what was folded
+        self._entries: dict[int, list[int]] = {}  # part -> entries stepped
+        self._norms: dict[int, float] = {}
+        self._computing: set[int] = set()
+        self._killed: set[int] = set()
+        self._reading: dict[int, list[Batch]] = {}  # batches that a worker's script has had, since its last step
+        self.read_batches: list[Batch] = []
+        self.in_hand: list[Batch] = []  # of those that were killed, or whose script was over, and no step was taken
+        self.given_up: set[int] = set()
+        self.stepping: set[str] = set()  # names of tasks
+        self.kills = 0
+        self.met: Counter[str] = Counter()  # what was there to be seen
+        host.on_park, host.on_drain = self._parks, self._drains
+
+    def turn(self) -> None:
+        self._host.scheduler.turn()
+
+    @property
+    def _task(self) -> str:
+        return repr(self._host.scheduler.current)
+
+    # --- watched ---
+
+    def agrees(self, number: int, contributors: tuple[int, ...], share: int, shares: int) -> None:
+        known = self._steppers.setdefault(number, (contributors, shares))
+        assert known == (contributors, shares), f"round {number} was closed with {known[0]} and with {contributors}"
+        self.met["a round without some"] += len(contributors) < self._plan.workers
+        if not self._plan.servers:
+            self.met["a share stepped for another"] += self._task != f"worker {contributors[share]}"
+        for worker in contributors:
+            pushed = self._host.exchange.raw("pushed")[worker]
+            assert pushed == number, f"round {number} is folded while worker {worker} is at {pushed}"
+
+    def may_push(self, rank: int) -> None:
+        if self._plan.parts or not self._steppers:
+            return
+        last = max(self._steppers)
+        assert self._is_complete(last), f"worker {rank} is about to push before all of round {last} is stepped"
+
+    def stepped(self, number: int, chunk: tuple[int, int, int], folded: Folded) -> None:
+        by_chunk = self._stepped.setdefault(number, {})
+        assert chunk not in by_chunk, f"chunk {chunk} is stepped twice for {number}"
+        for other in by_chunk.values():
+            assert other == folded, f"{number}: one share was stepped with {other}, another with {folded}"
+        by_chunk[chunk] = dict(folded)
+        if self._plan.parts:
+            entries = self._entries.setdefault(chunk[0], [])
+            assert chunk[2] == 0 or entries[-1] == number
+            if chunk[2] == 0:
+                assert not entries or entries[-1] < number, f"part {chunk[0]}: entry {number} after {entries[-1]}"
+                entries.append(number)
+
+    def begin_step(self) -> None:
+        self.stepping.add(self._task)
+
+    def end_step(self) -> None:
+        self.stepping.discard(self._task)
+
+    def closes(self, entry: Entry) -> None:
+        """Under the lock: a quorum is as many as it takes, or all who are there."""
+        pace = self._plan.pace
+        if isinstance(pace, Quorum):
+            members = set(entry.members)
+            assert len(members) <= pace.count, f"a quorum of {pace.count} is closed with {members}"
+            missed = self._computing - members
+            assert len(members) == pace.count or not missed, f"a quorum is closed with {members}, without {missed}"
+
+    def applies(self, part: int, entry: Entry) -> None:
+        """A STEP is about to be applied to a part, or what another has left of it."""
+        if self._entries.get(part, [0])[-1] == entry.number:
+            return
+        version = self.version(part)
+        assert entry.version == version + 1, f"entry {entry.number} makes version {entry.version} of {version}"
+        for member in entry.members:
+            stale = version - self._host.slots[member].copy.get(part, 0)
+            assert entry.staleness == stale, f"entry {entry.number}: worker {member} is stale by {stale}: {entry}"
+
+    def version(self, part: int) -> int:
+        """How many STEPs the part has had."""
+        return len(self._entries.get(part, ()))
+
+    def may_copy(self, copy: dict[int, int]) -> None:
+        rank = next(rank for rank, slot in enumerate(self._host.slots) if slot.copy is copy)
+        assert rank not in self._computing, f"the copy of worker {rank} changes while it computes on it"
+
+    def norm(self, number: int, value: float) -> None:
+        if value == 1.0 and number not in self._norms:
+            return  # what a worker is told that takes no part
+        known = self._norms.setdefault(number, value)
+        assert value in (known, 1.0), f"round {number}: one worker has norm {known}, another {value}"
+
+    def _parks(self, rank: int, before: int, now: int) -> None:
+        """Nobody passes the end of a pass before all who are not gone for good have finished it; who had nothing to
+        read may where others evaluate, or where everybody stands. Nobody goes on at a tail for nothing."""
+        board = self._host.board
+        if not before or now or self._task != f"worker {rank}" or parked_at(before) >= LOADERS:
+            return
+        if board.raw("settled")[rank] < board.raw("deaths")[rank]:
+            return  # a newcomer draws the consequences of the death of its own predecessor
+        loader, workers = parked_at(before), range(self._plan.workers)
+        passes, gone, parked = self._passes(loader), board.raw("gone"), board.raw("parked")
+        if before & TAIL:
+            drained = board.raw("drained")[loader] > passes[rank]
+            assert drained or board.raw("returned")[loader], f"worker {rank} goes on from the tail of loader {loader}"
+            return
+        late = [other for other in workers if passes[other] < passes[rank] and gone[other] != LEFT]
+        if late and before & EMPTY and not board.raw("evaluated")[loader]:
+            # Who stood there and has been killed since is no longer parked.
+            dead = board.raw("deaths")
+            late = [other for other in late if not parked[other] and not dead[other] and other not in self._killed]
+        elif before & EMPTY:
+            late = []  # an evaluation
+        assert not late, f"worker {rank} passes the end of pass {passes[rank]} over loader {loader} before {late}"
+
+    def _drains(self, loader: int, before: int, now: int) -> None:
+        """A pass is drained when nothing has come back, and everybody is at its tail or has finished it."""
+        board, passes = self._host.board, self._passes(loader)
+        assert not board.raw("returned")[loader], f"pass {now} is drained while batches lie on the table"
+        for worker, (gone, parked) in enumerate(zip(board.raw("gone"), board.raw("parked"), strict=False)):
+            at_tail = parked == loader + 1 + TAIL or self._task == f"worker {worker}"
+            there = worker >= self._plan.workers or gone or passes[worker] + at_tail >= now
+            assert there, f"pass {now} is drained while worker {worker} is in it"
+
+    def _passes(self, loader: int) -> list[int]:
+        first = self._host.board.place("passes")[0] + loader * self._plan.workers
+        return [self._host.board.stored.get(first + worker, 0) for worker in range(self._plan.workers)]
+
+    def read(self, rank: int, batch: Batch) -> None:
+        self.read_batches.append(batch)
+        self._reading.setdefault(rank, []).append(batch)
+
+    def compute(self, rank: int) -> None:
+        """Worker ``rank`` computes on its copy of the parameters, which takes a few turns of its own."""
+        copy = self._host.slots[rank].copy
+        assert len(set(copy.values())) <= 1, f"worker {rank} computes on parts of different versions: {copy}"
+        self._computing.add(rank)
+        if isinstance(self._plan.pace, Bounded) and (not self.kills or known.NEWCOMERS_JOIN_WITHIN_THE_BOUND):
+            clocks = self._host.exchange.raw("clocks")
+            slowest = min(self._computing, key=lambda other: clocks[other])
+            ahead = clocks[rank] - clocks[slowest]
+            assert ahead <= self._plan.pace.staleness, f"worker {rank} is {ahead} steps ahead of worker {slowest}"
+        for _ in range(_COMPUTING):
+            self.turn()
+        self._computing.discard(rank)
+
+    def step(self, rank: int) -> None:
+        """The script has taken a step with all that it has read."""
+        self._reading.pop(rank, None)
+
+    def dies(self, rank: int) -> None:
+        """Worker ``rank`` has been killed."""
+        self.kills += 1
+        self._killed.add(rank)
+        before = self._host.board.raw("deaths")[rank]
+        self.met["killed again"] += before > 0
+        self.met["killed before it joined"] += before > 0 and self._host.board.raw("gone")[rank] == AWAY
+        self.met["killed in a step"] += f"worker {rank}" in self.stepping
+        self.stepping.discard(f"worker {rank}")
+        self.leave(rank)
+
+    def leave(self, rank: int) -> None:
+        self._computing.discard(rank)
+        self.in_hand += self._reading.pop(rank, [])
+
+    # --- counted ---
+
+    def check(self) -> None:
+        """When all have ended."""
+        self._check_steps()
+        counted, read, in_hand = Counter(self.counted), Counter(self.read_batches), Counter(self.in_hand)
+        assert counted <= read, f"counted, but not read: {counted - read}"
+        if not self.kills and not isinstance(self._plan.pace, Quorum | Local):  # may drop pushes, or local steps
+            assert counted + in_hand == read, f"read {read}, counted {counted}, in hand {in_hand}"
+        if self._plan.trains_on_all:
+            twice = sorted(batch for batch, times in counted.items() if times > 1)
+            assert not twice, f"counted twice: {twice}"
+            missing = sorted(set(self._due()) - set(counted) - set(in_hand))
+            assert not missing, f"not counted: {missing}"
+            self._check_ledger(counted)
+
+    def _check_ledger(self, counted: Counter[Batch]) -> None:
+        words = self._host.ledgers[0].stored
+        if self._plan.leased and words.get(0) and not self.given_up:
+            epoch, committed = words[0] - 1, words.get(2, 0)
+            truly = sum(1 for number, _ in counted if number == epoch)
+            assert committed == truly, f"of epoch {epoch} {truly} batches count, the ledger says {committed}"
+
+    @property
+    def counted(self) -> list[Batch]:
+        folds = [next(iter(chunks.values())) for _, chunks in sorted(self._stepped.items())]
+        return [batch for folded in folds for batches in folded.values() for batch in batches]
+
+    def _check_steps(self) -> None:
+        plan = self._plan
+        if self.given_up and not known.LAST_PUSHES_ARE_APPLIED:
+            return
+        if not plan.parts:
+            empty = set(range(1, max(self._steppers, default=0))) - set(self._steppers)
+            # Those in which only the dead had asked for a norm.
+            assert not empty or (plan.clips and self.kills), f"nobody has stepped rounds {sorted(empty)}"
+            for number in self._steppers:
+                assert self._is_complete(number), f"round {number} is not stepped whole"
+            return
+        applied = self._host.exchange.raw("applied")
+        appended = self._host.exchange.stored.get(self._host.exchange.place("log")[0], 0)
+        assert applied == [appended] * plan.parts, f"of {appended} entries were applied: {applied}"
+        chunks = {chunk for by_chunk in self._stepped.values() for chunk in by_chunk}
+        for number, by_chunk in self._stepped.items():
+            assert set(by_chunk) == chunks, f"entry {number} was stepped for {sorted(by_chunk)} only"
+
+    def _is_complete(self, number: int) -> bool:
+        _, shares = self._steppers[number]
+        chunks = self._stepped.get(number, {})
+        return all((share, shares, chunk) in chunks for share in range(shares) for chunk in (0, 1))
+
+    def _due(self) -> list[Batch]:
+        """Every batch that somebody who is not given up may read."""
+        plan = self._plan
+        due = []
+        for number, count in enumerate(plan.batches):
+            for ordinal in range(count):
+                if not plan.leased and plan.owners[number][ordinal] in self.given_up:
+                    continue  # nobody else may read it
+                due.append((number, ordinal))
+        return due

@@ -1,0 +1,140 @@
+"""What one schedule plays: a job, a script for each worker, and how much goes wrong."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+
+from paceline.config import Async, Bounded, Local, Pace, Quorum, Sync
+from tests.simulation import known
+
+WORLDS = ("rounds", "log")
+
+
+@dataclass(frozen=True)
+class Script:
+    """How one worker's script goes through its passes; the process that takes its place runs the same one."""
+
+    breaks_after: tuple[int | None, ...]  # in pass p, leave after so many batches
+    steps_after_break: tuple[bool, ...]  # step once more outside of the loader
+    accumulate: tuple[int, ...]  # batches to a step
+    ends_in: int | None  # the script is over in this pass: after its break, or after its end
+    ahead: int  # batches that the loader draws ahead of the one in hand
+
+
+@dataclass(frozen=True)
+class Plan:
+    pace: Pace
+    workers: int
+    servers: int
+    parts: int
+    leased: bool
+    streamed: bool  # batches come from a stream, which cannot go back
+    batches: tuple[int, ...]  # of each pass, of all workers
+    owners: tuple[tuple[int, ...], ...]  # where they are not leased: whose batch is which
+    scripts: tuple[Script, ...]
+    evaluates: tuple[bool, ...]  # after pass p
+    evaluates_every: int | None  # and within a pass, after so many steps
+    evaluators: int  # how many workers evaluate; with 1 only worker 0 does
+    to_evaluate: int  # batches, dealt in turn
+    says_eval: bool  # does the script call model.eval()?
+    clips: bool
+    kill_every: float | None  # turns between kills, on average
+    most_kills: int
+    gives_up: float  # how often nobody takes the place of one that has died
+    weights: tuple[int, ...]  # how fast each worker is
+
+    @property
+    def trains_on_all(self) -> bool:
+        """Does every script read all that it is given, and take a step in its first pass, so that all know what it is?
+        What it reads behind the last step of a pass is part of the next pass's first."""
+        return all(self._trains_on_all(rank, script) for rank, script in enumerate(self.scripts))
+
+    def _trains_on_all(self, rank: int, script: Script) -> bool:
+        whole = script.ends_in is None and not any(after is not None for after in script.breaks_after)
+        if self.leased or not whole:
+            return whole and max(script.accumulate) == 1
+        counts = [owners.count(rank) for owners in self.owners]
+        first = next((number for number, count in enumerate(counts) if count), None)
+        return first is None or counts[first] >= script.accumulate[first]
+
+
+def draw(random_: random.Random, world: str) -> Plan:
+    """A plan; most of them kill, and few do everything at once."""
+    workers, passes = random_.randint(1, 4), random_.randint(1, 3)
+    if world == "rounds":
+        pace: Pace = random_.choice((Sync(), Sync(), Sync(), Local(2)))
+    else:
+        pace = random_.choice((Quorum(random_.randint(1, workers)), Bounded(random_.randint(0, 2)), Async(), Async(2)))
+    servers = random_.choice((0, 0, 0, 1, 2))
+    unusual = random_.choice((0.0, 0.0, 0.2, 0.5))
+
+    def happens() -> bool:
+        return random_.random() < unusual
+
+    batches = tuple(random_.randint(0, 4 * workers) for _ in range(passes))
+    scripts = tuple(
+        Script(
+            breaks_after=tuple(random_.randint(1, 3) if happens() else None for _ in range(passes)),
+            steps_after_break=tuple(happens() for _ in range(passes)),
+            accumulate=tuple(2 if happens() else 1 for _ in range(passes)),
+            ends_in=random_.randrange(passes) if happens() else None,
+            ahead=random_.choice((0, 0, 1, 3)),
+        )
+        for _ in range(workers)
+    )
+    plan = Plan(
+        pace=pace,
+        workers=workers,
+        servers=servers,
+        parts=0 if world == "rounds" else servers * 2 or random_.randint(1, workers),
+        leased=random_.random() < 0.5,
+        streamed=random_.random() < 0.2,
+        batches=batches,
+        owners=tuple(
+            tuple(random_.randrange(workers) if happens() else ordinal % workers for ordinal in range(count))
+            for count in batches
+        ),
+        scripts=scripts,
+        evaluates=tuple(random_.random() < 0.3 for _ in range(passes)),
+        evaluates_every=random_.choice((None, 1, 2, 3)),
+        evaluators=random_.choice((1, workers)),
+        to_evaluate=random_.randint(1, workers),
+        says_eval=random_.random() < 0.5,
+        clips=isinstance(pace, Sync) and random_.random() < 0.25,
+        kill_every=random_.choice((None, None, 100.0, 300.0, 1000.0)),
+        most_kills=random_.choice((1, 2, 6)),
+        gives_up=random_.choice((0.0, 0.0, 0.5)),
+        weights=tuple(random_.choice((1, 1, 1, 20)) for _ in range(workers)),
+    )
+    return _without_what_is_known(plan)
+
+
+def _without_what_is_known(plan: Plan) -> Plan:
+    if plan.streamed and not (plan.leased and known.STREAMS_ARE_LEASED):
+        plan = replace(plan, streamed=False)
+    if isinstance(plan.pace, Quorum) and not known.QUORUMS_EVALUATE_WITHIN_PASSES:
+        plan = replace(plan, evaluates_every=None)
+    if plan.kill_every is not None:
+        plan = _without_what_newcomers_cannot(plan)
+    if plan.leased and not known.FEWER_LEASES_THAN_WORKERS:
+        owners = tuple(one if len(one) >= plan.workers else tuple(range(plan.workers)) for one in plan.owners)
+        plan = replace(plan, batches=tuple(map(len, owners)), owners=owners, to_evaluate=plan.workers)
+    return plan
+
+
+def _without_what_newcomers_cannot(plan: Plan) -> Plan:
+    if not known.NEWCOMERS_EVALUATE_WITHIN_PASSES:
+        plan = replace(plan, evaluates_every=None)
+    if not known.NEWCOMERS_EVALUATE_IN_TRAINING_MODE:
+        plan = replace(plan, says_eval=True)
+    if not known.NEWCOMERS_EVALUATE_NOTHING:
+        plan = replace(plan, to_evaluate=plan.workers)
+    if not known.NEWCOMERS_STEP_AFTER_BREAKS:
+        scripts = (replace(script, steps_after_break=(False,) * len(plan.batches)) for script in plan.scripts)
+        plan = replace(plan, scripts=tuple(scripts))
+    if plan.servers and not known.SERVERS_SEE_EMPTY_ROUNDS:
+        plan = replace(plan, clips=False)
+    if not plan.parts and plan.workers > 2 and not known.DEATHS_FREE_TAILS:
+        plan = replace(plan, leased=False, streamed=False)
+    return plan

@@ -1,0 +1,65 @@
+"""Thousands of schedules, and that they reach what the claims are about. ``python -m tests.simulation`` runs more."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from tests.simulation.__main__ import run
+from tests.simulation.mutants import mutants, try_out
+from tests.simulation.plans import WORLDS
+
+SEEDS = 2000
+BLOCK = 100
+
+
+@pytest.mark.parametrize("first", range(0, SEEDS, BLOCK))
+def test_what_is_claimed_holds_under_any_schedule(first: int) -> None:
+    for seed in range(first, first + BLOCK):
+        run(WORLDS[seed % len(WORLDS)], seed)
+
+
+def test_schedules_reach_what_the_claims_are_about() -> None:
+    """Kills in all states, several at once, of newcomers; workers given up; rounds without some; all paces."""
+    met: Counter[str] = Counter()
+    for seed in range(200):
+        world = run(WORLDS[seed % len(WORLDS)], seed)
+        met.update(world.met)
+        met.update([str(world.plan.pace).partition(":")[0]])
+    for what in (
+        "killed under the lock",
+        "killed asleep",
+        "killed in a step",
+        "killed with others",
+        "killed before it joined",
+        "killed again",
+        "given up",
+        "a round without some",
+        "a share stepped for another",
+        "leased",
+        "servers",
+        "sync",
+        "local",
+        "quorum",
+        "bounded",
+        "async",
+    ):
+        assert met[what] >= 3, f"{what}: {met[what]} of 200 schedules"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "rounds.close_round: pushed[worker] >= number is flipped",
+        "rounds.holding: board.gone[worker] != LEFT is flipped",
+        "rounds.all_stepped: rescuer == me is flipped",
+        "log.Log.append: kept[_APPENDED] = number is dropped",
+        "log.Log.offer: self._kept[_OFFERED + worker // 64] |= 1 << worker % 64 is dropped",
+        "ledger.Ledger.give_back: words[_RETURNED] += 1 is dropped",
+        "ledger.Ledger.commit: words[start + _FIRST] = stop is dropped",
+    ],
+)
+def test_a_mutant_of_the_protocol_is_caught(name: str) -> None:
+    (mutant,) = (one for one in mutants() if one.name == name)
+    assert try_out(mutant, seeds=300), f"{name}: nothing was seen in 300 schedules"

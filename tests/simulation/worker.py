@@ -1,0 +1,453 @@
+"""A worker's and a server's process: paceline's own code from ``Worker`` and ``Exchange`` down, without tensors.
+
+Replaced are only the ends of it: a gradient is the batches it was computed on, a share's step is recorded, and the
+script is played from a plan. ``in_place`` puts these in
+their places for as long as a schedule runs.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+from paceline.config import Job, Local
+from paceline.data.loader import Leases, Part, _streamed, one_pass
+from paceline.engine import exchange as exchange_module
+from paceline.engine import server
+from paceline.engine.applier import Applier
+from paceline.engine.context import Context
+from paceline.engine.exchange import Exchange
+from paceline.engine.shards import Shards
+from paceline.engine.stepper import Stepper
+from paceline.engine.worker import Worker
+from paceline.params.undo import Undo
+from paceline.protocol import messages
+from paceline.protocol.log import Entry
+from paceline.protocol.rounds import NOT_PARKED
+from paceline.transport import futex
+from paceline.transport.board import COLLECTIVES
+from tests.simulation.claims import Batch, Claims
+from tests.simulation.memory import (
+    LOADERS,
+    Futexes,
+    Host,
+    SimulatedBoard,
+    SimulatedLeases,
+    SimulatedLock,
+    SimulatedMemory,
+)
+from tests.simulation.plans import Plan, Script
+
+TRAIN, EVALUATE = 0, 1  # the loaders
+CHUNKS = 2  # of a share's step; between them its stepper may be killed
+
+
+class Life:
+    """One process that is worker ``rank``: the first, or one that takes the place of those that have died. ``tell``
+    sends the launcher a message, ``receive`` waits for its answer."""
+
+    def __init__(self, host: Host, plan: Plan, claims: Claims, rank: int, tell: Callable[[messages.Any], None]) -> None:
+        self._host, self._plan, self._claims, self._rank, self._tell = host, plan, claims, rank, tell
+        self.given: set[int] = set()  # the collectives' memory that the launcher has sent
+
+    def run(self) -> None:
+        host, plan, rank = self._host, self._plan, self._rank
+        board = SimulatedBoard(host)
+        lock: Any = SimulatedLock(host.scheduler, board.journal)
+        channel: Any = SimpleNamespace(send=self._send)
+        job = Job("simulated", plan.workers, plan.servers, plan.pace, "lease" if plan.leased else "round_robin")
+        context = Context(job, "worker", rank, Path(), channel, board, lock)
+        worker = Worker(context)
+        model: Any = SimpleNamespace(training=True)
+        worker.knows([model])
+        exchange = SimulatedExchange(context, host)
+        self._open(worker, exchange, board)
+        worker._loaders = LOADERS
+        if plan.leased:
+            for loader in range(LOADERS):
+                self._ask(worker, board)
+                tell = partial(worker._tell_returned, loader)
+                worker._leases[loader] = SimulatedLeases(host, loader, board.journal, lock, rank, tell)
+        loaders = [Loader(index, worker, plan, rank) for index in range(LOADERS)]
+        Played(self._plan, self._claims, rank, worker, exchange, loaders, model).play(plan.scripts[rank])
+        worker.finish()
+
+    def _open(self, worker: Worker, exchange: SimulatedExchange, board: SimulatedBoard) -> None:
+        """As ``Worker.add_exchange`` and ``Collectives.open``."""
+        collectives = worker.collectives
+        self._ask(worker, board)
+
+        def close(entry: Entry) -> None:
+            self._claims.closes(entry)
+            worker._close(exchange, entry, worker._account)
+
+        exchange.attach(exchange.memory, 1, close)
+        worker._exchanges.append(exchange)
+        collectives._publish()
+        exchange.adopt()
+        worker._samples_at_step.append(worker._samples)
+
+    def _ask(self, worker: Worker, board: SimulatedBoard) -> None:
+        """As ``Collectives.ask``."""
+        collectives, rank = worker.collectives, self._rank
+        collectives.number += 1
+        passes = board.passes(COLLECTIVES)
+        passes[rank] = max(passes[rank], collectives.number)
+        self._send(messages.Wrap(collectives.number, "simulated", b"", 1, ""))
+        if collectives.takes_part:
+            board.parked[rank] = COLLECTIVES + 1
+            worker._ring()
+        while collectives.number not in self.given:
+            self._host.scheduler.sleep(f"worker {rank}'s channel")
+        if collectives.takes_part:
+            board.parked[rank] = NOT_PARKED
+
+    def _send(self, message: messages.Any) -> None:
+        # What is sent when some time has passed says nothing here: a schedule must not depend on a clock.
+        if not isinstance(message, messages.Steps):
+            self._host.scheduler.turn()
+            self._tell(message)
+
+
+class Played:
+    """A training script."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        claims: Claims,
+        rank: int,
+        worker: Worker,
+        exchange: SimulatedExchange,
+        loaders: Sequence[Loader],
+        model: Any,
+    ) -> None:
+        self._plan, self._claims, self._rank = plan, claims, rank
+        self._worker, self._exchange, self._loaders, self._model = worker, exchange, loaders, model
+        self._parameter = exchange.parameter
+        self._steps = 0
+
+    def play(self, script: Script) -> None:
+        for number in range(len(self._plan.batches)):
+            left = self._train(script, number)
+            if left and script.steps_after_break[number]:
+                self._step()
+            if script.ends_in == number:
+                break
+            if self._plan.evaluates[number]:
+                self._evaluate()
+        self._claims.leave(self._rank)
+
+    def _train(self, script: Script, number: int) -> bool:
+        """One pass; was it left early?"""
+        seen = 0
+        batches = iter(self._loaders[TRAIN])
+        try:
+            for batch in batches:
+                seen += 1
+                ghost = self._worker._is_muted
+                if not ghost:
+                    self._claims.read(self._rank, batch)
+                    self._claims.compute(self._rank)
+                self._parameter.backward(batch)
+                if seen % script.accumulate[number] == 0:
+                    self._step()
+                    every = self._plan.evaluates_every
+                    if every and self._steps % every == 0:
+                        self._evaluate()
+                if seen == script.breaks_after[number]:
+                    return True
+        finally:
+            batches.close()
+        return False
+
+    def _step(self) -> None:
+        if self._plan.clips:
+            self._claims.norm(self._exchange.number + 1, self._worker.norm(self._exchange, b"\1", 1.0))
+        before = dict(self._exchange.memory.slots[self._rank].copy)
+        self._worker.exchange(0)
+        if self._worker._batch_dropped:
+            after = self._exchange.memory.slots[self._rank].copy
+            assert after != before, f"a push of worker {self._rank} is dropped though it is not late"
+        self._claims.step(self._rank)
+        self._parameter.clear()
+        self._steps += 1
+
+    def _evaluate(self) -> None:
+        if self._rank >= self._plan.evaluators:
+            return
+        self._model.training = not self._plan.says_eval
+        batches = iter(self._loaders[EVALUATE])
+        for _ in batches:
+            continue
+        self._model.training = True
+
+
+class Loader:
+    """A wrapped loader, as ``data/loader.py`` makes one of a DataLoader with processes that draw ahead."""
+
+    def __init__(self, index: int, worker: Worker, plan: Plan, rank: int) -> None:
+        self._index, self._worker, self._plan, self._rank = index, worker, plan, rank
+        self._ahead = plan.scripts[rank].ahead
+
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self) -> Any:
+        return one_pass(self, self._index, self._worker, self.batches)
+
+    def batches(self, leases: Leases | None, skip: int = 0, /) -> Iterator[tuple[Batch, int]]:
+        number = self._worker.epoch(self._index)
+        plan, train = self._plan, self._index == TRAIN
+        # A script that passes oftener than planned, as a newcomer's may, finds the last pass again.
+        planned = min(number, len(plan.batches) - 1)
+        total = plan.batches[planned] if train else plan.to_evaluate
+        named = [(number if train else -1, ordinal) for ordinal in range(total)]
+        if leases is None:
+            owners = plan.owners[planned] if train else [ordinal % plan.workers for ordinal in range(total)]
+            mine = [batch for batch, owner in zip(named, owners, strict=True) if owner == self._rank]
+            yield from ((batch, 1) for batch in mine[skip:])
+        elif plan.streamed:
+            yield from _streamed(named, Part(0, 1, "round_robin", 0), number, None, lambda _: 1, leases)
+        else:
+            yield from self._drawn_ahead(named, leases)
+
+    def _drawn_ahead(self, named: list[Batch], leases: Leases) -> Iterator[tuple[Batch, int]]:
+        drawn: deque[int] = deque()
+        exhausted = False
+        while True:
+            while not exhausted and len(drawn) <= self._ahead:
+                ordinal = leases.draw(len(named))
+                if ordinal is None:
+                    exhausted = True
+                else:
+                    drawn.append(ordinal)
+            if not drawn:
+                return
+            ordinal = drawn.popleft()
+            if leases.begin():
+                yield named[ordinal], 1
+
+
+class Parameter:
+    """``grad`` is the batches that it was computed on, since it was last cleared."""
+
+    def __init__(self) -> None:
+        self._gradient = SimpleNamespace(batches=(), _version=0)
+        self.grad: Any = None
+
+    def backward(self, batch: Batch) -> None:
+        if self.grad is None:
+            self._gradient.batches = ()
+        self.grad = self._gradient
+        self.grad.batches += (batch,)
+        self.grad._version += 1
+
+    def clear(self) -> None:
+        self._gradient.batches = ()
+        self.grad = None
+
+    @property
+    def batches(self) -> tuple[Batch, ...]:
+        return self._gradient.batches if self.grad is not None else ()
+
+
+class SimulatedExchange(Exchange):
+    def __init__(self, context: Context, host: Host) -> None:
+        self.parameter = Parameter()
+        self.parameters: Any = [self.parameter]
+        self.optimizer: Any = SimpleNamespace(
+            parameter=self.parameter, state={}, register_state_dict_pre_hook=lambda _: None
+        )
+        self._context, self._pace, self._share = context, context.job.pace, True
+        self._stepped_by: Any = SimpleNamespace() if isinstance(self._pace, Local) else self.optimizer
+        self.memory: Any = SimulatedMemory(host)
+        job = context.job
+        spec = SimpleNamespace(workers=job.workers, servers=job.servers, parts=host.parts, damping=False, compensate=0)
+        self.spec: Any = spec
+        self.inner = None
+        self.was_finite = True
+        self._loads = 0
+
+    def attach(self, memory: Any, segment: int, close: Any) -> None:
+        super().attach(memory, segment, close)
+        if self.inner is not None:
+            self.inner.own_step = self._replica.own_step  # type: ignore[attr-defined]
+
+
+class SimulatedReplica:
+    """A worker's end of the exchange, as engine/replica.py: what it brings is batches."""
+
+    def __init__(
+        self, claims: Claims, optimizer: Any, spec: Any, memory: SimulatedMemory, rank: int, *, views: bool
+    ) -> None:
+        self._claims, self._slot, self._rank = claims, memory.slots[rank], rank
+        self._parameter: Parameter = optimizer.parameter
+        self._own: tuple[Batch, ...] = ()  # what local steps were made of, since the parameters were last replaced
+
+    def write_gradients(self) -> bool:
+        self._write(self._parameter.batches)
+        return self.has_finite_gradients()
+
+    def has_finite_gradients(self) -> bool:
+        return True
+
+    def own_step(self) -> None:
+        self._own += self._parameter.batches
+
+    def add_gradients(self, *, first: bool) -> None:
+        before = () if first else self._slot.gradient
+        self._write(before + self._parameter.batches)
+
+    def write_difference(self) -> None:
+        self._write(self._own)
+
+    def pull(self) -> None:
+        self._own = ()
+
+    def write_settings(self, optimizer: Any) -> None:
+        self._claims.may_push(self._rank)
+
+    def adopt(self) -> None:
+        self.pull()
+
+    def check_unchanged(self) -> None:
+        pass
+
+    def wait_for_device(self) -> None:
+        pass
+
+    def _write(self, batches: tuple[Batch, ...]) -> None:
+        self._claims.turn()
+        self._slot.gradient = None
+        self._claims.turn()
+        self._slot.gradient = batches
+
+
+class SimulatedShards(Shards):
+    """The real one's choice of the slots that count; its shards only record."""
+
+    def __init__(self, claims: Claims, spec: Any, memory: SimulatedMemory, optimizer_class: type, source: Any) -> None:
+        self._claims, self._memory = claims, memory  # type: ignore[assignment]
+
+    def get(self, part: int, parts: int) -> Any:
+        return SimulatedShard(self._claims, self._memory, part, parts)
+
+    def new_settings(self, shard: Any, worker: int) -> None:
+        return None
+
+    def union(self, masks: Sequence[memoryview[int]]) -> None:
+        return None
+
+
+class SimulatedShard:
+    """A share of the parameters, as params/shard.py: two chunks."""
+
+    def __init__(self, claims: Claims, memory: Any, part: int, parts: int) -> None:
+        self._claims, self._memory, self._part, self._parts = claims, memory, part, parts
+        self._folded: dict[int, tuple[Batch, ...]] = {}
+
+    def forget(self) -> None:
+        pass
+
+    def resume(self) -> None:
+        pass
+
+    def follow(self) -> None:
+        pass
+
+    def fold(self, slots: Sequence[Any], weights: Sequence[float]) -> None:
+        self._folded = {}
+        for slot in slots:
+            self._claims.turn()
+            rank = self._memory.slots.index(slot)
+            assert slot.gradient is not None, f"the slot of worker {rank} is folded while it is being written"
+            self._folded[rank] = slot.gradient
+
+    def step(self, settings: None, has_gradient: None, *, rate: float = 1.0, undo: Undo, number: int) -> None:
+        self._claims.begin_step()
+        done = undo.begin(number)
+        for chunk in range(CHUNKS):
+            if done >= 2 * chunk + 2:
+                continue
+            if done != 2 * chunk + 1:
+                undo.advance(2 * chunk + 1)
+            undo.advance(2 * chunk + 2)
+            self._claims.stepped(number, (self._part, self._parts, chunk), self._folded)
+        self._claims.end_step()
+
+    def norm(self, chosen: None, order: float) -> float:
+        return float(sum(len(batches) for batches in self._folded.values()))
+
+    def copy_to(self, copy: dict[int, int]) -> None:
+        self._claims.turn()
+        self._claims.may_copy(copy)
+        copy[self._part] = self._claims.version(self._part)
+
+
+class RecordingStepper(Stepper):
+    """The real one; who steps a round tells with whom it thinks that it was closed."""
+
+    def __init__(self, claims: Claims, shards: Shards, memory: Any) -> None:
+        super().__init__(shards, memory)
+        self._claims = claims
+
+    def step(self, number: int, contributors: tuple[int, ...], share: int, shares: int) -> None:
+        self._claims.agrees(number, contributors, share, shares)
+        super().step(number, contributors, share, shares)
+
+
+class RecordingApplier(Applier):
+    """The real one, which tells what it is about to do."""
+
+    def __init__(self, claims: Claims, spec: Any, shards: Shards, memory: Any) -> None:
+        super().__init__(spec, shards, memory)
+        self._claims = claims
+
+    def _step(self, shard: Any, part: int, entry: Entry) -> None:
+        self._claims.applies(part, entry)
+        super()._step(shard, part, entry)
+
+
+def serve(host: Host, plan: Plan, claims: Claims, rank: int, channel: int) -> None:
+    """engine/server.py's ``serve`` with one exchange, which is there from the beginning."""
+    board, memory = SimulatedBoard(host), SimulatedMemory(host)
+    spec: Any = SimpleNamespace(
+        workers=plan.workers, servers=plan.servers, parts=host.parts, damping=False, compensate=0
+    )
+    shards = SimulatedShards(claims, spec, memory, type(None), {})
+    stepper, applier = RecordingStepper(claims, shards, memory), RecordingApplier(claims, spec, shards, memory)
+    parts = range(rank, host.parts, plan.servers)
+    one: Any = SimpleNamespace(spec=spec, memory=memory, published_as=1, stepper=stepper, applier=applier, parts=parts)
+    member = plan.workers + rank
+    while True:
+        answer: Any = board.wait(lambda: server._next(board, [one], member, channel))
+        if answer is None or answer == "message":
+            return
+        _, number, what = answer
+        if isinstance(what, tuple):
+            server._step(board, one, number, what, member)
+        else:
+            applier.apply(number, what)
+            board.ring(member)
+
+
+@contextmanager
+def in_place(host: Host, claims: Claims) -> Iterator[None]:
+    """The kernel and the tensors are the simulation's, until the block is left."""
+    futexes = Futexes(host)
+    with (
+        patch.object(futex, "wait", futexes.wait),
+        patch.object(futex, "wake", futexes.wake),
+        patch.object(exchange_module, "Replica", partial(SimulatedReplica, claims)),
+        patch.object(exchange_module, "Shards", partial(SimulatedShards, claims)),
+        patch.object(exchange_module, "Applier", partial(RecordingApplier, claims)),
+        patch.object(exchange_module, "Stepper", partial(RecordingStepper, claims)),
+    ):
+        yield

@@ -1,0 +1,183 @@
+"""One schedule: workers, servers and a launcher on a simulated host, with kills, to their ends."""
+
+from __future__ import annotations
+
+import random
+import signal
+from collections import Counter
+from collections.abc import Callable
+
+from paceline.protocol import messages
+from paceline.protocol.coordinator import Abort, Allocate, Came, Coordinator, Died, Done, Event, Give, GiveUp, Replace
+from paceline.protocol.rounds import LEFT
+from paceline.transport.channel import Channel
+from tests.simulation import known, plans
+from tests.simulation.claims import Claims
+from tests.simulation.memory import Host, SimulatedBoard, SimulatedLock
+from tests.simulation.scheduler import Scheduler, Task
+from tests.simulation.worker import Life, in_place, serve
+
+_INBOX = "inbox"
+_LATE_LOOKS = 2  # for each that is killed
+_RESTARTS = 1 << 20
+
+
+class World:
+    def __init__(self, seed: int, world: str, trace: Callable[[str], None] | None = None) -> None:
+        random_ = random.Random(f"{world} {seed}")
+        self.plan = plan = plans.draw(random_, world)
+        self.scheduler = Scheduler(random_, trace)
+        self.host = Host(self.scheduler, plan.workers, plan.servers, plan.parts)
+        self.claims = Claims(self.host, plan)
+        self._random, self._trace = random_, trace
+        self._lives: list[Life] = []  # by rank, the newest
+        self._tasks: list[Task] = []
+        self._inbox: list[Event] = []
+        self.late_looks = 0
+        if trace:
+            trace(str(plan))
+
+    def run(self) -> Claims:
+        """Raises AssertionError where a claim does not hold."""
+        plan, scheduler = self.plan, self.scheduler
+        scheduler.on_kill, scheduler.on_idle = self._kill, self._look_again
+        mine, its = Channel.pair()  # the launcher's way to the servers
+        try:
+            with in_place(self.host, self.claims):
+                for rank in range(plan.servers):
+                    scheduler.start(f"server {rank}", lambda rank=rank: self._serve(rank, its.fileno()))  # type: ignore[misc]
+                for rank in range(plan.workers):
+                    self._start_worker(rank)
+                scheduler.start("launcher", lambda: self._launch(mine))
+                self._plan_kill()
+                scheduler.run()
+        finally:
+            mine.close()
+            its.close()
+        self.claims.check()
+        return self.claims
+
+    @property
+    def met(self) -> Counter[str]:
+        """What there was to be seen in this schedule."""
+        return self.claims.met + Counter(leased=int(self.plan.leased), servers=self.plan.servers)
+
+    def _serve(self, rank: int, channel: int) -> None:
+        serve(self.host, self.plan, self.claims, rank, channel)
+
+    def _start_worker(self, rank: int) -> None:
+        life = Life(self.host, self.plan, self.claims, rank, lambda message: self._tell(Came("worker", rank, message)))
+
+        def live() -> None:
+            life.run()
+            self._tell(Died("worker", rank, 0, 0))
+
+        task = self.scheduler.start(f"worker {rank}", live, self.plan.weights[rank])
+        if rank < len(self._lives):
+            self._lives[rank], self._tasks[rank] = life, task
+        else:
+            self._lives.append(life)
+            self._tasks.append(task)
+
+    def _tell(self, event: Event) -> None:
+        self._inbox.append(event)
+        self.scheduler.wake(_INBOX)
+
+    # --- the launcher, as engine/local.py: the real coordinator decides ---
+
+    def _launch(self, to_servers: Channel) -> None:
+        board = SimulatedBoard(self.host)
+        board.journal.map(1, self.host.exchange.words)
+        for loader, segment in enumerate(self.host.ledgers):
+            board.journal.map(100 + loader, segment.words)
+        lock = SimulatedLock(self.scheduler, board.journal)
+        coordinator = Coordinator(self.plan.workers, self.plan.servers, restarts=0, min_workers=1)
+        over = False
+        while not over:
+            while not self._inbox:
+                self.scheduler.sleep(_INBOX)
+            self.scheduler.turn()
+            event = self._inbox.pop(0)
+            if isinstance(event, Died) and event.status:
+                coordinator._restarts = 0 if self._gives_up(event.rank) else _RESTARTS
+            left = isinstance(event, Died) and board.gone[event.rank] == LEFT
+            told = coordinator.handle(Came("worker", event.rank, messages.Finished())) if left else []
+            for effect in (*told, *coordinator.handle(event)):
+                match effect:
+                    case Allocate(request=request):
+                        for rank in range(self.plan.workers):
+                            self._give(rank, request.number)
+                    case Give(rank=rank, number=number):
+                        self._give(rank, number)
+                    case Replace(rank=rank):
+                        lock.try_to_mend()
+                        board.tell_death(rank, for_good=False)
+                        self._start_worker(rank)
+                    case GiveUp(rank=rank):
+                        self.claims.given_up.add(rank)
+                        self.claims.met["given up"] += 1
+                        lock.try_to_mend()
+                        board.tell_death(rank, for_good=True)
+                    case Abort(failure=failure):
+                        raise AssertionError(failure.what)
+                    case Done():
+                        over = True
+        to_servers.send(messages.Stop("all workers have finished"))
+        board.wake_all()
+
+    def _give(self, rank: int, number: int) -> None:
+        self.scheduler.turn()
+        self._lives[rank].given.add(number)
+        self.scheduler.wake(f"worker {rank}'s channel")
+
+    def _gives_up(self, rank: int) -> bool:
+        others = set(range(self.plan.workers)) - {rank} - self.claims.given_up
+        if not known.LAST_IS_GIVEN_UP:
+            others = {other for other in others if self._is_alive(other)}
+        if rank == 0 and not self.host.board.stored.get(5) and not known.FIRST_IS_GIVEN_UP_EARLY:
+            return False
+        return bool(others) and self._random.random() < self.plan.gives_up
+
+    # --- what goes wrong ---
+
+    def _plan_kill(self) -> None:
+        every = self.plan.kill_every
+        if every is not None and self.claims.kills < self.plan.most_kills:
+            self.scheduler.next_kill = self.scheduler.turns + 1 + int(self._random.expovariate(1 / every))
+            self.scheduler.look_out()
+
+    def _kill(self) -> None:
+        """Kill one worker, or several; they may be asleep, in the midst of a step, or under the lock."""
+        alive = [rank for rank in range(self.plan.workers) if self._is_alive(rank)]
+        current = [rank for rank in alive if self._tasks[rank] is self.scheduler.current]
+        if alive:
+            number = 1 if self._random.random() < 0.8 else self._random.randint(1, len(alive))
+            chosen = self._random.sample(alive, number)
+            if current and self._random.random() < 0.6 and current[0] not in chosen:
+                chosen[0] = current[0]
+            for rank in chosen:
+                if self._trace:
+                    self._trace(f"{self.scheduler.turns:6} --- worker {rank} is killed ---")
+                self.claims.met["killed under the lock"] += self.scheduler.holds_lock(self._tasks[rank])
+                self.claims.met["killed asleep"] += self._tasks[rank].asleep_on is not None
+                self.claims.met["killed with others"] += number > 1
+                self.scheduler.kill(self._tasks[rank])
+                self.claims.dies(rank)
+                self._tell(Died("worker", rank, 0, -signal.SIGKILL))
+        self._plan_kill()
+
+    def _is_alive(self, rank: int) -> bool:
+        if self.host.board.raw("gone")[rank] == LEFT and not known.LEFT_ARE_KILLED:
+            return False
+        return not (self._tasks[rank].killed or self._tasks[rank].ended)
+
+    def _look_again(self) -> bool:
+        """All are asleep, of whom some may look again without being woken: after a death, and only then."""
+        self.late_looks += 1
+        asleep = [task for task in self.scheduler.asleep if task in self.host.boards]
+        asleep = [task for task in asleep if self.host.boards[task].may_sleep_through(self.host, task)]
+        if self.late_looks > _LATE_LOOKS * self.claims.kills:
+            return False
+        for task in asleep:
+            self.scheduler.rouse(task)
+        return bool(asleep)
