@@ -76,7 +76,8 @@ class Console:
             case Wrapped():
                 self.say(f"{self._job.name} · {model(record)}")
             case Notice():
-                if record.kind not in SILENT:
+                # A death that ends the run is told by its error; one that others go on after has more to say.
+                if record.kind not in SILENT or (record.kind == "died" and "; " in record.text):
                     self.say(f"{figures.duration(record.time_s)}: {record.text}")
             case Summary():
                 self.summary = record

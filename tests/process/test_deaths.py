@@ -149,6 +149,7 @@ def test_another_takes_the_place_of_a_worker_killed_in_any_state(state: str, run
     died = [event for event in ended.events if event.get("kind") == "died"]
     assert [event["rank"] for event in died] == [1]
     assert died[0]["text"].endswith("was killed by SIGKILL; another takes its place")
+    assert died[0]["text"] in ended.err
     assert (ended.summary["status"], ended.summary["epochs"]) == ("done", 2)
     assert ended.log(1).splitlines()[-1] == "the end"
     assert ended.log(0).splitlines()[-1] == "the end"
