@@ -256,10 +256,8 @@ class Arrivals:
             entry = self._log.entry(number)
             if not self._is_orphan(entry):
                 return
-            if entry.kind in (
-                LOAD,
-                SAVE,
-            ):  # what it has loaded is gone with it, and nobody has use for a part of a copy
+            # What it has loaded is gone with it, and nobody has use for a part of a copy.
+            if entry.kind in (LOAD, SAVE):
                 self._memory.applied[part] = number
             else:
                 assert self.applier is not None

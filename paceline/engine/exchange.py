@@ -278,7 +278,7 @@ class Exchange:
         self._replica.pull()
 
     def place(self, worker: int) -> tuple[int, int]:
-        """How far into its data a worker was with its last push; see ``Worker.settle``."""
+        """How far into its data a worker was with its last push; see ``Worker._settle_place``."""
         return self._memory.slots[worker].place(self._memory.pushed[worker])
 
     def level(self) -> None:

@@ -105,8 +105,10 @@ class Merger:
 
     def ready(self, *, everything: bool = False) -> Iterator[Metric]:
         """The rounds that are complete, in order; with ``everything`` also those that are not."""
-        whole = [key for key, merged in self._open.items() if merged.workers >= merged.contributors]
-        behind = max(whole, default=0) if self._gaps else 0  # who tells of a round has told of those before
+        behind = 0
+        if self._gaps:  # who tells of a round has told of those before
+            whole = [key for key, merged in self._open.items() if merged.workers >= merged.contributors]
+            behind = max(whole, default=0)
         for key in sorted(self._open):
             merged = self._open[key]
             if not everything and key >= behind and (key != self._next or merged.workers < merged.contributors):

@@ -103,8 +103,7 @@ class Saver:
 
     def _write(self, gathered: _Gathered) -> None:
         try:
-            documents = {stem: msgspec.Raw(data) for stem, data in gathered.documents.items()}
-            path = self._checkpoints.write(gathered.step, gathered.tensors, documents)
+            path = self._checkpoints.write(gathered.step, gathered.tensors, gathered.documents)
         except PacelineError as error:
             self._said.append(("alarm", ": ".join(part for part in (error.what, error.why, error.fix) if part)))
         else:

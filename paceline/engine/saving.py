@@ -9,6 +9,7 @@ whose push made it due, in the turn of an entry of its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -17,7 +18,7 @@ from paceline.engine import snapshot
 from paceline.engine.context import Context
 from paceline.engine.exchange import Exchange
 from paceline.engine.keeping import Keeper
-from paceline.errors import PacelineError
+from paceline.errors import ConfigError, PacelineError
 from paceline.params.packing import Tensors
 from paceline.protocol import messages
 
@@ -35,6 +36,15 @@ class Saving:
         self.models: list[nn.Module] = []
         self.keeper = Keeper()
         self.more: Callable[[], dict[str, Any]] = dict  # what else the worker has of its own
+
+    def keep_if_possible(self, item: Any) -> None:
+        """What is wrapped is kept; if that cannot be, training is none the worse for it."""
+        try:
+            self.keeper.add(item)
+        except ConfigError as error:
+            if self._context.rank == 0:
+                text = f"checkpoints will be without the {type(item).__name__}: {error.what}"
+                self._context.channel.send(messages.Alarm(text))
 
     def after(self, number: int, before: int, step: int, *, shares: bool) -> None:
         """Round, or version, ``number`` has brought training from step ``before`` to ``step``. Is it one to save?"""
@@ -79,7 +89,7 @@ class Saving:
             }
             board.want_checkpoint(number)
         groups = snapshot.shared_groups(self._exchanges, self.models)
-        send = lambda: snapshot.send(self._context.channel, number, self._step, groups, {"state": state})  # noqa: E731
+        send = partial(snapshot.send, self._context.channel, number, self._step, groups, {"state": state})
         self._in_turn(list(zip(self._exchanges, entries, strict=True)), send)
 
     def _in_turn(self, waiting: list[tuple[Exchange, Any]], copy: Callable[[], None]) -> None:

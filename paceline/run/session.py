@@ -106,7 +106,7 @@ class Run:
             if isinstance(item, LRScheduler):
                 _hold_at_end(item, self.worker)
             if isinstance(item, LRScheduler | ReduceLROnPlateau):
-                self.worker.saving.keeper.add(item)
+                self.worker.saving.keep_if_possible(item)
         wrapped = tuple(self._wrap_loader(item, count) for item in objects)
         return wrapped[0] if len(wrapped) == 1 else wrapped
 

@@ -99,7 +99,7 @@ class Board:
         self.gone = self._words[offsets["gone"] : offsets["gone"] + workers]
         self.presence = watched("gone", workers)  # the same words, to be changed under the lock
         self.settled = watched("settled", workers)  # of how many deaths of a worker the consequences are drawn
-        self.places = watched("places", workers * 2)  # see Worker.settle
+        self.places = watched("places", workers * 2)  # see Worker._settle_place
         self.deaths = self._words[offsets["deaths"] : offsets["deaths"] + workers]
         self.given_up = self._words[offsets["given_up"] : offsets["given_up"] + workers]
         self.on_alarm: Callable[[], None] = lambda: None  # called by who waits, after the launcher has told of a death
@@ -212,13 +212,6 @@ class Board:
     def tell_death(self, worker: int, *, for_good: bool) -> None:
         """The launcher: a worker's process has ended before its time. ``for_good``: no other takes its place."""
         self.deaths[worker] += 1
-        self._alarm(worker, for_good)
-
-    def give_up(self, worker: int) -> None:
-        """The launcher: nobody takes the place of a worker that has died before."""
-        self._alarm(worker, for_good=True)
-
-    def _alarm(self, worker: int, for_good: bool) -> None:
         self.given_up[worker] = self.given_up[worker] or for_good
         self._words[6] += 1
         self.ring(worker)  # the dead do not

@@ -157,7 +157,7 @@ class Slot:
         return self._words[_half(number) + 5]
 
     def place(self, number: int) -> tuple[int, int]:
-        """How far into its data the worker was with the push: (pass, position), see ``Worker.settle``."""
+        """How far into its data the worker was with the push: (pass, position), see ``Worker._settle_place``."""
         words = self._words
         for start in (_PLACES, _PLACES + 3):
             if number and words[start] == number:

@@ -168,7 +168,7 @@ def test_killed_by_the_kernel_at_any_write_fsync_and_rename_the_old_or_the_new_i
 def strace_or_skip() -> str:
     found = shutil.which("strace")
     if found is None:
-        pytest.skip("strace is not installed")
+        pytest.skip("strace is not installed; these run where Debian's package strace is")
     probe = subprocess.run(
         [found, "-o", "/dev/null", "-e", "inject=fsync:signal=KILL:when=99", "true"], capture_output=True, text=True
     )

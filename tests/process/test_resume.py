@@ -170,6 +170,16 @@ def test_the_checkpoint_is_what_plain_pytorch_knows(runner: Runner) -> None:
     assert state["0.weight/exp_avg"].shape == (16, 6)
 
 
+def test_a_scheduler_that_cannot_be_kept_is_told_and_trained_with(runner: Runner) -> None:
+    own = "class Own(torch.optim.lr_scheduler.StepLR):\n    pass\n\n\n"
+    own += "by_step = Own(optimizer, 7)\nby_step.rule = print\n"
+    script = TRAINING.replace("plateau = ", own + "plateau = ")
+    ended = runner.run(script, args=["1", "0"])
+    assert ended.code == 0, ended.err
+    (told,) = [event["text"] for event in ended.events if event.get("kind") == "alarm"]
+    assert told.startswith("checkpoints will be without the Own: Own.rule is a builtins.builtin_function_or_method")
+
+
 def test_what_cannot_be_resumed_is_told(runner: Runner) -> None:
     ended = runner.run(TRAINING, args=["1", "0"])
     refused = resumed(runner, ended)
