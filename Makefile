@@ -12,6 +12,9 @@ ARGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
 
+APT_INSTALL = { apt-get update -qq || true; } >/dev/null; \
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends
+
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
@@ -27,6 +30,10 @@ demo: $(READY) ## train a real model on this machine's cores
 	@$(BIN)/paceline demo $(ARGS)
 
 test: $(READY) ## run the tests
+	@if ! command -v strace >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "installing Debian's strace: some tests of checkpoints kill at system calls with it, and skip without"; \
+	  $(APT_INSTALL) strace >/dev/null || echo "strace could not be installed"; \
+	fi
 	@$(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(ARGS)
 
 check: lint types test ## lint, types and tests: what must pass before a change lands
@@ -62,9 +69,7 @@ CAN_MAKE_VENV = $(PYTHON) -c 'import ensurepip, sys, venv; sys.exit(sys.version_
 $(READY): pyproject.toml constraints.txt
 	@if ! $(CAN_MAKE_VENV) && [ "$(PYTHON)" = python3 ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  echo "installing Debian's python3-venv"; \
-	  export DEBIAN_FRONTEND=noninteractive; \
-	  apt-get update -qq >/dev/null || true; \
-	  apt-get install -y -qq --no-install-recommends python3 python3-venv >/dev/null || true; \
+	  $(APT_INSTALL) python3 python3-venv >/dev/null || true; \
 	fi
 	@if ! $(CAN_MAKE_VENV); then \
 	  echo "error: '$(PYTHON)' cannot make a virtual environment ($$($(PYTHON) --version 2>/dev/null || echo 'it does not start'))" >&2; \
