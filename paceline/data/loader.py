@@ -366,7 +366,7 @@ class _Plan:
     def __iter__(self) -> Iterator[Any]:
         counts = self._counts
         self._before()
-        for batch in islice(self._mine(self._epoch), self._skip, None):
+        for batch in self._mine(self._epoch, self._skip):
             counts.append(None if self.by_batch_of_one else len(batch))
             yield batch
 
@@ -391,13 +391,17 @@ class _Plan:
         drawn = sampler.sampler
         return type(drawn) is SequentialSampler or (type(drawn) is RandomSampler and _is_plain_shuffle(drawn))
 
-    def _mine(self, epoch: int) -> Iterator[Any]:
+    def _mine(self, epoch: int, skip: int) -> Iterator[Any]:
         sampler = self._source.batch_sampler
         if self._leases is not None:
-            return self._leased(self._leases, epoch)
+            return islice(self._leased(self._leases, epoch), skip, None)
         if self._is_plain(sampler):
-            return self._cut(sampler, epoch)
-        return iter(self._listed(epoch))
+            return self._cut(sampler, epoch, skip)
+        return iter(self._listed(epoch)[skip:])
+
+    def _owned(self, batches: int, epoch: int) -> list[int]:
+        """The ordinals of the worker's batches, of so many."""
+        return np.flatnonzero(self._part.mine(np.arange(batches), batches, epoch)).tolist()
 
     def _leased(self, leases: Leases, epoch: int) -> Iterator[Any]:
         sampler, everything = self._source.batch_sampler, Part(0, 1, "round_robin", self._part.seed)
@@ -420,18 +424,20 @@ class _Plan:
             else:
                 drawn = self._draw(self._source.sampler if sampler is None else sampler, epoch)
                 drawn = list(part.rest(self._index, epoch, drawn, len(drawn)))
-                batches = [batch for i, batch in enumerate(drawn) if part.owns_batch(i, len(drawn), epoch)]
+                batches = [drawn[ordinal] for ordinal in self._owned(len(drawn), epoch)]
             self._drawn = (epoch, batches)
         return self._drawn[1]
 
-    def _cut(self, sampler: BatchSampler, epoch: int) -> Iterator[Any]:
-        """Batches as ``sampler`` cuts them: of the worker's own samples, or whole ones of the global order."""
+    def _cut(self, sampler: BatchSampler, epoch: int, skip: int = 0) -> Iterator[Any]:
+        """Batches as ``sampler`` cuts them: of the worker's own samples, or whole ones of the global order; without the
+        first ``skip``."""
         order, part = self._rest(self._order(sampler.sampler, epoch), sampler, epoch), self._part
         if part.assign == "round_robin" or not isinstance(order, np.ndarray):
-            return self._dealt(order, sampler, epoch)
+            ordinals = self._owned(_count_batches(sampler, len(order)), epoch)
+            return (_batch(order, sampler, ordinal) for ordinal in ordinals[skip:])
         total = len(self._source.dataset)  # type: ignore[arg-type]
         held = order[part.mine(order, total, epoch)].tolist()
-        return iter(BatchSampler(held, sampler.batch_size, sampler.drop_last))
+        return iter(BatchSampler(held[skip * sampler.batch_size :], sampler.batch_size, sampler.drop_last))
 
     def _rest(self, order: Any, sampler: BatchSampler, epoch: int) -> Any:
         """Of an epoch's order, what is still to be dealt."""
@@ -443,12 +449,6 @@ class _Plan:
             return [number for batch in trained.batches_left(batches, len(batches)) for number in batch]
         total = len(self._source.dataset)  # type: ignore[arg-type]
         return trained.samples_left(order, sampler.batch_size, total)
-
-    def _dealt(self, order: Any, sampler: BatchSampler, epoch: int) -> Iterator[Any]:
-        count = _count_batches(sampler, len(order))
-        for ordinal in range(count):
-            if self._part.owns_batch(ordinal, count, epoch):
-                yield _batch(order, sampler, ordinal)
 
     def _order(self, sampler: Any, epoch: int) -> Any:
         """The epoch's global order: int64[n] where samples are numbers, else a list."""
