@@ -1,7 +1,8 @@
 """Kill processes of real jobs for long: ``python -m tests.process.soak KILLS [--pace PACE]``, as ``make soak`` does.
 
-At every pace jobs run one after the other, each with several kills at random moments, until so many processes have died
-there. Every sample must have counted exactly once an epoch in every job. The last line of each pace is its sum.
+At every pace jobs run one after the other, each with several kills at random moments, until so many workers have died
+there, and so many servers where there are any. Every sample must have counted exactly once an epoch in every job. The
+last line of each pace is its sum.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 from tests.process import kills
@@ -26,6 +28,7 @@ WAYS = (
     "--pace async --servers 2",
 )
 SAMPLES, EPOCHS, KILLS_A_JOB = 2000, 4, 8
+ENOUGH = 10  # so many wrong jobs of one way need no more
 
 
 def main() -> int:
@@ -37,9 +40,11 @@ def main() -> int:
     for way in WAYS:
         if given.pace is not None and not way.startswith(f"--pace {given.pace}"):
             continue
-        died = jobs = wrong = 0
+        died: Counter[str] = Counter()
+        roles = ("worker", "server") if "--servers" in way else ("worker",)
+        jobs = wrong = 0
         begun_s = time.monotonic()
-        while died < given.kills:
+        while any(died[role] < given.kills for role in roles) and wrong < ENOUGH:
             jobs += 1
             found, deaths = one(way, seed=jobs)
             died += deaths
@@ -48,24 +53,25 @@ def main() -> int:
                 print(f"  {way}: job {jobs}: {found}", flush=True)
         bad += wrong
         took_s = time.monotonic() - begun_s
-        print(f"{way}: {died} processes killed in {jobs} jobs, {wrong} wrong, {took_s:.0f} s", flush=True)
+        killed = " and ".join(f"{died[role]} {role}s" for role in roles)
+        print(f"{way}: {killed} killed in {jobs} jobs, {wrong} wrong, {took_s:.0f} s", flush=True)
     return 1 if bad else 0
 
 
-def one(way: str, seed: int) -> tuple[str, int]:
-    """What is wrong with a job, if anything; how many of its processes died."""
+def one(way: str, seed: int) -> tuple[str, Counter[str]]:
+    """What is wrong with a job, if anything; how many of its processes died, by role."""
     with tempfile.TemporaryDirectory() as folder:
         runner = Runner(Path(folder))
         try:
             given = ["--workers", "3", *way.split()]
             ended = kills.run(runner, *given, samples=SAMPLES, epochs=EPOCHS, kills=KILLS_A_JOB, chance=0.02, seed=seed)
-            deaths = sum(event.get("kind") == "died" for event in ended.events)
+            deaths = Counter(str(event["role"]) for event in ended.events if event.get("kind") == "died")
             if ended.code:
                 return f"exit {ended.code}: {ended.err[-2000:]}", deaths
             counts = json.loads((ended.directory / "counts.json").read_text())
             return "" if counts == [EPOCHS] * SAMPLES else f"{sum(c != EPOCHS for c in counts)} counts are off", deaths
         except AssertionError as error:
-            return str(error)[-2000:], 1
+            return str(error)[-2000:], Counter()
         finally:
             runner.close()
 
