@@ -26,10 +26,10 @@ from paceline.transport.slots import ExchangeMemory, carve_vectors, size_bytes
 
 
 class Collectives:
-    """A worker's part in them; ``ring`` tells the others of a change on the board."""
+    """A worker's part in them."""
 
-    def __init__(self, context: Context, ring: Callable[[], None]) -> None:
-        self._board, self._channel, self._rank, self._ring = context.board, context.channel, context.rank, ring
+    def __init__(self, context: Context) -> None:
+        self._board, self._channel, self._rank, self._ring = context.board, context.channel, context.rank, context.ring
         self.number = 0
         self.takes_part = not context.board.deaths[context.rank]  # a newcomer, from when it has caught up
 

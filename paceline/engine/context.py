@@ -26,6 +26,12 @@ class Context:
     lock: Lock
     resume: Path | None = None  # the checkpoint that the run goes on from
 
+    def ring(self) -> None:
+        """Tell of a change that rounds depend on, also those who wait for no one in particular."""
+        self.board.ring(self.rank)
+        with self.lock:
+            self.board.ring(self.board.common)
+
 
 class Ending(Protocol):
     """What a process must do with its worker at the end."""

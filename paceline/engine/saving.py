@@ -24,18 +24,18 @@ from paceline.protocol import messages
 
 
 class Saving:
-    """``position`` tells, under the run's lock, how far all are into their data at a round of the first exchange."""
+    """``position`` tells, under the run's lock, how far all are into their data at a round of the first exchange;
+    ``more`` what a worker has of its own beside what the script keeps."""
 
-    def __init__(
-        self, context: Context, exchanges: Sequence[Exchange], position: Callable[[int], dict[str, Any]]
-    ) -> None:
-        self._context, self._board, self._exchanges, self._position = context, context.board, exchanges, position
+    def __init__(self, context: Context, exchanges: Sequence[Exchange]) -> None:
+        self._context, self._board, self._exchanges = context, context.board, exchanges
         self._every = context.job.checkpoint_every
         self._due = self._step = self._saved = 0
         self._shares = False
         self.models: list[nn.Module] = []
         self.keeper = Keeper()
-        self.more: Callable[[], dict[str, Any]] = dict  # what else the worker has of its own
+        self.more: Callable[[], dict[str, Any]]
+        self.position: Callable[[int], dict[str, Any]]
 
     def keep_if_possible(self, item: Any) -> None:
         """What is wrapped is kept; if that cannot be, training is none the worse for it."""
@@ -82,7 +82,7 @@ class Saving:
             if number <= board.checkpoint:
                 return
             entries = [exchange.append_save() for exchange in self._exchanges]
-            state = self._position(number) | {
+            state = self.position(number) | {
                 "step": self._step,
                 "exchanges": [exchange.numbers() for exchange in self._exchanges],
                 "pace": str(self._context.job.pace),

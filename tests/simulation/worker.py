@@ -68,11 +68,11 @@ class Life:
         worker.knows([model])
         exchange = SimulatedExchange(context, host)
         self._open(worker, exchange, board)
-        worker._loaders = LOADERS
+        worker.passes.count = LOADERS
         if plan.leased:
             for loader in range(LOADERS):
                 self._ask(worker, board)
-                tell = partial(worker._tell_returned, loader)
+                tell = partial(worker.passes.tell_returned, loader)
                 worker._leases[loader] = SimulatedLeases(host, loader, board.journal, lock, rank, tell)
         loaders = [Loader(index, worker, plan, rank) for index in range(LOADERS)]
         Played(self._plan, self._claims, rank, worker, exchange, loaders, model).play(plan.scripts[rank])
@@ -85,13 +85,13 @@ class Life:
 
         def close(entry: Entry) -> None:
             self._claims.closes(entry)
-            worker._close(exchange, entry, worker._account)
+            worker._close(exchange, entry, worker._ending.account)
 
         exchange.attach(exchange.memory, 1, close)
         worker._exchanges.append(exchange)
         collectives._publish()
         exchange.adopt()
-        worker._samples_at_step.append(worker._samples)
+        worker._samples_at_step.append(worker.progress.samples)
 
     def _ask(self, worker: Worker, board: SimulatedBoard) -> None:
         """As ``Collectives.ask``."""
@@ -102,7 +102,7 @@ class Life:
         self._send(messages.Wrap(collectives.number, "simulated", b"", 1, ""))
         if collectives.takes_part:
             board.parked[rank] = COLLECTIVES + 1
-            worker._ring()
+            worker.context.ring()
         while collectives.number not in self.given:
             self._host.scheduler.sleep(f"worker {rank}'s channel")
         if collectives.takes_part:
@@ -151,7 +151,7 @@ class Played:
         try:
             for batch in batches:
                 seen += 1
-                ghost = self._worker._is_muted
+                ghost = self._worker._catching_up.is_muted
                 if not ghost:
                     self._claims.read(self._rank, batch)
                     self._claims.compute(self._rank)
@@ -172,7 +172,7 @@ class Played:
             self._claims.norm(self._exchange.number + 1, self._worker.norm(self._exchange, b"\1", 1.0))
         before = dict(self._exchange.memory.slots[self._rank].copy)
         self._worker.exchange(0)
-        if self._worker._batch_dropped:
+        if self._worker.progress.batch_dropped:
             after = self._exchange.memory.slots[self._rank].copy
             assert after != before, f"a push of worker {self._rank} is dropped though it is not late"
         self._claims.step(self._rank)
@@ -200,10 +200,10 @@ class Loader:
         return 1
 
     def __iter__(self) -> Any:
-        return one_pass(self, self._index, self._worker, self.batches)
+        return one_pass(self, self._index, self._worker.passes, self.batches)
 
     def batches(self, leases: Leases | None, skip: int = 0, /) -> Iterator[tuple[Batch, int]]:
-        number = self._worker.epoch(self._index)
+        number = self._worker.passes.epoch(self._index)
         plan, train = self._plan, self._index == TRAIN
         # A script that passes oftener than planned, as a newcomer's may, finds the last pass again.
         planned = min(number, len(plan.batches) - 1)

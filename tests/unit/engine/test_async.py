@@ -226,7 +226,7 @@ def apart(run: Any, turns: Turns, gradients: list[list[float]]) -> tuple[list[li
             turns.take(run.rank)
             optimizer.step()
             seen.append(weight.tolist())
-            stale.append(run.worker._row.staleness)
+            stale.append(run.worker.progress.row.staleness)
         run.worker.go()
     return seen, stale
 

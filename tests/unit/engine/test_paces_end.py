@@ -86,7 +86,7 @@ def script(
                         turns.take(run.rank)
                     before = run.worker.over
                     optimizer.step()
-                    if before or run.worker._batch_dropped:  # then the batch comes again
+                    if before or run.worker.progress.batch_dropped:  # then the batch comes again
                         continue
                     seen.steps[-1] += 1
                     leaving = leaves(run.rank, number, seen.steps[-1] - 1)

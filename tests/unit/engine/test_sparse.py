@@ -40,6 +40,10 @@ def make_model(*, sparse: bool = True) -> Ratings:
     return Ratings(sparse=sparse).double()
 
 
+# For bodies of workers, which are threads with one source of random numbers among them.
+MODEL = make_model()
+
+
 def make_data(samples: int) -> TensorDataset:
     """ids repeat within a sample's bag, within a batch, and across workers."""
     generator = torch.Generator().manual_seed(5)
@@ -187,7 +191,7 @@ def test_every_push_is_applied_once_to_every_row(pace: str, servers: int) -> Non
 
 def test_asynchronous_workers_compute_on_one_table_and_on_dense_copies() -> None:
     def body(run: Any) -> tuple[Any, ...]:
-        model = make_model()
+        model = copy.deepcopy(MODEL)
         model, _ = run.wrap(model, optim.SGD(model.parameters(), lr=0.1))
         if run.rank == 0:
             with torch.no_grad():
@@ -248,9 +252,11 @@ def test_a_table_that_is_also_used_densely_is_the_same_as_alone(servers: int) ->
         def forward(self, ids: torch.Tensor) -> torch.Tensor:
             return self.words(ids[:, 0]) @ self.words.weight[:9].T
 
+    torch.manual_seed(1)
+    start = Tied().double()
+
     def body(run: Any, batch: int = BATCH) -> list[torch.Tensor]:
-        torch.manual_seed(1)
-        model = Tied().double()
+        model = copy.deepcopy(start)  # not made anew: threads have one source of random numbers
         optimizer = optim.Adagrad(model.parameters(), lr=0.1)
         loader: Any = DataLoader(TensorDataset(torch.arange(64).view(-1, 1) % 7), batch_size=batch)
         if run is not None:
@@ -315,7 +321,7 @@ def test_values_of_their_own_are_pulled_from_the_one_table(pace: str) -> None:
     """``share_parameters=False``, as on a GPU."""
 
     def body(run: Any) -> Any:
-        model = make_model()
+        model = copy.deepcopy(MODEL)
         optimizer = optim.SGD(model.parameters(), lr=0.1)
         model, optimizer = run.wrap(model, optimizer, share_parameters=False)
         for ids, y in DataLoader(make_data(3 * BATCH), batch_size=BATCH):
@@ -341,7 +347,7 @@ def refused(
     make: Callable[[nn.Module], optim.Optimizer], *, with_model: bool = True, pace: str = "sync"
 ) -> ConfigError:
     def body(run: Any) -> None:
-        model = make_model()
+        model = copy.deepcopy(MODEL)
         optimizer = make(model)
         run.wrap(*([model, optimizer] if with_model else [optimizer]))
 
@@ -369,7 +375,7 @@ def test_what_torch_does_not_step_by_rows_is_refused_when_wrapped(make: Any, say
 
 def test_weight_decay_of_the_dense_layers_is_not_refused() -> None:
     def body(run: Any) -> None:
-        model = make_model()
+        model = copy.deepcopy(MODEL)
         groups = [{"params": tables(model)}, {"params": model.top.parameters(), "weight_decay": 0.1}]
         run.wrap(model, optim.SGD(groups, lr=0.1))
 

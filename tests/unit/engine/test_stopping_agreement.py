@@ -82,7 +82,7 @@ def taken_down(run: Any, weight: Weight, seen: Seen) -> None:
     before = run.worker.over
     weight.step()
     if not before:
-        seen.steps[-1].append(run.worker._row.key if run.worker._row.stepped else run.step)
+        seen.steps[-1].append(run.worker.progress.row.key if run.worker.progress.row.stepped else run.step)
 
 
 def epochs(
@@ -173,7 +173,7 @@ def test_an_interrupt_is_obeyed_in_one_round(slow: tuple[int, int] | None, serve
                     run.worker.context.board.set_interrupt()
         except KeyboardInterrupt:
             seen.interrupted = True
-            seen.steps[-1].append(run.worker._row.key)
+            seen.steps[-1].append(run.worker.progress.row.key)
         return seen
 
     results = run_job(body, servers=servers)

@@ -57,7 +57,7 @@ def test_floating_buffers_become_their_mean_by_samples_and_counts_the_largest(pa
             for _ in loader:
                 model.weight.grad = torch.ones(1)
                 optimizer.step()
-                if not run.worker._batch_dropped:
+                if not run.worker.progress.batch_dropped:
                     model.batches += 1 + run.rank
             between = model.mean.item()
         return model.mean.item(), int(model.batches), between

@@ -1,0 +1,110 @@
+"""What a worker's script does again until it is where the worker before it in its place was: ghost batches.
+
+A newcomer takes the place of a worker that has died: it runs the script from the top, and each pass that its place has
+behind it has one batch, of which nothing stays (docs/decisions/0009). So does a worker of a run that is resumed, and
+with it all others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from paceline.engine.context import Context
+from paceline.engine.exchange import Exchange
+from paceline.engine.snapshot import Resumed
+from paceline.transport.board import COLLECTIVES
+
+_EVALUATED, _TRAINED = 1, 2  # what a pass counts as that is caught up with
+
+
+class CatchingUp:
+    """``behind`` is what lies before the board's own count of passes, for a process that is no newcomer."""
+
+    def __init__(self, context: Context, exchanges: Sequence[Exchange], *, is_newcomer: bool) -> None:
+        self._board, self._rank, self._exchanges = context.board, context.rank, exchanges
+        self.resumed = Resumed(context.resume) if context.resume is not None and not is_newcomer else None
+        self.joined = not is_newcomer and self.resumed is None  # do the others count with this worker?
+        self._behind: dict[int, int] = {}  # loader -> passes that are left to catch up with
+        if not self.joined:
+            passes = {loader: self._board.passes(loader)[self._rank] for loader in range(COLLECTIVES)}
+            self._behind = {loader: count for loader, count in passes.items() if count}
+        self._ghosts: dict[int, int] = {}  # loaders whose pass in progress is one to catch up with -> what it counts as
+        self._with_ghost = False  # is the batch in hand one that only keeps the script from finding a pass empty?
+        self.joined_in: int | None = None  # the loader in whose pass it has joined, while that lasts
+        self.last: int | None = None  # the loader of the last pass caught up with that stood for training
+        # Sets what the script has of its own to what it was; until the first batch that is not a ghost.
+        self._to_take: Callable[[], None] | None = None
+        self._is_taken = True
+
+    @property
+    def is_behind(self) -> bool:
+        """Has this process still to catch up with what the worker before it in its place had done?"""
+        return bool(self._behind)
+
+    @property
+    def is_muted(self) -> bool:
+        """Is what the script does now not training, but catching up?"""
+        return self._with_ghost or bool(self._ghosts)
+
+    @property
+    def takes_state(self) -> bool:
+        return self._to_take is not None
+
+    def begin(self, loader: int, is_training: bool) -> None:
+        """The script begins a pass, and is behind."""
+        trained = self._was_trained(loader)
+        counts = loader in self._behind and (not trained or is_training)
+        self._ghosts[loader] = (_TRAINED if trained else _EVALUATED) if counts else 0
+
+    def end(self, loader: int) -> tuple[bool, bool]:
+        """The script ends a pass. Was it one to catch up with, and does it stand for one that was trained on?"""
+        counts = self._ghosts.pop(loader, None)
+        if counts:
+            self._behind[loader] -= 1
+            if not self._behind[loader]:
+                del self._behind[loader]
+        if counts == _TRAINED:
+            self.last = loader
+        return counts is not None, counts == _TRAINED
+
+    def _was_trained(self, loader: int) -> bool:
+        """Were the passes over this loader that lie behind this worker's place trained on?"""
+        if self.resumed is not None:
+            return bool(self.resumed.state["loaders"][loader]["trained"])
+        board = self._board
+        number = board.passes(loader)[self._rank]
+        return any(board.look(loader, number, worker)[2] for worker in range(board.workers))
+
+    def needs_ghost(self, *, is_first: bool, is_new: bool) -> bool:
+        """No batch was left, and ``is_first``: none came before. Is a ghost to keep the script from an empty pass?"""
+        self._with_ghost = is_first and (is_new or self.takes_state)
+        return self._with_ghost
+
+    def lay_ghost(self) -> None:
+        """Of a batch that only kept the script from finding a pass empty, nothing stays."""
+        if self._with_ghost:
+            if self._to_take is not None:
+                self._to_take()
+            self.forget_gradients()
+        self._with_ghost, self.joined_in = False, None
+
+    def forget_gradients(self) -> None:
+        """Those of ghost batches, which are not to be in the next step."""
+        for exchange in self._exchanges:
+            for parameter in exchange.parameters:
+                parameter.grad = None
+
+    # --- what the script has of its own ---
+
+    def will_take(self, take: Callable[[], None]) -> None:
+        """Call ``take`` as the script's first batch that is no ghost is fetched."""
+        self._to_take, self._is_taken = take, False
+
+    def fetching(self) -> None:
+        if self._to_take is not None and not self._is_taken:
+            self._to_take()
+            self._is_taken = True
+
+    def drawn(self) -> None:
+        """The script has a batch that is no ghost: what it does is its own again."""
+        self._to_take = None

@@ -1,0 +1,488 @@
+"""A worker's passes over loaders: which batches are its own, what a pass was, and that all meet at the end of one.
+
+All workers run the same script, so they come to the ends of passes in the same order.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from paceline.config import Local, Quorum
+from paceline.engine import position
+from paceline.engine.buffers import Buffers
+from paceline.engine.catching_up import CatchingUp
+from paceline.engine.collectives import Collectives
+from paceline.engine.context import Context
+from paceline.engine.ending import Ending
+from paceline.engine.exchange import Exchange
+from paceline.engine.keeping import load_random_states
+from paceline.engine.leases import Leases
+from paceline.engine.position import key_of
+from paceline.engine.progress import Progress
+from paceline.engine.saving import Saving
+from paceline.engine.settling import Settling
+from paceline.engine.snapshot import Resumed
+from paceline.errors import ConfigError
+from paceline.protocol import messages
+from paceline.protocol.rounds import (
+    EMPTY,
+    LEFT,
+    NOT_PARKED,
+    PRESENT,
+    TAIL,
+    Waiting,
+    held_at_end,
+    more_at_tail,
+)
+from paceline.transport.board import COLLECTIVES
+
+
+class Passes:
+    """A ``data.loader.Passes``; loaders have numbers, in the order of their wraps.
+
+    ``close_periods`` brings to a meeting what local steps have come to so far.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        exchanges: Sequence[Exchange],
+        leases: dict[int, Leases],
+        progress: Progress,
+        catching_up: CatchingUp,
+        settling: Settling,
+        ending: Ending,
+        saving: Saving,
+        collectives: Collectives,
+        close_periods: Callable[[], None],
+    ) -> None:
+        self._context, self._board, self._lock, self._rank = context, context.board, context.lock, context.rank
+        self._exchanges, self._progress, self._catching_up = exchanges, progress, catching_up
+        self._settling, self._ending, self._saving, self._collectives = settling, ending, saving, collectives
+        self._close_periods, self._leases = close_periods, leases
+        self.models: list[nn.Module] = []
+        self.buffers: list[Buffers] = []
+        self.count = 0
+        self._leasing: set[int] = set()  # loaders whose pass in progress is drawn by lease
+        self._verdicts: dict[int, bool] = {}  # loader -> did the last push of its batches count?
+        # loader -> (its pass, batches of it that the script has had); which the script trains on; before that
+        self._places: dict[int, tuple[int, int]] = {}
+        self._reading: int | None = None
+        self._read_before: dict[int, int | None] = {}
+        self._starts: dict[int, tuple[int, int]] = {}  # loader -> own steps and batches drawn when its pass began
+        self._evaluating: dict[int, tuple[int, object]] = {}  # loader -> samples and gradients at that time
+        self._training_loaders: set[int] = set()
+        self._continued: set[int] = set()  # loaders whose pass this process has not begun
+        self._left: set[int] = set()  # loaders whose last pass the script left early
+        self._empty: set[int] = set()  # loaders whose last pass had nothing to read
+
+    def add_loader(self) -> int:
+        """The number of one more. Raises ConfigError."""
+        if self.count == COLLECTIVES:
+            raise ConfigError(f"run.wrap got {COLLECTIVES + 1} loaders; a run has at most {COLLECTIVES}")
+        self.count += 1
+        return self.count - 1
+
+    # --- whose batches ---
+
+    def epoch(self, loader: int) -> int:
+        return self._board.passes(loader)[self._rank]
+
+    def leases(self, loader: int) -> Leases | None:
+        """None for an evaluation: it is each worker's own business, and what it reads is not trained on."""
+        leases = self._leases.get(loader)
+        if leases is None or not self._is_training() or self._ending.over:
+            return None
+        leases.open(self.epoch(loader), self._board.gone)
+        self._leasing.add(loader)
+        return leases
+
+    def _is_training(self) -> bool:
+        return torch.is_grad_enabled() and (not self.models or any(model.training for model in self.models))
+
+    def skip(self, loader: int) -> int:
+        return self._places[loader][1]
+
+    def fetching(self) -> None:
+        self._catching_up.fetching()
+
+    def fetched(self, loader: int) -> None:
+        key, count = self._places[loader]
+        self._places[loader] = (key, count + 1)
+        self._reading = loader
+
+    def border(self) -> None:
+        self._saving.at_border()
+
+    def drawn(self, samples: int) -> None:
+        self._catching_up.drawn()
+        self._progress.drawn(samples)
+
+    def needs_ghost(self, loader: int) -> bool:
+        is_new = loader == self._catching_up.joined_in or loader in self._continued
+        return self._catching_up.needs_ghost(is_first=not self._has_drawn(loader), is_new=is_new)
+
+    def _has_drawn(self, loader: int) -> bool:
+        return self._progress.batches > self._starts[loader][1]
+
+    def tell_returned(self, loader: int, count: int) -> None:
+        """Under the run's lock: so many batches of the loader have come back by now."""
+        board = self._board
+        if board.returned[loader] != count:
+            board.returned[loader] = count
+            board.ring(board.common)
+
+    def more(self, loader: int) -> bool:
+        """Wait at the tail of a pass that is trained on; see ``protocol/rounds.py``."""
+        board, rank = self._board, self._rank
+        if self._progress.own_steps == self._starts[loader][0] or self._ending.over:
+            return False
+        self._close_periods()
+        self._progress.close_row()
+        begun = time.monotonic()
+        with self._lock:
+            self._settling.drain(loader, arriving=rank)
+            more = board.returned[loader] > 0
+            if not more and board.drained[loader] <= board.passes(loader)[rank]:
+                board.parked[rank] = loader + 1 + TAIL
+        if board.parked[rank]:
+            self._context.ring()
+            while board.parked[rank]:
+                board.wait(partial(more_at_tail, rank, board))
+                with self._lock:  # others may have been faster
+                    answer = more_at_tail(rank, board)
+                    if not isinstance(answer, Waiting):
+                        more = answer
+                        board.parked[rank] = NOT_PARKED
+            self._context.ring()
+            for exchange in self._exchanges:
+                exchange.catch_up()
+                exchange.refresh()
+        self._progress.waited_since(begun)
+        return more
+
+    # --- did what was read count? ---
+
+    @property
+    def may_drop(self) -> bool:
+        return isinstance(self._context.job.pace, Quorum)
+
+    def judge(self, *, counted: bool) -> None:
+        """A push of what was read last has counted, or has not."""
+        if self._reading is not None:
+            self._verdicts[self._reading] = counted or self._verdicts.get(self._reading, False)
+        if counted and self._progress.in_rounds:
+            for leases in self._leases.values():
+                leases.commit()
+
+    def verdict(self, loader: int) -> bool | None:
+        return self._verdicts.pop(loader, None)
+
+    def where(self) -> tuple[int, int]:
+        """How far this worker is into its data: what goes with a push, so that both count or neither."""
+        if self._reading is None:
+            return (0, 0)
+        key, fetched = self._places[self._reading]
+        leases = self._leases.get(self._reading)
+        return (key, fetched) if leases is None else (key, leases.place)
+
+    # --- a pass begins ---
+
+    @property
+    def over(self) -> bool:
+        return self._ending.over
+
+    def begin(self, loader: int, length: int | None) -> bool:
+        self._ending.raise_if_interrupted()
+        catching_up, progress = self._catching_up, self._progress
+        first = False
+        if not catching_up.joined:
+            if catching_up.is_behind:
+                catching_up.begin(loader, self._is_training())
+                return False
+            first = self._is_training()
+            if first:
+                self.join(loader)
+                catching_up.joined_in = loader
+            elif catching_up.resumed is None:
+                self.join()  # an evaluation, of which it may have nothing to read, and then waits with the others
+        for left in sorted(self._left):
+            self._left.discard(left)
+            self._await_all(left)
+        if progress.step_number == 0:
+            progress.start_clock()  # what came before the first batch is not training
+        progress.forget_losses()
+        self._starts[loader] = (progress.own_steps, progress.batches)
+        self._evaluating[loader] = (progress.samples, self._gradient_marks())
+        ghost = self._ending.over and loader in self._training_loaders
+        if not ghost:
+            self._begin_for_real(loader, length, tell=not first)
+        if self._is_training():  # an evaluation is part of what comes after a pass
+            self._saving.at_border()
+        if self._places.get(loader, (0, 0))[1] == 0:
+            self.fetching()  # the checkpoint was made here, or in a pass before
+        return not ghost
+
+    def _begin_for_real(self, loader: int, length: int | None, *, tell: bool) -> None:
+        number = self.epoch(loader)
+        if loader in self._training_loaders or not self._training_loaders:
+            self._progress.epoch = number + 1
+            if self._rank == 0 and tell:
+                self._context.channel.send(messages.Pass(loader, number, length))
+        done = self._done_before(loader, number)
+        leases = self._leases.get(loader)
+        if done or (self._board.deaths[self._rank] and leases is not None and leases.committed):
+            self._training_loaders.add(loader)
+        (self._continued.add if done else self._continued.discard)(loader)
+        self._places[loader] = (key_of(loader, number), done)
+        self._read_before[loader] = self._reading
+
+    def _done_before(self, loader: int, number: int) -> int:
+        """How many batches of its part of this pass had been trained on by the worker whose place this one takes."""
+        key, done = self._board.places[2 * self._rank], self._board.places[2 * self._rank + 1]
+        return done if key == key_of(loader, number) and loader not in self._leases else 0
+
+    # --- a pass ends ---
+
+    def end(self, loader: int) -> None:
+        if self._caught_up(loader):
+            return
+        self._catching_up.lay_ghost()
+        self._ending.raise_if_interrupted()
+        if self._finish(loader):
+            self._progress.flush()
+            self._await_all(loader)
+
+    def leave(self, loader: int) -> None:
+        if self._caught_up(loader) or self._ending.is_interrupted:
+            return
+        self._catching_up.lay_ghost()
+        if self._finish(loader):
+            self._left.add(loader)
+
+    def _caught_up(self, loader: int) -> bool:
+        """Was it a pass of ghosts, of a newcomer?"""
+        was, trained = self._catching_up.end(loader)
+        if trained:
+            self._progress.passes += 1
+            self._training_loaders.add(loader)
+        return was
+
+    def _finish(self, loader: int) -> bool:
+        """Was it a pass to train on? If so it is counted, and its end is one for all.
+
+        A pass that was read without a step is an evaluation: it is nobody else's business, since scripts evaluate in
+        the midst of training, and on worker 0 alone. A pass with nothing to read may be either: its worker parks empty
+        (``protocol/rounds.py``).
+        """
+        board, progress = self._board, self._progress
+        steps = progress.own_steps - self._starts[loader][0]
+        if steps:
+            self._close_periods()
+        progress.close_row()
+        progress.forget_losses()
+        drawn = self._has_drawn(loader)
+        untouched = self._evaluating[loader][1] == self._gradient_marks()
+        # Fewer batches than there are to a step: they have left a gradient, for a step that comes after the pass.
+        leased = loader in self._leasing
+        trained = steps > 0 or (drawn and not untouched and (leased or loader in self._training_loaders))
+        trained = trained or loader in self._continued
+        if leased:
+            self._leasing.discard(loader)
+            self._leases[loader].end(trained=trained)
+        if drawn and not trained:
+            self._reading = self._read_before[loader]
+            if untouched:
+                progress.samples = self._evaluating[loader][0]  # no backward came of them: they weigh nothing
+            board.evaluated[loader] = 1
+            self._context.ring()
+            return False
+        if trained:
+            self._training_loaders.add(loader)
+        for one in self.buffers:
+            one.write(progress.passes + 1, progress.samples - self._evaluating[loader][0] if trained else 0)
+        passes = board.passes(loader)
+        look = board.look(loader, passes[self._rank] + 1, self._rank)
+        look[0], look[1], look[2] = *progress.look, max(steps, int(trained))
+        if not progress.in_rounds:
+            progress.look = (0.0, 0.0)
+        with self._lock:
+            passes[self._rank] += 1
+            if leased:
+                self._settling.drain(loader)
+        (self._empty.discard if drawn else self._empty.add)(loader)
+        self._context.ring()
+        return True
+
+    def _gradient_marks(self) -> list[tuple[int, int]]:
+        """Changes whenever a backward pass has added to a gradient."""
+        gradients = [p.grad for exchange in self._exchanges for p in exchange.parameters]
+        return [(id(g), g._version) for g in gradients if g is not None]
+
+    def _await_all(self, loader: int) -> None:
+        """Stay parked until every worker has finished this pass; then all draw the same conclusions from it."""
+        board, progress, ending = self._board, self._progress, self._ending
+        number = self.epoch(loader)
+        begun = time.monotonic()
+        empty = loader in self._empty and loader not in self._training_loaders
+        self._saving.at_border()
+        board.parked[self._rank] = loader + 1 + (EMPTY if empty else 0)
+        self._context.ring()
+        board.wait(lambda: held_at_end(self._rank, board) or number)
+        if not progress.in_rounds:
+            with self._lock:
+                ending.decide(loader, number)
+        board.parked[self._rank] = NOT_PARKED
+        if empty:
+            self._context.ring()  # it may have gone on although the barrier is shut
+        # Who is gone has not finished it; what it had logged before is of an older pass.
+        looked = [w for w in range(board.workers) if board.passes(loader)[w] >= number]
+        looks = [board.look(loader, number, worker) for worker in looked]
+        trained = any(look[2] for look in looks)
+        for exchange in self._exchanges:
+            if not trained:
+                exchange.catch_up()
+            if not exchange.in_period:  # an evaluation in the midst of local steps, with nothing to read
+                exchange.refresh()
+        self._count_local_steps()
+        progress.waited_since(begun)
+        if ending.over:
+            return
+        others = ending.others
+        ending.stop_if_interrupted(others)
+        if trained:
+            self._training_loaders.add(loader)
+            progress.passes += 1
+            for one in self.buffers:
+                one.average(progress.passes, looked)
+        if not progress.in_rounds:
+            ending.follow()
+            return
+        if trained:
+            ending.after_pass(number, sum(look[0] for look in looks), sum(look[1] for look in looks))
+        ending.follow_parked(others)
+
+    def _count_local_steps(self) -> None:
+        if self._exchanges and isinstance(self._context.job.pace, Local):
+            self._progress.steps = self._exchanges[0].most_steps
+
+    # --- deaths and newcomers ---
+
+    def hear_of_deaths(self) -> None:
+        """Draw the consequences of deaths that the launcher has told of, unless another worker has; give one's part of
+        a checkpoint, if one waits between two steps."""
+        board, joined = self._board, self._catching_up.joined
+        if joined and board.parked[self._rank] and self._collectives.takes_part:
+            self._saving.at_border()
+        with self._lock:
+            if not joined:
+                self._settling.bury()
+                return
+            changed = self._settling.settle()
+        if changed:
+            self._context.ring()
+        while board.owes and board.parked[self._rank]:  # nobody may be left in that round to see to it
+            for exchange in self._exchanges:
+                board.wait(exchange.no_dead_in_round)
+            with self._lock:
+                self._settling.settle()
+            self._context.ring()
+
+    def join(self, loader: int | None = None) -> None:
+        """This process has caught up, and is about to begin a pass over ``loader``: from here on the others count with
+        it."""
+        board, rank, catching_up = self._board, self._rank, self._catching_up
+        resumed = catching_up.resumed
+        loader = catching_up.last if loader is None else loader  # a step outside of any loop
+        # The worker before it may have died at the end of a pass that the others are still in.
+        at_end = resumed is None and loader is not None and self.epoch(loader) > 0
+        while True:
+            with self._lock:
+                self._settling.settle()
+                if board.settled[rank] == board.deaths[rank]:
+                    if loader is not None and at_end:
+                        board.parked[rank] = loader + 1
+                    board.presence[rank] = PRESENT
+                    break
+            for exchange in self._exchanges:  # a round that the worker before it was in is not over
+                board.wait(exchange.no_dead_in_round)
+        catching_up.joined = self._collectives.takes_part = True
+        for exchange in self._exchanges:
+            exchange.catch_up()
+        catching_up.forget_gradients()
+        self._context.ring()
+        if loader is not None and at_end:
+            self._progress.passes -= 1
+            self._await_all(loader)
+        if resumed is not None:
+            self._take_up(resumed)
+            return
+        for exchange in self._exchanges:
+            exchange.join()
+        if board.owes:
+            self.hear_of_deaths()
+        self._count_local_steps()
+        if self._progress.passes:
+            present = [w for w in range(board.workers) if board.gone[w] != LEFT]
+            for one in self.buffers:
+                one.average(self._progress.passes, present)
+        self._progress.start_clock()
+        self._ending.follow()
+
+    def _take_up(self, resumed: Resumed) -> None:
+        """This worker is where it was when the checkpoint was made, but for what its script draws next."""
+        own = resumed.own(self._rank)
+        if own is not None:
+            document, tensors, is_its_own = own
+            self._progress.look = (document["look"][0], document["look"][1])
+
+            def take() -> None:
+                self._saving.keeper.load(document, tensors, self._exchanges)
+                for loader, samples in document["pass_samples"].items() if is_its_own else ():
+                    if int(loader) in self._evaluating:
+                        marks = self._evaluating[int(loader)][1]
+                        self._evaluating[int(loader)] = (self._progress.samples - samples, marks)
+                if is_its_own:  # two workers must not draw the same numbers
+                    load_random_states(document, tensors)
+
+            self._catching_up.will_take(take)
+        self._catching_up.resumed = None
+        for exchange in self._exchanges:
+            exchange.refresh()
+        self._count_local_steps()
+        self._progress.start_clock()
+
+    # --- checkpoints ---
+
+    def position(self, number: int) -> dict[str, Any]:
+        """Under the run's lock: how far all are into their data, of what counts up to round ``number``."""
+        if self._progress.in_rounds:
+            for worker in range(self._board.workers):
+                self._settling.settle_place(worker, self._exchanges[0].place_in(worker, number))
+        return position.tell(self._context, self.count, self._leases, self._training_loaders)
+
+    def own(self) -> dict[str, Any]:
+        """What a checkpoint needs of this worker beside what the script keeps."""
+        inside = {
+            str(loader): self._progress.samples - before
+            for loader, (before, _) in self._evaluating.items()
+            if loader in self._places
+        }
+        return {"look": list(self._progress.look), "pass_samples": inside}
+
+    # --- the end ---
+
+    def forgo(self) -> None:
+        """Under the run's lock: nobody waits for this worker any more, and what it had drawn is there for others."""
+        self._settling.settle()
+        for leases in self._leases.values():
+            leases.forgo()
+        self._board.presence[self._rank] = LEFT
+        for loader in self._leases:
+            self._settling.drain(loader)
