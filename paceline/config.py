@@ -156,7 +156,8 @@ class Job:
     ``clip`` is the largest norm of a gradient, of all workers' at round paces, else of a push.
     ``restarts`` is how often a worker that dies is replaced without having got on in between; then the run ends, or
     goes on without it while ``min_workers`` are left (None: all).
-    ``hang_timeout`` is in seconds: so long a worker may use no processor while others wait for it.
+    ``hang_timeout`` is in seconds: so long a worker may use no processor, or not finish a step, while others
+    wait for it; see ``engine/watch.py``.
     ``checkpoint_every`` is in steps (None: only at Ctrl-C); the ``keep`` newest checkpoints stay.
     ``threads`` is per process (None: cores // workers, at least 1).
     ``steps`` counts rounds, or pushes of all workers divided by their number, so that every pace sees as many samples;

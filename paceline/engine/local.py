@@ -24,12 +24,12 @@ from paceline import config_file, errors, events
 from paceline.config import Job
 from paceline.engine import allocator, resume_from
 from paceline.engine.checkpoints import Checkpoints, Loaded
-from paceline.engine.metrics import Merger
+from paceline.engine.metrics import Merger, seconds_a_step
 from paceline.engine.program import Call, Script
 from paceline.engine.recorder import Recorder
 from paceline.engine.saver import Saver
 from paceline.engine.setup import Setup, encode_job
-from paceline.engine.watch import Watch
+from paceline.engine.watch import StepTimes, Watch
 from paceline.protocol import messages
 from paceline.protocol.coordinator import (
     Abort,
@@ -111,6 +111,7 @@ class _Launcher:
         """The whole life of the run."""
         board_fd = Board.create(self._job.workers, self._job.servers)
         self._board = Board(segment.attach(board_fd))
+        self._steps = StepTimes(self._board.longest_ns)
         self._lock = Lock(board_fd, self._board.journal)
         if self._resume is not None:
             resume_from.fill_board(self._resume.documents["state"], self._board, self._job)
@@ -250,6 +251,7 @@ class _Launcher:
                 self._exited(whose, its, pid, status)
             case messages.Steps(rows=rows):
                 self._merger.add(rows, rank)
+                self._steps.add(seconds_a_step(rows))
                 self._coordinator.handle(Came(role, rank, message))
             case messages.Logged(step=step, values=values):
                 self._merger.log(step, values)
@@ -371,7 +373,7 @@ class _Launcher:
             self._lock.try_to_mend()  # who takes the lock does so, but for one who cannot
         if self._failure is not None or self._interrupts:
             return
-        for whose, what in self._watch.look(self._alive, now_s, self._hangs):
+        for whose, what in self._watch.look(self._alive, now_s, self._hangs, self._in_hand, self._steps):
             role, rank = whose
             text = f"{role} {rank} (pid {self._alive[whose]}) {what}: it is killed"
             self._recorder.take(events.Notice(self._now(), "stuck", text, role, rank))
@@ -382,6 +384,9 @@ class _Launcher:
         member = rank if role == "worker" else self._job.workers + rank
         asleep = self._board.asleep
         return not asleep[member] and any(asleep[w] for w in range(self._job.workers))
+
+    def _in_hand(self, role: str, rank: int) -> int:
+        return self._board.in_hand[rank] if role == "worker" else 0
 
     def _interrupted(self, number: int, frame: FrameType | None) -> None:
         """Ctrl-C or SIGTERM: first, let the round finish; second, now."""

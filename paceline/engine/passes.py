@@ -251,6 +251,7 @@ class Passes:
     # --- a pass ends ---
 
     def end(self, loader: int) -> None:
+        self._progress.put_down()
         if self._caught_up(loader):
             return
         self._catching_up.lay_ghost()
@@ -260,6 +261,7 @@ class Passes:
             self._await_all(loader)
 
     def leave(self, loader: int) -> None:
+        self._progress.put_down()
         if self._caught_up(loader) or self._ending.is_interrupted:
             return
         self._catching_up.lay_ghost()

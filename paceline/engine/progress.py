@@ -22,6 +22,7 @@ class Progress:
 
     def __init__(self, context: Context, exchanges: Sequence[Exchange]) -> None:
         self._channel, self._exchanges, self._pace = context.channel, exchanges, context.job.pace
+        self._board, self._rank = context.board, context.rank
         self.in_rounds = isinstance(self._pace, Sync | Local)
         # How many rounds, or versions of the log, a step of all is.
         self.pushes_a_step = 1 if self.in_rounds or isinstance(self._pace, Quorum) else context.board.workers
@@ -37,6 +38,7 @@ class Progress:
         self._unstepped = (0.0, 0.0)  # as `look`, of what was logged since the last step
         self._rows = bytearray()
         self._flushed_s = self._step_done_s = time.monotonic()
+        self._longest_s = 0.0  # from one step to the next
 
     @property
     def step_number(self) -> int:
@@ -57,6 +59,12 @@ class Progress:
         self.batch_stepped = self.batch_dropped = False
         self.samples += samples
         self.batch_samples = samples
+        if self.own_steps:  # the first step of a process may have to compile what it computes
+            self._board.in_hand[self._rank] = self.batches
+
+    def put_down(self) -> None:
+        """The script has done with the batch in hand."""
+        self._board.in_hand[self._rank] = 0
 
     def log_loss(self, loss: float) -> None:
         """Of the batch in hand."""
@@ -104,8 +112,11 @@ class Progress:
     def begin_step(self) -> None:
         """What has passed since the last step was computing."""
         now = time.monotonic()
-        self.row.computing_s += now - self._step_done_s
+        computing_s = now - self._step_done_s
+        self.row.computing_s += computing_s
         self._step_done_s = now
+        if computing_s > self._longest_s:
+            self._longest_s, self._board.longest_ns[self._rank] = computing_s, int(computing_s * 1e9)
 
     def end_step(self, round_: Round | None) -> None:
         row, now = self.row, time.monotonic()

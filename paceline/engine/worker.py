@@ -181,6 +181,7 @@ class Worker:
     def exchange(self, index: int, *, void: bool = False) -> None:
         """One optimizer step of exchange ``index``, as the pace says. ``void``: there is no gradient worth applying."""
         ending, progress = self._ending, self.progress
+        progress.put_down()
         if ending.over:
             ending.raise_if_interrupted()
             ending.idle()

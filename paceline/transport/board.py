@@ -107,6 +107,10 @@ class Board:
         start = offsets["asleep"]
         self.asleep = self._words[start : start + self.members]  # who waits for others; for the launcher to look at
         self._asleep = start + self.members  # whose process this is; before it is known, nobody
+        # For the launcher too: the number of the batch that a worker computes on (0: none, or it has not stepped yet),
+        # and how long it has computed at most on the way to a step.
+        self.in_hand = self._words[offsets["in_hand"] : offsets["in_hand"] + workers]
+        self.longest_ns = self._words[offsets["longest_ns"] : offsets["longest_ns"] + workers]
         self.parked = self._words[offsets["parked"] : offsets["parked"] + workers]
         self.ended = self._words[offsets["ended"] : offsets["ended"] + workers]
         start = offsets["passes"]
@@ -174,6 +178,8 @@ class Board:
         """From now on it is told when this process of the member's waits."""
         self._asleep += member - self.members
         self._words[self._asleep] = 0
+        if member < self.workers:
+            self.in_hand[member] = 0
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -275,6 +281,8 @@ def _offsets(workers: int, servers: int) -> dict[str, int]:
         "settled": workers,
         "places": workers * 2,
         "asleep": workers + servers + 1,
+        "in_hand": workers,
+        "longest_ns": workers,
         "journal": JOURNAL_WORDS,
     }
     for name, words in columns.items():

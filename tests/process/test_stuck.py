@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import time
 
 import torch
 from torch import nn
@@ -45,10 +46,17 @@ for epoch in range(2):
                 os.kill(os.getpid(), signal.SIGSTOP)
             if how == "hangs":
                 threading.Event().wait()
+            if how == "spins":
+                while True:
+                    pass
             if how == "server":
                 processes = json.loads((run.directory / "run.json").read_text())["processes"]
                 os.kill(next(p["pid"] for p in processes if p["role"] == "server"), signal.SIGSTOP)
         optimizer.step()
+        if how == "evaluates" and epoch == 0 and step == 4 and run.rank == 1 and first_time():
+            until_s = time.process_time() + 3
+            while time.process_time() < until_s:
+                model(x)
 print("the end")
 """
 
@@ -59,6 +67,8 @@ print("the end")
         ("stops", "--pace sync", "worker", "has been stopped for 1."),
         ("stops", "--pace bounded:1", "worker", "has been stopped for 1."),
         ("hangs", "--pace sync --hang-timeout 1", "worker", "has done nothing for 1 s while others wait for it"),
+        ("spins", "--pace sync --hang-timeout 1", "worker", "has not finished a step for 1 s while others wait for it"),
+        ("spins", "--pace bounded:1 --hang-timeout 1", "worker", "has not finished a step for 1 s while others wait"),
         ("server", "--pace sync --servers 1", "server", "has been stopped for 1."),
     ],
 )
@@ -70,3 +80,9 @@ def test_who_does_not_get_on_is_replaced(how: str, options: str, role: str, told
     assert ("died", role) in kinds
     assert told in next(event["text"] for event in ended.events if event.get("kind") == "stuck")
     assert ended.log(1).splitlines()[-1] == "the end"
+
+
+def test_who_computes_between_its_steps_is_left_alone(runner: Runner) -> None:
+    ended = runner.run(STUCK, "--hang-timeout", "1", args=["evaluates"])
+    assert ended.code == 0, ended.err
+    assert {"stuck", "died"}.isdisjoint(event.get("kind") for event in ended.events)

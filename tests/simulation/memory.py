@@ -175,6 +175,7 @@ class SimulatedBoard(Board):
         self.on_alarm = lambda: None
         self._heard = 0
         self._asleep = offsets["asleep"] + self.members
+        self.in_hand, self.longest_ns = column("in_hand").private(), column("longest_ns").private()
         self.parked, self.ended = column("parked"), column("ended")
         self.parked.on_write = host.on_park
         start = offsets["passes"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from paceline.engine.watch import Watch
+from paceline.engine.watch import StepTimes, Watch
 
 WORKER = ("worker", 1)
 
@@ -52,3 +52,39 @@ def test_another_process_in_its_place_begins_anew() -> None:
 
 def test_a_process_that_is_gone_is_passed_over() -> None:
     assert list(Watch(5.0, read=lambda pid: None).look({WORKER: 7}, 9.0, lambda *_: True)) == []
+
+
+def overdue(
+    looks: list[tuple[float, int]], usual_s: float, longest_s: float = 0, *, hangs: bool = True
+) -> list[tuple[float, str]]:
+    """The same of one that computes all the time, with this batch in hand, where steps have taken so long before."""
+    now: list[int] = []
+    times, watch = StepTimes([0, int(longest_s * 1e9)]), Watch(5.0, read=lambda pid: stat("R", len(now)))
+    times.add([usual_s] * 9 + [longest_s])
+    found = []
+    for time_s, batch in looks:
+        now.append(batch)
+        seen = watch.look({WORKER: 7}, time_s, lambda *_: hangs, lambda *_: now[-1], times)
+        found += [(time_s, what) for whose, what in seen]
+    return found
+
+
+SAME = [(0.0, 3), (4.9, 3), (5.0, 3), (9.9, 3)]
+
+
+def test_who_computes_on_one_batch_for_too_long_is_stuck_and_told_once() -> None:
+    assert overdue(SAME, 0.1, 2.4) == [(5.0, "has not finished a step for 5 s while others wait for it")]
+
+
+def test_who_draws_batches_gets_on() -> None:
+    assert overdue([(0.0, 3), (4.0, 4), (8.0, 5), (12.0, 6)], 0.1) == []
+
+
+def test_nobody_is_overdue_that_nobody_waits_for_or_that_has_no_batch_in_hand() -> None:
+    assert overdue(SAME, 0.1, hangs=False) == []
+    assert overdue([(time_s, 0) for time_s, _ in SAME], 0.1) == []
+
+
+@pytest.mark.parametrize(("usual_s", "longest_s"), [(0.5, 0.5), (0.1, 5.0)], ids=["20 medians", "2 of the longest"])
+def test_what_steps_take_gives_time(usual_s: float, longest_s: float) -> None:
+    assert overdue(SAME, usual_s, longest_s) == []
