@@ -1,0 +1,99 @@
+"""One connection, used in one direction: with TCP alone, and with TLS over it.
+
+A link has two, one for what it sends and one for what it receives. So one thread at a time uses a connection, as TLS
+needs it, and both directions are as fast as each alone.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+
+from paceline.transport.wire import Stream
+
+# A write that makes no progress is noticed by the piece: on a slow line a whole payload may take longer than patience.
+_WRITE_BYTES = 256 * 1024
+
+
+def prepare(sock: socket.socket, timeout_s: float, silence_s: float) -> None:
+    """``timeout_s``: how long a call waits; ``silence_s``: how long the kernel keeps what the peer does not confirm."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(silence_s * 1000))
+    sock.settimeout(timeout_s)
+
+
+def hang_up(sock: socket.socket) -> None:
+    """Wakes whoever reads or writes; from any thread. The descriptor stays until ``close``."""
+    with suppress(OSError):  # it is down already
+        # Not SSLSocket's own: it first forgets that there is TLS, and a thread in the midst of writing goes on without.
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+
+class OutLane:
+    """What this process sends. ``write`` may be called by one thread at a time."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._busy = threading.Lock()
+        self._closed = False
+        self.is_tls = isinstance(sock, ssl.SSLSocket)
+
+    def write(self, head: bytes, payload: memoryview | None) -> None:
+        """All of it. Raises OSError where the connection is broken, TimeoutError where it makes no progress."""
+        with self._busy:
+            if self._closed:
+                raise BrokenPipeError("the connection is closed")
+            if self.is_tls:
+                self._sock.sendall(head)
+                for start in range(0, len(payload or b""), _WRITE_BYTES):
+                    assert payload is not None
+                    self._sock.sendall(payload[start : start + _WRITE_BYTES])
+            elif payload is None:
+                self._sock.sendall(head)
+            else:
+                self._send_both(head, payload)
+
+    def _send_both(self, head: bytes, payload: memoryview) -> None:
+        sent = self._sock.sendmsg([head, payload])
+        while sent < len(head):  # hardly ever
+            sent += self._sock.sendmsg([head[sent:], payload])
+        sent -= len(head)
+        while sent < len(payload):
+            sent += self._sock.send(payload[sent:])
+
+    def hang_up(self) -> None:
+        hang_up(self._sock)
+
+    def close(self) -> None:
+        """After ``hang_up``: waits for who is writing, which is then not long."""
+        with self._busy:
+            self._closed = True
+            self._sock.close()
+
+
+class InLane:
+    """What this process receives, by one thread. ``on_wait`` is called when nothing has come for the timeout."""
+
+    def __init__(self, sock: socket.socket, on_bytes: Callable[[], None], on_wait: Callable[[], None]) -> None:
+        self._sock = sock
+        self._on_bytes, self._on_wait = on_bytes, on_wait
+        self.stream = Stream(self._receive_into)
+
+    def _receive_into(self, view: memoryview) -> int:
+        while True:
+            try:
+                count = self._sock.recv_into(view)
+            except TimeoutError:
+                self._on_wait()
+            else:
+                self._on_bytes()
+                return count
+
+    def hang_up(self) -> None:
+        hang_up(self._sock)
+
+    def close(self) -> None:
+        self._sock.close()

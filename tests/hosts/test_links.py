@@ -1,0 +1,243 @@
+"""Links over loopback: what is sent comes once, whole and in order, and everything that happens is told."""
+
+from __future__ import annotations
+
+import random
+import socket
+import threading
+
+import pytest
+import torch
+
+from paceline.errors import ConfigError, HostError
+from paceline.protocol.link import Patience, Peer
+from paceline.transport.connect import connect
+from paceline.transport.ends import Back, End, Ended, Joined, LinkEnded, Lost
+from paceline.transport.frame import FrameError
+from paceline.transport.listener import Listener
+from paceline.transport.views import bytes_of
+from paceline.transport.wire import MAX_PAYLOAD
+from tests.hosts.ends import JOB, OTHER_KEY, WAIT_S, Pair, Push, Side, Word, payload, send_all
+from tests.hosts.proxy import DOWN, UP, Faults, Proxy
+
+SECURE = pytest.mark.parametrize("secure", [True, False], ids=["tls", "plain"])
+
+
+def pushes(count: int, seed: int) -> list[Push]:
+    random_ = random.Random(seed)
+    sizes = (0, 0, 1, 7, 4000, 70_000, 400_000)
+    return [Push(seed * 1000 + number, random_.choice(sizes)) for number in range(count)]
+
+
+@SECURE
+def test_messages_and_payloads_come_in_order_both_ways(secure: bool) -> None:
+    with Pair(secure=secure) as pair:
+        near, far = pair.both()
+        assert (near.peer, far.peer) == (Peer(0, "exchange"), Peer(1, "exchange"))
+        there, back = pushes(100, 1), pushes(100, 2)
+        threads = [send_all(near, there), send_all(far, back)]
+        assert pair.server.take(100) == there
+        assert pair.client.take(100) == back
+        for thread in threads:
+            thread.join(WAIT_S)
+        near.flush(WAIT_S)
+        far.flush(WAIT_S)
+
+
+@SECURE
+def test_a_tensor_goes_from_its_memory_to_anothers(secure: bool) -> None:
+    target = torch.zeros(1000, dtype=torch.bfloat16)
+    source = torch.randn(3000).to(torch.bfloat16)[1000:2000]
+    with Pair(secure=secure, place=lambda link, message, size: bytes_of(target)) as pair:
+        sent = pair.join().send(Push(1, 2000), bytes_of(source))
+        sent.wait(WAIT_S)
+        assert sent.done
+        assert torch.equal(target, source)
+
+
+@SECURE
+def test_an_end_is_told_to_both_after_everything_before_it(secure: bool) -> None:
+    with Pair(secure=secure) as pair:
+        near, far = pair.both()
+        near.send(Word("last"))
+        near.close()
+        assert pair.server.take(1) == [Word("last")]
+        assert pair.server.event(Ended).reason == "exchange of host 1 has closed the link"
+        assert pair.client.event(Ended).reason == "this side has closed the link"
+        for link in (near, far):
+            with pytest.raises(LinkEnded):
+                link.send(Word("too late"))
+
+
+@SECURE
+def test_a_cut_connection_is_mended_and_nothing_is_lost_or_repeated(secure: bool) -> None:
+    with Pair(secure=secure) as pair, Proxy(("127.0.0.1", pair.listener.port)) as proxy:
+        near = pair.join(proxy.port)
+        assert pair.far is not None
+        for count in range(5):
+            thread = send_all(near, there := pushes(20, count))
+            back = send_all(pair.far, pushes(20, count + 50))
+            proxy.cut()
+            assert pair.server.take(20) == there
+            assert pair.client.take(20) == pushes(20, count + 50)
+            thread.join(WAIT_S)
+            back.join(WAIT_S)
+        assert {type(event) for event in pair.server.other + pair.client.other} <= {Lost, Back}
+
+
+@SECURE
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(
+    "faults",
+    [
+        pytest.param(Faults(cut=0.1), id="cut"),
+        pytest.param(Faults(truncate=0.1), id="truncated"),
+        pytest.param(Faults(duplicate=0.1), id="duplicated"),
+        pytest.param(Faults(flip=0.1), id="flipped"),
+        pytest.param(Faults(delay=0.2, cut=0.03, truncate=0.03, duplicate=0.03, flip=0.03), id="everything"),
+    ],
+)
+def test_whatever_the_network_does_each_message_is_taken_once(secure: bool, seed: int, faults: Faults) -> None:
+    with Pair(secure=secure) as pair, Proxy(("127.0.0.1", pair.listener.port), faults, seed, budget=8) as proxy:
+        near = pair.join(proxy.port)
+        assert pair.far is not None
+        proxy.begin()
+        there, back = pushes(60, 1), pushes(60, 2)
+        threads = [send_all(near, there), send_all(pair.far, back)]
+        assert pair.server.take(60) == there, proxy.done
+        assert pair.client.take(60) == back, proxy.done
+        for thread in threads:
+            thread.join(WAIT_S)
+
+
+@SECURE
+@pytest.mark.parametrize("directions", [(UP,), (DOWN,), (UP, DOWN)], ids=["up", "down", "both"])
+def test_a_silent_network_is_noticed_and_told_and_nothing_is_lost(secure: bool, directions: tuple[str, ...]) -> None:
+    with Pair(secure=secure) as pair, Proxy(("127.0.0.1", pair.listener.port)) as proxy:
+        near = pair.join(proxy.port)
+        assert pair.far is not None
+        proxy.silence(*directions)
+        near.send(Word("there"))
+        pair.far.send(Word("back"))
+        told = [side.later(Lost).reason for side in (pair.client, pair.server)]
+        assert any("silent" in reason for reason in told), told
+        proxy.heal()
+        proxy.cut()  # what was held back of old connections is of no use any more
+        for side, word in ((pair.server, "there"), (pair.client, "back")):
+            assert side.take(1) == [Word(word)]
+
+
+def test_a_sender_waits_for_a_peer_that_does_not_take() -> None:
+    held = threading.Event()
+
+    def place(link: object, message: Push, size_bytes: int) -> memoryview:
+        held.wait(WAIT_S)
+        return memoryview(bytearray(size_bytes))
+
+    small = Patience(heartbeat_s=0.1, silence_s=20, window_bytes=1_000_000)
+    with Pair(patience=small, place=place) as pair:
+        near = pair.join()
+        for number in range(2):
+            near.send(Push(number, 400_000), payload(Push(number, 400_000)), WAIT_S)
+        with pytest.raises(TimeoutError, match="does not take what is sent"):
+            near.send(Push(2, 400_000), bytes(400_000), 0.0)
+        held.set()
+        near.send(Push(2, 400_000), payload(Push(2, 400_000)), WAIT_S)
+        assert len(pair.server.take(3)) == 3
+
+
+def test_a_payload_that_nobody_expects_ends_the_session_on_both_sides() -> None:
+    with Pair() as pair:
+        pair.join().send(Push(1, 10), bytes(20))
+        assert "sent 20 bytes with a Push; none are expected" in pair.server.later(Ended).reason
+        pair.client.events.get(timeout=WAIT_S)
+
+
+def test_what_is_too_large_or_no_message_of_the_peers_is_told() -> None:
+    with Pair() as pair:
+        near = pair.join()
+        with pytest.raises(FrameError, match="over the limit"):
+            near.send(Push(1), memoryview(bytearray(MAX_PAYLOAD + 1)))
+        near.send(Peer(1, "not a message here"))
+        assert "no message here" in pair.server.later(Ended).reason
+
+
+def test_a_new_incarnation_takes_the_place_of_the_old_one() -> None:
+    with Pair() as pair:
+        pair.join()
+        newcomer = Side(1, me=Peer(1, "exchange", 1))
+        link = connect(newcomer.end, ("127.0.0.1", pair.listener.port), WAIT_S)
+        assert "exchange of host 1 (incarnation 1) has taken the place of exchange of host 1" in (
+            pair.server.event(Ended).reason
+        )
+        assert pair.server.event(Joined).link.peer == Peer(1, "exchange", 1)
+        assert "has been replaced by incarnation 1" in pair.client.later_end()
+        with pytest.raises(HostError, match="has been replaced by incarnation 1"):
+            connect(pair.client.end, ("127.0.0.1", pair.listener.port), WAIT_S)
+        link.close()
+
+
+def test_a_server_that_was_started_anew_ends_the_session() -> None:
+    with Pair() as pair, Proxy(("127.0.0.1", pair.listener.port)) as proxy:
+        near = pair.join(proxy.port)
+        near.send(Word("one"))
+        again = Listener(Side(0).end, "127.0.0.1", on_refused=pair.refusals.append)
+        proxy._target = ("127.0.0.1", again.port)
+        proxy.cut()
+        assert "the session is not known here" in pair.client.later_end()
+        again.close()
+
+
+def test_a_peer_that_stays_away_is_given_up() -> None:
+    with Pair(patience=Patience(heartbeat_s=0.05, silence_s=0.2, give_up_s=0.3)) as pair:
+        near = pair.join()
+        pair.listener.close()
+        assert pair.far is not None
+        pair.far.end("the process has died")
+        sent = near.send(Word("into the window"))
+        assert "no connection to exchange of host 0 for 0.3 s" in pair.client.later_end()
+        with pytest.raises(LinkEnded):
+            sent.wait(WAIT_S)
+
+
+def test_nobody_at_the_port_is_told_with_the_last_reason() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]
+    with pytest.raises(HostError, match=r"within 0\.2 s: connection refused"):
+        connect(Side(1).end, ("127.0.0.1", port), 0.2)
+
+
+def test_a_key_is_asked_for_unless_insecure_is_said() -> None:
+    with pytest.raises(ConfigError, match="need a job key"):
+        End(me=Peer(0, "exchange"), job=JOB, messages=Word, sink=print)
+
+
+def test_plain_and_tls_do_not_meet_and_both_are_told() -> None:
+    with Pair() as pair, pytest.raises(HostError):
+        connect(Side(1, secure=False).end, ("127.0.0.1", pair.listener.port), 0.5)
+    assert any("does not speak TLS" in line for line in pair.refusals)
+    with Pair(secure=False) as pair, pytest.raises(HostError):
+        connect(Side(1).end, ("127.0.0.1", pair.listener.port), 0.5)
+    assert any("it is not paceline" in line for line in pair.refusals)
+
+
+def test_another_key_is_refused_at_once() -> None:
+    with Pair() as pair:
+        with pytest.raises(HostError, match="another job key"):
+            connect(Side(1, key=OTHER_KEY).end, ("127.0.0.1", pair.listener.port), WAIT_S)
+        assert any("job key" in line for line in pair.refusals)
+
+
+def test_a_port_in_use_and_an_address_of_another_machine_are_told() -> None:
+    with Pair() as pair:
+        with pytest.raises(HostError, match=f"port {pair.listener.port} is in use"):
+            Listener(pair.server.end, "127.0.0.1", pair.listener.port)
+        with pytest.raises(HostError, match=r"no address '203\.0\.113\.7'"):
+            Listener(pair.server.end, "203.0.113.7")
+
+
+def test_no_thread_is_left() -> None:
+    before = threading.active_count()
+    with Pair() as pair:
+        pair.join()
+    assert threading.active_count() == before
