@@ -114,11 +114,23 @@ class Pair:
     """A listener and a link to it."""
 
     def __init__(self, *, secure: bool = True, **changes: Any) -> None:
-        self.refusals: list[str] = []
+        self._refusals: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.server = Side(0, secure=secure, **changes)
         self.client = Side(1, secure=secure, **changes)
-        self.listener = Listener(self.server.end, "127.0.0.1", on_refused=self.refusals.append)
+        self.listener = Listener(self.server.end, "127.0.0.1", on_refused=self.on_refused)
         self.far: Link | None = None
+
+    def on_refused(self, line: str) -> None:
+        self._refusals.put(line)
+
+    def refusal(self) -> str:
+        """The next line that the listener logs."""
+        return self._refusals.get(timeout=WAIT_S)
+
+    @property
+    def untold(self) -> int:
+        """Lines that nobody has looked at."""
+        return self._refusals.qsize()
 
     def __enter__(self) -> Pair:
         return self
