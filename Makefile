@@ -18,7 +18,7 @@ APT_INSTALL = { apt-get update -qq || true; } >/dev/null; \
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
-.PHONY: help setup demo test check lint types format simulate soak bench clean
+.PHONY: help setup demo test check lint types format simulate soak fuzz bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -54,6 +54,9 @@ simulate: $(READY) ## N simulated schedules of faults (10000)
 
 soak: $(READY) ## kill KILLS processes of real jobs at every pace (200), and count every sample
 	@$(BIN)/python -m tests.process.soak $(or $(KILLS),200) $(ARGS)
+
+fuzz: $(READY) ## N damaged inputs for every decoder of bytes from elsewhere (100000)
+	@$(BIN)/python -m tests.fuzz $(or $(N),100000) $(ARGS)
 
 bench: $(READY) ## measure on this machine, beside DDP, torch.distributed.rpc and Ray (installs Ray)
 	@$(BIN)/python -m pip install -qq -c constraints.txt ray

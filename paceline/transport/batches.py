@@ -82,8 +82,8 @@ def _unpack(value: Any, tensors: list[torch.Tensor], depth: int) -> Any:
     if not isinstance(value, list):
         return value
     match value:
-        case ["a", inner]:
-            return _unpack(inner, tensors, depth).numpy()
+        case ["a", ["T", int(number)]] if 0 <= number < len(tensors) and tensors[number].dtype is not torch.bfloat16:
+            return tensors[number].numpy()
         case ["T", int(number)] if 0 <= number < len(tensors):
             return tensors[number]
         case ["t", *items]:

@@ -189,11 +189,15 @@ class Link:
                 self._closing = True
                 self._asked = True
                 self._changed.notify_all()
-                self._changed.wait_for(lambda: self._bye or self._ended is not None, timeout_s)
+                self._changed.wait_for(self._has_left, timeout_s)
         self.end(_CLOSED)
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(timeout_s)
+
+    def _has_left(self) -> bool:
+        nobody_to_tell = self._connection is None and self._outgoing.acknowledged == self._outgoing.last
+        return self._bye or self._ended is not None or (nobody_to_tell and not self._leaving)
 
     def end(self, reason: str) -> None:
         """At once; what was not acknowledged may not arrive."""

@@ -143,9 +143,9 @@ class Listener:
     def _go_on(self, half: _HalfOpen) -> None:
         """One more part of a meeting, as far as it goes without waiting."""
         try:
+            wanted = next(half.meeting)
             if _received_bytes(half.sock) > MAX_GREETING_BYTES:
                 raise _Refusal(f"it has sent more than {MAX_GREETING_BYTES // 1024} KiB without saying who it is")
-            wanted = next(half.meeting)
         except StopIteration as done:
             self._forget(half)
             self._let_in(half, done.value)
@@ -213,6 +213,9 @@ class Listener:
 
     def _refuse(self, half: _HalfOpen, reason: str, *, answer: bool = False) -> None:
         self._forget(half)
+        line = self._refusals.told(self._end.clock(), half.address, reason)
+        if line is not None:
+            self._on_refused(line)
         with suppress(OSError):
             if answer:
                 half.sock.settimeout(0.1)  # it fits the socket's buffer, and who does not take it has itself to blame
@@ -221,9 +224,6 @@ class Listener:
             half.sock.setblocking(False)
             socket.socket.recv(half.sock, MAX_GREETING_BYTES)
         half.sock.close()
-        line = self._refusals.told(self._end.clock(), half.address, reason)
-        if line is not None:
-            self._on_refused(line)
 
     def _forget(self, half: _HalfOpen) -> None:
         if self._half_open.pop(half.sock.fileno(), None) is not None:
