@@ -10,7 +10,8 @@ import msgspec
 
 
 class Process(msgspec.Struct, frozen=True):
-    """One process of a run. ``role`` is "launcher", "worker" or "server"."""
+    """One process of a run. ``role`` is "front" (the one that the user has started), "launcher", "worker" or
+    "server"; of several with one role and rank the last is there."""
 
     role: str
     rank: int

@@ -70,7 +70,7 @@ def run(
 ) -> int:
     """Train SCRIPT on many processes."""
     from paceline.cli.run import run_script
-    from paceline.engine.local import run_local
+    from paceline.engine.front import run_local
 
     return _refusable(show, lambda show: run_script(script, args, flags, show, config, run_local))
 
@@ -96,7 +96,7 @@ def resume(
 ) -> int:
     """Go on with a run from its newest good checkpoint."""
     from paceline.cli.run import resume_run
-    from paceline.engine.local import run_local
+    from paceline.engine.front import run_local
 
     return _refusable(show, lambda show: resume_run(run, flags, show, _folder(flags.run_dir), run_local))
 
@@ -126,7 +126,7 @@ def demo(
 ) -> int:
     """Train an example that comes with paceline."""
     from paceline.cli.demo import run_demo
-    from paceline.engine.local import run_local
+    from paceline.engine.front import run_local
 
     return _refusable(show, lambda show: run_demo(name, args, flags, show, compare, run_local))
 

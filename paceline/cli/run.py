@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Engine(Protocol):
-    """``paceline.engine.local.run_local``: runs a job to its end, handing every record to ``watch``."""
+    """``paceline.engine.front.run_local``: runs a job to its end, handing every record to ``watch``."""
 
     def __call__(
         self, job: Job, program: Script, *, watch: Callable[[Record], None], argv: Sequence[str]
@@ -89,9 +89,9 @@ def resume_run(wanted: str | None, flags: JobFlags, show: ShowFlags, folder: Pat
 
 
 def _is_alive(info: RunInfo) -> bool:
-    launcher = next((process.pid for process in info.processes if process.role == "launcher"), None)
+    front = next((process.pid for process in info.processes if process.role == "front"), None)
     try:
-        command = Path(f"/proc/{launcher}/cmdline").read_bytes()
+        command = Path(f"/proc/{front}/cmdline").read_bytes()
     except OSError:
         return False
     return b"paceline" in command or b"python" in command

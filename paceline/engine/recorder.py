@@ -25,29 +25,39 @@ _FLUSH_RECORDS = 256
 
 
 class Recorder:
-    """Owns a new run directory for ``job``; passes every record on to ``watch``. Raises HostError.
+    """Writes the files of the run of ``job`` in ``directory``, and has every record shown.
 
-    ``resume``: the directory of an earlier run of the job and the step to go on behind; what it had recorded of later
-    ones is dropped. ``offset_s`` is where that run's clock stood.
+    ``resume``: the step behind which a run is resumed; what was recorded of later ones is dropped. ``again``: another
+    process has begun to record this run and has ended; all that it wrote stays. ``offset_s`` is where the clock of the
+    run that is resumed stood. ``show`` gets a file of the run, or "", how far it is written, and the records.
     """
 
     def __init__(
         self,
         job: Job,
-        watch: Callable[[events.Record], None],
+        directory: Path,
+        show: Callable[[str, int, list[events.Record]], None],
         argv: Sequence[str],
-        resume: tuple[Path, int] | None = None,
+        resume: int | None = None,
+        *,
+        again: bool = False,
     ) -> None:
-        self._job, self._watch = job, watch
-        self.directory = _new_directory(job) if resume is None else resume[0]
+        self._job, self._show, self.directory = job, show, directory
         for name in ("logs", "plots"):
             (self.directory / name).mkdir(exist_ok=True)
         self._encoder = msgspec.json.Encoder()
-        kept = _metrics_up_to(self.directory / "metrics.jsonl", resume[1]) if resume is not None else []
-        _replace(self.directory / "metrics.jsonl", b"".join(self._encoder.encode(metric) + b"\n" for metric in kept))
-        self._metrics: IO[bytes] = (self.directory / "metrics.jsonl").open("ab")
-        self._events: IO[bytes] = (self.directory / "events.jsonl").open("ab", buffering=0)
-        self._unflushed = 0
+        metrics, told = self.directory / "metrics.jsonl", self.directory / "events.jsonl"
+        if again:
+            kept = _metrics_up_to(metrics, None)
+            for path in (metrics, told):
+                _cut_to_whole_lines(path)
+        else:
+            kept = _metrics_up_to(metrics, resume) if resume is not None else []
+            _replace(metrics, b"".join(self._encoder.encode(metric) + b"\n" for metric in kept))
+        self._metrics: IO[bytes] = metrics.open("ab", buffering=0)
+        self._events: IO[bytes] = told.open("ab", buffering=0)
+        self._unwritten: list[tuple[bytes, events.Metric]] = []
+        self._have: set[bytes] = set()  # lines that may be told again, and are there
         self._losses = array("d")
         self._totals = [0.0, 0.0, 0.0]
         self._samples = self._steps = self._epochs = self._bytes = 0
@@ -55,9 +65,11 @@ class Recorder:
         self._lines = self._dropped = 0
         for metric in kept:
             self._count(metric)
-        self.offset_s = self._last_s
-        self._before_s = self._last_s - kept[0].time_s if kept else 0.0
-        self.info = events.RunInfo(
+        before = [metric.time_s for metric in kept if resume is not None and metric.step <= resume]
+        self.offset_s = max(before, default=0.0)
+        self._before_s = self.offset_s - before[0] if before else 0.0
+        known = _info(self.directory / "run.json") if again else None
+        self.info = known or events.RunInfo(
             run=self.directory.name,
             status="starting",
             argv=list(argv),
@@ -74,25 +86,53 @@ class Recorder:
     def write_info(self) -> None:
         _replace(self.directory / "run.json", self._encoder.encode(self.info))
 
-    def write_config(self, text: str) -> None:
-        (self.directory / "config.toml").write_text(text)
+    @property
+    def places(self) -> dict[str, int]:
+        """How far the files are written, in bytes."""
+        self.flush()
+        return {"metrics": self._metrics.tell(), "events": self._events.tell()}
+
+    def expect(self, places: dict[str, int]) -> None:
+        """What was recorded since the files were written so far may be taken once more; it is not written twice."""
+        for file in (self._metrics, self._events):
+            with Path(file.name).open("rb") as lines:
+                lines.seek(places[_stem(file)])
+                self._have.update(lines)
+
+    def show_since(self, places: dict[str, int]) -> None:
+        """Show what the files have from these places on."""
+        for file in (self._metrics, self._events):
+            with Path(file.name).open("rb") as lines:
+                lines.seek(places.get(_stem(file), 0))
+                records = [msgspec.json.decode(line, type=events.Record) for line in lines]
+                self._show(_stem(file), file.tell(), records)
 
     def take(self, record: events.Record) -> None:
-        """Write a record where it belongs and show it to the watcher."""
+        """Write a record where it belongs and have it shown; metrics with the next ``flush``, or other record."""
         if isinstance(record, events.Metric):
-            self._metrics.write(self._encoder.encode(record) + b"\n")
-            self._unflushed += 1
-            if self._unflushed >= _FLUSH_RECORDS:
-                self.flush()
+            line = self._encoder.encode(record) + b"\n"
+            if line in self._have:
+                return
+            self._unwritten.append((line, record))
             self._count(record)
-        elif isinstance(record, events.Notice | events.Wrapped | events.Epoch):
-            self._events.write(self._encoder.encode(record) + b"\n")
-        self._watch(record)
+            if len(self._unwritten) >= _FLUSH_RECORDS:
+                self.flush()
+            return
+        self.flush()
+        if isinstance(record, events.Notice | events.Wrapped | events.Epoch):
+            line = self._encoder.encode(record) + b"\n"
+            if line in self._have:
+                return
+            self._events.write(line)
+            self._show("events", self._events.tell(), [record])
+        else:
+            self._show("", 0, [record])
 
     def flush(self) -> None:
-        if self._unflushed:
-            self._metrics.flush()
-            self._unflushed = 0
+        if self._unwritten:
+            unwritten, self._unwritten = self._unwritten, []
+            self._metrics.write(b"".join(line for line, _ in unwritten))
+            self._show("metrics", self._metrics.tell(), [metric for _, metric in unwritten])
 
     def close(self, status: str, reason: str, exit_code: int, begun_s: float) -> events.Summary:
         """Write summary.json and the last run.json. ``begun_s``: when the first batch began, as in records."""
@@ -118,17 +158,18 @@ class Recorder:
             staleness=round(self._staleness / self._lines, 3) if self._lines else 0.0,
             dropped=self._dropped,
         )
+        self.flush()
         self._metrics.close()
         _replace(self.directory / "summary.json", self._encoder.encode(summary))
         self.info.status, self.info.exit_code = status, exit_code
         self.write_info()
-        self._watch(summary)
+        self._show("", 0, [summary])
         self._events.close()
         return summary
 
     def abandon(self, reason: str) -> None:
         """The launcher itself cannot go on: leave files that say so, and tell no watcher."""
-        self._watch = lambda record: None
+        self._show = lambda file, place, records: None
         self.close("failed", reason, 1, 0.0)
 
     def _count(self, metric: events.Metric) -> None:
@@ -146,19 +187,37 @@ class Recorder:
             self._totals[place] += value
 
 
-def _metrics_up_to(path: Path, step: int) -> list[events.Metric]:
-    """The records of a run up to a step; a line cut short is passed over."""
+def _stem(file: IO[bytes]) -> str:
+    return Path(file.name).stem
+
+
+def _info(path: Path) -> events.RunInfo | None:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=events.RunInfo)
+    except (OSError, msgspec.DecodeError):
+        return None
+
+
+def _cut_to_whole_lines(path: Path) -> None:
+    """Its writer may have been killed in the middle of one."""
+    with contextlib.suppress(FileNotFoundError), path.open("rb+") as file:
+        file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def _metrics_up_to(path: Path, step: int | None) -> list[events.Metric]:
+    """The records of a run, if ``step`` is given those up to it; a line cut short is passed over."""
     found = []
     with contextlib.suppress(FileNotFoundError):
         for line in path.read_bytes().splitlines():
             with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
                 metric = msgspec.json.decode(line, type=events.Metric)
-                if metric.step <= step:
+                if step is None or metric.step <= step:
                     found.append(metric)
     return found
 
 
-def _new_directory(job: Job) -> Path:
+def new_directory(job: Job) -> Path:
+    """Make the directory of a new run. Raises HostError."""
     stem = f"{datetime.now():%Y%m%d-%H%M}-{job.name}-{str(job.pace).replace(':', '')}"
     try:
         job.runs.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,7 @@ def main(descriptor: int) -> None:
     allocator.forget(os.environ)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher decides what Ctrl-C means
     channel = Channel(socket.socket(fileno=descriptor))
+    births: dict[tuple[str, int], int] = {}
     versions = _import_everything()
     gc.collect()
     gc.freeze()  # children share these objects' pages; a collection would touch them all
@@ -40,7 +41,12 @@ def main(descriptor: int) -> None:
             if channel.fileno() in ready:
                 for message, descriptors in channel.drain():
                     if isinstance(message, messages.Fork):
-                        _fork(channel, message, descriptors, children)
+                        # A launcher that takes over cannot know what the one before it has asked for.
+                        if message.birth > births.get((message.role, message.rank), 0):
+                            births[message.role, message.rank] = message.birth
+                            _fork(channel, message, descriptors, children)
+                        for given in descriptors:
+                            os.close(given)
     except Closed:
         pass
     for pid in children:
@@ -92,7 +98,10 @@ def _report_exits(channel: Channel, children: dict[int, tuple[str, int]]) -> Non
 def _fork(
     channel: Channel, order: messages.Fork, descriptors: tuple[int, ...], children: dict[int, tuple[str, int]]
 ) -> None:
+    import socket
+
     zygote = os.getpid()
+    its, the_launchers = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     pid = os.fork()
     if pid == 0:
         from paceline.engine import process
@@ -100,12 +109,13 @@ def _fork(
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         channel.close()
-        process.main(order.role, order.rank, order.setup, descriptors, zygote)
+        the_launchers.close()
+        process.main(order.role, order.rank, order.setup, (its.detach(), *descriptors), zygote)
         raise AssertionError("a forked process came back")
-    for descriptor in descriptors:
-        os.close(descriptor)
     children[pid] = (order.role, order.rank)
-    channel.send(messages.Forked(order.role, order.rank, pid))
+    channel.send(messages.Forked(order.role, order.rank, pid), (the_launchers.fileno(),))
+    its.close()
+    the_launchers.close()
 
 
 if __name__ == "__main__":

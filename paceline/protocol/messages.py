@@ -84,15 +84,19 @@ class Stop(Message, frozen=True, tag=9):
 
 
 class Fork(Message, frozen=True, tag=10):
-    """...zygote, fork a process of this role; its descriptors come with this. Answer: Forked, later Exited."""
+    """...zygote, fork a process of this role; its descriptors come with this. Answer: Forked, later Exited.
+
+    ``birth`` counts the processes that have had this place: one that is there, or has been, is not forked again.
+    """
 
     role: str
     rank: int
     setup: bytes
+    birth: int = 1
 
 
 class Forked(Message, frozen=True, tag=11):
-    """...the process exists. No answer."""
+    """...the process exists (one descriptor: the other end of its channel). No answer."""
 
     role: str
     rank: int
@@ -131,6 +135,67 @@ class Alarm(Message, frozen=True, tag=15):
     text: str
 
 
+class Hold(Message, frozen=True, tag=30):
+    """...launcher to front: keep this (one descriptor) for whoever launches after me, in place of what had its name
+    ``(what, role, rank, number)``; front to launcher: this is what I keep. No answer."""
+
+    what: str
+    role: str = ""
+    rank: int = 0
+    number: int = 0
+    about: bytes = b""
+
+
+class Begin(Message, frozen=True, tag=31):
+    """...front to launcher: you know all that I keep; launch, or go on. Answer: Show, Hold, at the end Outcome.
+
+    ``directory``: the run's, as the user is to see it; ``after``, ``steps``: the last round and step of a run that is
+    resumed; ``shown``: how far into each file of the run the user has seen.
+    """
+
+    setup: bytes
+    directory: str
+    argv: list[str]
+    front: int
+    resumed: bool = False
+    after: int = 0
+    steps: int = 0
+    shown: dict[str, int] = {}
+
+
+class Show(Message, frozen=True, tag=32):
+    """...launcher to front: show these records (msgpack), with which ``file`` is shown up to ``place``. No answer."""
+
+    file: str
+    place: int
+    records: bytes
+
+
+class Interrupt(Message, frozen=True, tag=33):
+    """...front to launcher: the user has asked for the end, now so many times. No answer."""
+
+    times: int
+
+
+class Abandon(Message, frozen=True, tag=34):
+    """...front to launcher: I cannot go on; stop everyone and leave files that say so. No answer."""
+
+    reason: str
+
+
+class Outcome(Message, frozen=True, tag=35):
+    """...launcher to front: the run is over, and has failed if ``failure``. No answer."""
+
+    summary: bytes
+    failure: Failed | None = None
+
+
+class Letter(Message, frozen=True, tag=36):
+    """...what I say is too long for a frame: it is in memory of its own (one descriptor, before its own)."""
+
+    size_bytes: int
+
+
 Any = (
     Wrap
     | Memory
@@ -147,4 +212,11 @@ Any = (
     | Ready
     | Part
     | Alarm
+    | Hold
+    | Begin
+    | Show
+    | Interrupt
+    | Abandon
+    | Outcome
+    | Letter
 )

@@ -233,11 +233,11 @@ def test_the_zygotes_death_ends_the_run(runner: Runner) -> None:
     await_death(open_pids(process["pid"] for process in ended.info["processes"]))
 
 
-def test_nobody_outlives_a_killed_launcher(runner: Runner) -> None:
+def test_nobody_outlives_a_killed_front(runner: Runner) -> None:
     running = runner.start_run(DYING, "--servers", "1", args=["until killed", ""])
     running.until("training\n")
     others = open_pids(running.others())
-    assert len(others) == 4  # zygote, server, two workers
+    assert len(others) == 5  # launcher, zygote, server, two workers
     running.signal(signal.SIGKILL)
     await_death(others)
     assert running.end().code == -signal.SIGKILL

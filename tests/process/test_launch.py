@@ -104,7 +104,7 @@ def test_an_exception_in_a_worker_comes_out_of_launch(servers: int, tmp_path: Pa
     assert isinstance(summary, Summary)
     assert (summary.status, summary.exit_code) == ("failed", 1)
     assert "".join(record.text for record in seen if isinstance(record, Output)) == "worker 0 begins\n"
-    others = (process.pid for process in started.processes if process.role != "launcher")
+    others = (process.pid for process in started.processes if process.role != "front")
     await_death(open_pids(others))
 
 

@@ -101,7 +101,12 @@ def test_n_workers_train_as_one_process_on_the_whole_batch(
     assert ended.answer["workers"] == workers
     assert ended.answer["servers"] == servers
     roles = [(process["role"], process["rank"]) for process in ended.info["processes"]]
-    wanted = [("launcher", 0), *(("server", k) for k in range(servers)), *(("worker", w) for w in range(workers))]
+    wanted = [
+        ("front", 0),
+        ("launcher", 0),
+        *(("server", k) for k in range(servers)),
+        *(("worker", w) for w in range(workers)),
+    ]
     assert sorted(roles) == sorted(wanted)
 
 
@@ -137,7 +142,7 @@ def test_a_run_tells_all_of_itself_and_its_config_runs_again(runner: Runner) -> 
     assert (info["status"], info["exit_code"], info["seed"], info["pace"]) == ("done", 0, 7, "sync")
     assert info["argv"][-len(own) :] == own
     pids = [process["pid"] for process in info["processes"]]
-    assert len(set(pids)) == 3
+    assert len(set(pids)) == 4
     assert all(set(process) == {"role", "rank", "pid", "host"} for process in info["processes"])
     assert len({process["host"] for process in info["processes"]}) == 1
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from paceline import events
 from paceline.config import Job
-from paceline.engine.recorder import Recorder
+from paceline.engine.recorder import Recorder, new_directory
 from paceline.errors import HostError
 
 Watch = Callable[[events.Record], None]
@@ -31,7 +31,12 @@ def make(tmp_path: Path) -> Iterator[Make]:
     made: list[Recorder] = []
 
     def record(watch: Watch = lambda record: None, *, runs: Path = tmp_path, **options: Any) -> Recorder:
-        made.append(Recorder(Job(name="text", runs=runs, **options), watch, ["paceline", "run", "train.py"]))
+        def show(file: str, place: int, records: list[events.Record]) -> None:
+            for one in records:
+                watch(one)
+
+        job = Job(name="text", runs=runs, **options)
+        made.append(Recorder(job, new_directory(job), show, ["paceline", "run", "train.py"]))
         return made[-1]
 
     yield record
@@ -254,14 +259,9 @@ def test_a_run_given_up_says_so_in_its_files_and_to_no_watcher(make: Make) -> No
     seen: list[events.Record] = []
     made = make(seen.append)
     made.take(metric(1))
+    made.flush()
     made.abandon("BrokenPipeError(32)")
     assert seen == [metric(1)]
     summary = decoded(made.directory / "summary.json", events.Summary)
     assert (summary.status, summary.reason, summary.steps) == ("failed", "BrokenPipeError(32)", 1)
     assert decoded(made.directory / "run.json", events.RunInfo).status == "failed"
-
-
-def test_the_configuration_is_kept_as_given(make: Make) -> None:
-    made = make()
-    made.write_config("[run]\nname = 'Zoë'\n")
-    assert (made.directory / "config.toml").read_text(encoding="utf-8") == "[run]\nname = 'Zoë'\n"

@@ -1,34 +1,32 @@
-"""The local engine: the launcher of a run on this machine, and its coordinator's hands and eyes.
+"""The launcher of a run on this machine: its coordinator's hands and eyes. A process of its own (``engine/front.py``).
 
-It starts the zygote, has workers and servers forked, carries messages to the pure ``Coordinator`` and does what that
-says, watches every process, and records what happens. It holds no lock and runs one loop.
+It has workers and servers forked by the zygote, carries messages to the pure ``Coordinator`` and does what that says,
+watches every process, and records what happens. It holds no lock and runs one loop.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
+import platform
 import selectors
 import signal
-import subprocess
+import socket
 import sys
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import IO
 
 import msgspec
 
-from paceline import config_file, errors, events
-from paceline.config import Job
-from paceline.engine import allocator, resume_from
-from paceline.engine.checkpoints import Checkpoints, Loaded
+from paceline import errors, events
+from paceline.engine.checkpoints import Checkpoints
 from paceline.engine.metrics import Merger, seconds_a_step
-from paceline.engine.program import Call, Script
 from paceline.engine.recorder import Recorder
 from paceline.engine.saver import Saver
-from paceline.engine.setup import Setup, encode_job
+from paceline.engine.setup import Setup, decode_job
 from paceline.engine.watch import StepTimes, Watch
 from paceline.protocol import messages
 from paceline.protocol.coordinator import (
@@ -56,44 +54,47 @@ _TICK_S = 0.05
 _LOOK_S = 0.2  # how often processes are looked after
 _GRACE_S = 2.0  # between telling processes to stop and killing them
 _INTERRUPT_S = 10.0  # between Ctrl-C and the same
-_ZYGOTE = "import sys; sys.path.append({root!r}); from paceline.engine.zygote import main; main({fd})"
+_PR_SET_PDEATHSIG = 1
 
 
-def run_local(
-    job: Job,
-    program: Script | Call,
-    *,
-    watch: Callable[[events.Record], None],
-    argv: Sequence[str] = (),
-    resume: Loaded | None = None,
-) -> events.Summary:
-    """Run ``program`` with ``job.workers`` workers on this machine; blocks until all processes have ended.
+def main(descriptor: int) -> None:
+    """Launch what the front behind ``descriptor`` says, to its end; end when the front does."""
+    _end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front decides what Ctrl-C means
+    front = Channel(socket.socket(fileno=descriptor))
+    held: list[tuple[messages.Hold, int]] = []
+    with contextlib.suppress(Closed):
+        while True:
+            said = front.drain()
+            for place, (message, descriptors) in enumerate(said):
+                if isinstance(message, messages.Begin):
+                    _Launcher(front, message, held).run(said[place + 1 :])
+                    return
+                assert isinstance(message, messages.Hold)
+                held.append((message, descriptors[0]))
 
-    ``resume``: go on from this checkpoint, in the directory of the run that made it.
 
-    ``watch`` sees every record, in this thread. Raises a PacelineError (ScriptError with the user's traceback,
-    Interrupted at Ctrl-C, ...) when the run has failed and everything has stopped.
-    """
-    if not sys.platform.startswith("linux"):
-        raise errors.HostError(
-            f"distributed runs need Linux; this is {sys.platform}", fix="run the script alone: python SCRIPT"
-        )
-    going_on = None if resume is None else (resume.path.parent.parent, resume.step)
-    recorder = Recorder(job, watch, argv, going_on)
-    return _Launcher(job, program, recorder, resume).run()
+def _end_with_parent() -> None:
+    """Whatever ends the front ends the run. ``main`` finds it gone already where this comes too late."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 class _Launcher:
-    def __init__(self, job: Job, program: Script | Call, recorder: Recorder, resume: Loaded | None) -> None:
-        self._job, self._program, self._recorder, self._resume = job, program, recorder, resume
+    def __init__(self, front: Channel, begin: messages.Begin, held: list[tuple[messages.Hold, int]]) -> None:
+        self._front, self._setup = front, begin.setup
+        setup = msgspec.msgpack.decode(begin.setup, type=Setup)
+        job = self._job = decode_job(setup.job)
+        resume = begin.steps if begin.resumed else None
+        self._recorder = recorder = Recorder(job, Path(begin.directory), self._show, begin.argv, resume)
+        recorder.info.processes.append(_process("front", begin.front))
+        recorder.info.processes.append(_process("launcher", os.getpid()))
+        self._shown_output = begin.shown.get("output", 0)
         # Who has data that nobody else has, or reads it for all, cannot be replaced.
         restarts = 0 if job.data == "served" else job.restarts
         self._coordinator = Coordinator(job.workers, job.servers, restarts=restarts, min_workers=job.min_workers)
         self._memories: dict[int, tuple[messages.Memory, int]] = {}  # what newcomers get, by number
         self._started_s = time.monotonic() - recorder.offset_s
-        state = resume.documents["state"] if resume is not None else None
-        after = 0 if state is None else resume_from.last_key(state, job)
-        self._merger = Merger(self._started_s, after=after, steps=0 if state is None else state["step"])
+        self._merger = Merger(self._started_s, after=begin.after, steps=begin.steps)
         checkpoints = Checkpoints(recorder.directory, job.keep)
         self._saver = Saver(checkpoints, job.workers, lambda kind, text: self._notice(kind, text))
         self._selector = selectors.DefaultSelector()
@@ -105,114 +106,61 @@ class _Launcher:
         self._interrupts = 0
         self._watch, self._looked_s = Watch(job.hang_timeout), 0.0
         self._log: _Tail | None = None
-        self._zygote: subprocess.Popen[bytes] | None = None
+        self._births: dict[tuple[str, int], int] = {}
+        self._payload: int | None = None
+        self._selector.register(front, selectors.EVENT_READ, ("front", 0))
+        for hold, fd in held:
+            self._take_over(hold, fd)
 
-    def run(self) -> events.Summary:
-        """The whole life of the run."""
-        board_fd = Board.create(self._job.workers, self._job.servers)
-        self._board = Board(segment.attach(board_fd))
-        self._steps = StepTimes(self._board.longest_ns)
-        self._lock = Lock(board_fd, self._board.journal)
-        if self._resume is not None:
-            resume_from.fill_board(self._resume.documents["state"], self._board, self._job)
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        script = self._program if isinstance(self._program, Script) else None
-        self._recorder.write_config(
-            config_file.dump(self._job, str(script.path) if script else None, script.args if script else ())
-        )
-        try:
-            for number in before if _in_main_thread() else ():
-                signal.signal(number, self._interrupted)
-            self._start(board_fd)
-            while self._alive or self._expected:
-                self._turn()
-        except BaseException as error:
-            # Not the run's fault but the watcher's (a closed pipe, say): nobody is left behind all the same.
-            self._kill_all()
-            self._recorder.abandon(repr(error))
-            raise
-        finally:
-            for number, handler in before.items() if _in_main_thread() else ():
-                signal.signal(number, handler)
-            self._stop_zygote()
-            for _, fd in self._memories.values():
-                os.close(fd)
-            self._saver.close()
-            os.close(board_fd)
-        return self._conclude()
+    def _take_over(self, hold: messages.Hold, fd: int) -> None:
+        """What the front keeps."""
+        match hold.what:
+            case "board":
+                self._board_fd = fd
+                self._board = Board(segment.attach(fd))
+                self._steps = StepTimes(self._board.longest_ns)
+                self._lock = Lock(fd, self._board.journal)
+            case "payload":
+                self._payload = fd
+            case "channel":
+                self._open(hold.role, hold.rank, fd)
+
+    def _open(self, role: str, rank: int, fd: int) -> None:
+        channel = self._channels[role, rank] = Channel(socket.socket(fileno=fd))
+        self._selector.register(channel, selectors.EVENT_READ, (role, rank))
+
+    def run(self, said: list[tuple[messages.Any, tuple[int, ...]]]) -> None:
+        """The whole life of the run. ``said``: what the front has said since."""
+        self._heed(said)
+        while self._alive or self._expected:
+            self._turn()
+        self._saver.close()
+        summary, failure = self._conclude()
+        self._front.send(messages.Outcome(msgspec.json.encode(summary), failure))
 
     # --- starting ---
 
-    def _start(self, board_fd: int) -> None:
-        mine, its = Channel.pair()
-        os.set_inheritable(its.fileno(), True)
-        root = str(Path(__file__).resolve().parent.parent.parent)
-        threads = self._threads()
-        self._zygote = subprocess.Popen(
-            [sys.executable, "-P", "-c", _ZYGOTE.format(root=root, fd=its.fileno())],
-            pass_fds=(its.fileno(),),
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-            env=os.environ
-            | {"OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": "1"}
-            | allocator.settings(os.environ),
-        )
-        its.close()
-        self._channels["zygote", 0] = mine
-        self._selector.register(mine, selectors.EVENT_READ, ("zygote", 0))
-        self._setup = msgspec.msgpack.encode(self._describe(threads))
-        self._board_fd = board_fd
-
-    def _threads(self) -> int:
-        return self._job.threads or max(1, len(os.sched_getaffinity(0)) // self._job.workers)
-
-    def _describe(self, threads: int) -> Setup:
-        program = self._program
-        return Setup(
-            job=encode_job(self._job),
-            directory=str(self._recorder.directory.resolve()),
-            threads=threads,
-            script=str(program.path) if isinstance(program, Script) else "",
-            args=program.args if isinstance(program, Script) else (),
-            call=program.main if isinstance(program, Call) else None,
-            resume=str(self._resume.path.resolve()) if self._resume is not None else "",
-        )
-
     def _fork_all(self) -> None:
-        log = self._recorder.directory / "logs" / "worker-0.log"
-        shown = log.stat().st_size if log.exists() else 0  # of the run that is resumed
         for role, count in (("server", self._job.servers), ("worker", self._job.workers)):
             for rank in range(count):
                 self._fork(role, rank)
-        self._log = _Tail(log, shown)
 
     def _fork(self, role: str, rank: int) -> None:
-        mine, its = Channel.pair()
+        birth = self._births[role, rank] = self._births.get((role, rank), 0) + 1
         path = self._recorder.directory / "logs" / f"{role}-{rank}.log"
         log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-        payload = self._payload() if role == "worker" else None
-        descriptors = [its.fileno(), self._board_fd, log, *(() if payload is None else (payload,))]
-        self._send(self._channels["zygote", 0], messages.Fork(role, rank, self._setup), tuple(descriptors))
-        its.close()
-        for fd in (log, payload):
-            if fd is not None:
-                os.close(fd)
-        self._channels[role, rank] = mine
-        self._selector.register(mine, selectors.EVENT_READ, (role, rank))
-
-    def _payload(self) -> int | None:
-        if not isinstance(self._program, Call):
-            return None
-        fd = os.memfd_create("paceline-call", os.MFD_CLOEXEC)
-        with os.fdopen(os.dup(fd), "wb") as data:
-            data.write(self._program.payload)
-        return fd
+        payload = (self._payload,) if role == "worker" and self._payload is not None else ()
+        self._send("zygote", 0, messages.Fork(role, rank, self._setup, birth), (self._board_fd, log, *payload))
+        os.close(log)
 
     # --- the loop ---
 
     def _turn(self) -> None:
         for key, _ in self._selector.select(_TICK_S):
             role, rank = key.data
+            if role == "front":
+                self._heed(self._front.drain())
+                continue
             channel = self._channels.get((role, rank))
             if channel is not key.fileobj:
                 continue  # its process has ended, which an event before this one told; another may have its place
@@ -222,8 +170,6 @@ class _Launcher:
                 self._selector.unregister(channel)
                 channel.close()
                 del self._channels[role, rank]
-                if role == "zygote":
-                    self._zygote_died()
                 continue
             for message, descriptors in arrived:
                 self._take(role, rank, message, descriptors)
@@ -236,6 +182,19 @@ class _Launcher:
         if self._kill_at_s is not None and time.monotonic() > self._kill_at_s:
             self._kill_all()
 
+    def _heed(self, said: list[tuple[messages.Any, tuple[int, ...]]]) -> None:
+        """What the front has said."""
+        for message, _ in said:
+            match message:
+                case messages.Interrupt(times=times):
+                    self._interrupted(times)
+                case messages.Exited(pid=pid, status=status):
+                    self._zygote_ended(pid, status)
+                case messages.Abandon(reason=reason):
+                    self._kill_all()
+                    self._recorder.abandon(reason)
+                    sys.exit(1)
+
     def _take(self, role: str, rank: int, message: messages.Any, descriptors: tuple[int, ...] = ()) -> None:
         match message:
             case messages.Part():
@@ -246,7 +205,7 @@ class _Launcher:
                 self._recorder.info.versions = versions
                 self._fork_all()
             case messages.Forked(role=whose, rank=its, pid=pid):
-                self._forked(whose, its, pid)
+                self._forked(whose, its, pid, descriptors[0])
             case messages.Exited(role=whose, rank=its, pid=pid, status=status):
                 self._exited(whose, its, pid, status)
             case messages.Steps(rows=rows):
@@ -260,18 +219,23 @@ class _Launcher:
             case _:
                 self._obey(self._coordinator.handle(Came(role, rank, message)))
 
-    def _forked(self, role: str, rank: int, pid: int) -> None:
+    def _forked(self, role: str, rank: int, pid: int, channel: int) -> None:
+        self._front.send(messages.Hold("channel", role, rank), (channel,))
+        self._open(role, rank, channel)
+        if role == "server":
+            for memory, fd in self._memories.values():
+                if memory.kind == "exchange":
+                    self._send(role, rank, memory, (fd,))
         self._alive[role, rank] = pid
         self._expected -= 1
-        host = str(self._recorder.info.machines[0]["host"])
-        self._recorder.info.processes.append(events.Process(role, rank, pid, host))
         info = self._recorder.info
+        info.processes.append(_process(role, pid, rank))
         if self._expected == 0 and info.status == "running":
             self._recorder.write_info()
         elif self._expected == 0:
             info.status = "running"
-            info.processes.insert(0, events.Process("launcher", 0, os.getpid(), host))
             self._recorder.write_info()
+            self._log = _Tail(self._recorder.directory / "logs" / "worker-0.log", self._shown_output)
             self._recorder.take(events.Started(str(self._recorder.directory), info.processes))
 
     def _exited(self, role: str, rank: int, pid: int, status: int) -> None:
@@ -299,13 +263,10 @@ class _Launcher:
                     self._allocate(request, servers)
                 case Give(rank=rank, number=number):
                     memory, fd = self._memories[number]
-                    self._send(self._channels["worker", rank], memory, (fd,))
+                    self._send("worker", rank, memory, (fd,))
                 case Replace(rank=rank, role="server"):
                     self._expected += 1
                     self._fork("server", rank)
-                    for memory, fd in self._memories.values():
-                        if memory.kind == "exchange":
-                            self._send(self._channels["server", rank], memory, (fd,))
                 case Replace(rank=rank):
                     self._tell_death(rank, for_good=False)
                     self._expected += 1
@@ -317,9 +278,7 @@ class _Launcher:
                 case Abort(role=role, rank=rank, failure=failure):
                     self._abort(role, rank, failure)
                 case Done():
-                    for (role, _), channel in self._channels.items():
-                        if role == "server":
-                            self._send(channel, messages.Stop("all workers have finished"))
+                    self._send_all(("server",), messages.Stop("all workers have finished"))
                     self._board.wake_all()
 
     def _tell_death(self, rank: int, *, for_good: bool) -> None:
@@ -335,11 +294,9 @@ class _Launcher:
             self._obey(self._coordinator.handle(Came("launcher", 0, failure)))  # it must know why workers leave
             return
         memory = messages.Memory(request.number, request.size_bytes, request.kind, request.spec)
+        self._front.send(messages.Hold("memory", number=request.number, about=msgspec.msgpack.encode(memory)), (fd,))
         # Servers first: they are ready when the first push comes.
-        for role in ("server", "worker") if servers else ("worker",):
-            for (whose, _), channel in self._channels.items():
-                if whose == role:
-                    self._send(channel, memory, (fd,))
+        self._send_all(("server", "worker") if servers else ("worker",), memory, (fd,))
         self._memories[request.number] = memory, fd
         self._board.journal.map(request.number, memoryview(segment.attach(fd)).cast("Q"))
         if request.kind == "exchange":
@@ -347,20 +304,24 @@ class _Launcher:
             record = events.Wrapped(self._now(), int(rest.split()[0]), request.size_bytes, optimizer)
             self._recorder.take(record)
 
-    def _send(self, channel: Channel, message: messages.Any, descriptors: tuple[int, ...] = ()) -> None:
-        try:
-            channel.send(message, descriptors)
-        except Closed:
-            return  # its end is reported by the zygote, with the reason
+    def _send(self, role: str, rank: int, message: messages.Any, descriptors: tuple[int, ...] = ()) -> None:
+        channel = self._channels.get((role, rank))
+        if channel is not None:
+            with contextlib.suppress(Closed):  # its end is reported by the zygote, with the reason
+                channel.send(message, descriptors)
+
+    def _send_all(self, roles: Sequence[str], message: messages.Any, descriptors: tuple[int, ...] = ()) -> None:
+        for role in roles:
+            for whose, rank in self._channels:
+                if whose == role:
+                    self._send(role, rank, message, descriptors)
 
     # --- stopping ---
 
     def _abort(self, role: str, rank: int, failure: messages.Failed) -> None:
         self._failure = self._failure or (role, rank, failure)  # what we kill dies of us
         self._board.set_abort()
-        for (whose, _), channel in self._channels.items():
-            if whose != "zygote":
-                self._send(channel, messages.Stop(failure.what))
+        self._send_all(("server", "worker"), messages.Stop(failure.what))
         self._kill_at_s = min(self._kill_at_s or 2**62, time.monotonic() + _GRACE_S)
 
     def _look_after(self) -> None:
@@ -388,9 +349,9 @@ class _Launcher:
     def _in_hand(self, role: str, rank: int) -> int:
         return self._board.in_hand[rank] if role == "worker" else 0
 
-    def _interrupted(self, number: int, frame: FrameType | None) -> None:
+    def _interrupted(self, times: int) -> None:
         """Ctrl-C or SIGTERM: first, let the round finish; second, now."""
-        self._interrupts += 1
+        self._interrupts = times
         self._coordinator.handle(Interrupted())
         self._board.set_interrupt()
         wait_s = _INTERRUPT_S if self._interrupts == 1 else 0.0
@@ -407,28 +368,17 @@ class _Launcher:
         for pid in self._alive.values():
             os.kill(pid, signal.SIGKILL)
 
-    def _zygote_died(self) -> None:
-        assert self._zygote is not None
-        status = self._zygote.wait()
+    def _zygote_ended(self, pid: int, status: int) -> None:
         if self._failure is None:
-            what = f"the process that forks workers (pid {self._zygote.pid}) {how_ended(status)}"
-            failure = messages.Failed("HostError", what)
+            failure = messages.Failed("HostError", f"the process that forks workers (pid {pid}) {how_ended(status)}")
             self._failure = ("zygote", 0, failure)
         self._alive.clear()
         self._expected = 0
 
-    def _stop_zygote(self) -> None:
-        for channel in self._channels.values():
-            channel.close()
-        self._selector.close()
-        if self._zygote is not None:
-            try:
-                self._zygote.wait(timeout=_GRACE_S)
-            except subprocess.TimeoutExpired:
-                self._zygote.kill()
-                self._zygote.wait()
-
     # --- reporting ---
+
+    def _show(self, file: str, place: int, records: list[events.Record]) -> None:
+        self._front.send(messages.Show(file, place, msgspec.msgpack.encode(records)))
 
     def _notice(self, kind: str, text: str) -> None:
         self._recorder.take(events.Notice(self._now(), kind, text))
@@ -441,7 +391,7 @@ class _Launcher:
         if text:
             self._recorder.take(events.Output(text))
 
-    def _conclude(self) -> events.Summary:
+    def _conclude(self) -> tuple[events.Summary, messages.Failed | None]:
         for metric in self._merger.ready(everything=True):
             self._recorder.take(metric)
         for worker, dropped in sorted(self._merger.dropped.items()):
@@ -454,28 +404,19 @@ class _Launcher:
         if self._failure is None and self._interrupts:
             self._failure = ("launcher", 0, messages.Failed("Interrupted", "stopped by Ctrl-C"))
         if self._failure is None:
-            return self._recorder.close("done", self._coordinator.reason, 0, begun_s)
+            return self._recorder.close("done", self._coordinator.reason, 0, begun_s), None
         role, rank, failure = self._failure
-        error = _error(failure)
         if failure.traceback:
             log = self._recorder.directory / "logs" / f"{role}-{rank}.log"
             with log.open("a") as lines:
                 lines.write(failure.traceback)
-        status = "interrupted" if isinstance(error, errors.Interrupted) else "failed"
-        self._recorder.close(status, error.what, error.exit_code, begun_s)
-        raise error
+        status = "interrupted" if failure.kind == "Interrupted" else "failed"
+        exit_code = getattr(errors, failure.kind, errors.PacelineError).exit_code
+        return self._recorder.close(status, failure.what, exit_code, begun_s), failure
 
 
-def _error(failure: messages.Failed) -> errors.PacelineError:
-    kind = getattr(errors, failure.kind, errors.PacelineError)
-    if kind is errors.ScriptError:
-        return errors.ScriptError(failure.what, why=failure.why, fix=failure.fix, traceback=failure.traceback)
-    assert issubclass(kind, errors.PacelineError)
-    return kind(failure.what, why=failure.why, fix=failure.fix)
-
-
-def _in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
+def _process(role: str, pid: int, rank: int = 0) -> events.Process:
+    return events.Process(role, rank, pid, platform.node())
 
 
 class _Tail:
