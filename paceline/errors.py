@@ -7,6 +7,7 @@
     ├── HostError                4   the machine lacks something: memory, a port, a kernel feature
     ├── WorkersLost              5   fewer workers are left than the job needs
     ├── Diverged                 6   the loss is no longer a number
+    │   └── Poisoned             6   one worker's gradients are not, and it cannot be replaced again
     └── Interrupted            130   Ctrl-C
 
 An error is one block: what was wrong (with the value seen), why, and what to do.
@@ -61,6 +62,10 @@ class WorkersLost(PacelineError):
 
 class Diverged(PacelineError):
     exit_code = 6
+
+
+class Poisoned(Diverged):
+    """A worker ends of it alone; the run only where no other takes its place."""
 
 
 class Interrupted(PacelineError):

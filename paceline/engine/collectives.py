@@ -31,10 +31,12 @@ class Collectives:
     def __init__(self, context: Context) -> None:
         self._board, self._channel, self._rank, self._ring = context.board, context.channel, context.rank, context.ring
         self.number = 0
+        self.before: Callable[[], None] = lambda: None  # called by who comes to one
         self.takes_part = not context.board.deaths[context.rank]  # a newcomer, from when it has caught up
 
     def ask(self, kind: str, spec: bytes, size: int, what: str) -> tuple[Any, bytes]:
         """Ask the launcher for memory that all workers get; (mapping, worker 0's spec)."""
+        self.before()
         self.number += 1
         done = self._board.passes(COLLECTIVES)
         done[self._rank] = max(done[self._rank], self.number)

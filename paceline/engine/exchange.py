@@ -224,6 +224,11 @@ class Exchange:
             return self._meet(push)
         return self._meet(self.inner.close()) if self.inner.step(push) else None
 
+    @property
+    def not_finite(self) -> str:
+        """Where, in words, the gradient that was brought last is not finite."""
+        return self._replica.not_finite()
+
     def flush(self) -> Round | None:
         """Close a period of local steps early, at the end of the data; None if there is none open."""
         if self.inner is None or not self.in_period:
@@ -265,6 +270,12 @@ class Exchange:
         """Under the run's lock: has this worker, which has died, pushed a round that is not over?"""
         rounds = self.in_rounds
         return rounds is not None and rounds.is_in_round(worker)
+
+    def forget_norm(self, worker: int) -> None:
+        """Under the run's lock: nobody is to count on the norm that this worker, which has died, has asked for."""
+        rounds = self.in_rounds
+        if rounds is not None:
+            rounds.forget_norm(worker)
 
     def no_dead_in_round(self) -> bool | Waiting:
         """Are all rounds over that those who have died had pushed?"""

@@ -79,7 +79,9 @@ class Passes:
         self._evaluating: dict[int, tuple[int, object]] = {}  # loader -> samples and gradients at that time
         self._training_loaders: set[int] = set()
         self._continued: set[int] = set()  # loaders whose pass this process has not begun
-        self._left: set[int] = set()  # loaders whose last pass the script left early
+        # Loaders whose pass the script left early, and the gradients at that time; until that is told.
+        self._leaving: list[tuple[int, object]] = []
+        self._left: set[int] = set()  # loaders whose last pass it was, and its end is not waited for yet
         self._empty: set[int] = set()  # loaders whose last pass had nothing to read
 
     def add_loader(self) -> int:
@@ -118,6 +120,8 @@ class Passes:
         self._reading = loader
 
     def border(self) -> None:
+        if self._leaving:
+            self.tell_left()
         self._saving.at_border()
 
     def drawn(self, samples: int) -> None:
@@ -199,6 +203,7 @@ class Passes:
         return self._ending.over
 
     def begin(self, loader: int, length: int | None) -> bool:
+        self.tell_left()
         self._ending.raise_if_interrupted()
         catching_up, progress = self._catching_up, self._progress
         first = False
@@ -251,12 +256,13 @@ class Passes:
     # --- a pass ends ---
 
     def end(self, loader: int) -> None:
+        self.tell_left()
         self._progress.put_down()
         if self._caught_up(loader):
             return
         self._catching_up.lay_ghost()
         self._ending.raise_if_interrupted()
-        if self._finish(loader):
+        if self._finish(loader, self._gradient_marks()):
             self._progress.flush()
             self._await_all(loader)
 
@@ -265,8 +271,15 @@ class Passes:
         if self._caught_up(loader) or self._ending.is_interrupted:
             return
         self._catching_up.lay_ghost()
-        if self._finish(loader):
-            self._left.add(loader)
+        self._leaving.append((loader, self._gradient_marks()))
+
+    def tell_left(self) -> None:
+        """The script goes on, so the passes that it left early are over. Called where it next comes to this package:
+        an exception that ends it closes its loops in the same way, and then another is to go on in that pass."""
+        while self._leaving:
+            loader, marks = self._leaving.pop(0)
+            if self._finish(loader, marks):
+                self._left.add(loader)
 
     def _caught_up(self, loader: int) -> bool:
         """Was it a pass of ghosts, of a newcomer?"""
@@ -276,7 +289,7 @@ class Passes:
             self._training_loaders.add(loader)
         return was
 
-    def _finish(self, loader: int) -> bool:
+    def _finish(self, loader: int, marks: object) -> bool:
         """Was it a pass to train on? If so it is counted, and its end is one for all.
 
         A pass that was read without a step is an evaluation: it is nobody else's business, since scripts evaluate in
@@ -290,7 +303,7 @@ class Passes:
         progress.close_row()
         progress.forget_losses()
         drawn = self._has_drawn(loader)
-        untouched = self._evaluating[loader][1] == self._gradient_marks()
+        untouched = self._evaluating[loader][1] == marks
         # Fewer batches than there are to a step: they have left a gradient, for a step that comes after the pass.
         leased = loader in self._leasing
         trained = steps > 0 or (drawn and not untouched and (leased or loader in self._training_loaders))

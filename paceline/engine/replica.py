@@ -137,6 +137,14 @@ class Replica:
         gradients = [_rows_of(p.grad) for p in self.parameters if p.grad is not None]
         return all(_is_finite(gradient) for gradient in gradients)
 
+    def not_finite(self) -> str:
+        """The parameters, in words, whose gradients are not finite."""
+        given = [(name, p.grad) for name, p in zip(self._names, self.parameters, strict=True) if p.grad is not None]
+        bad = [name for name, gradient in given if not _is_finite(_rows_of(gradient))]
+        if not bad:
+            return "it is finite by now"  # the script has changed it since
+        return f"first in {bad[0]}" + (f", in {len(bad)} of {len(given)} parameters" if len(given) > 1 else "")
+
     def add_gradients(self, *, first: bool) -> None:
         """Add the gradients to what is in the slot since the ``first`` of a period of local steps."""
         if first:

@@ -97,6 +97,15 @@ class Rounds:
         number = self._memory.pushed[worker]
         return number > 0 and self._is_over(number) is not True
 
+    def forget_norm(self, worker: int) -> None:
+        """Under the run's lock: this worker, which has died, may have had its norm of a round that it did not push. Who
+        comes to that round only now must not ask for it with the dead one, which may have begun to write its push."""
+        memory, asked = self._memory, self._memory.asked[worker]
+        round_ = asked // _NORMS
+        alone = all(other // _NORMS < round_ for w, other in enumerate(memory.asked) if memory.since[w] != NEVER)
+        if memory.pushed[worker] < round_ and memory.answered[worker] == asked and alone:
+            memory.asked[worker] = memory.pushed[worker] * _NORMS
+
     def no_dead_in_round(self) -> bool | Waiting:
         """Are all rounds over that those who have died had pushed? True also where only they had: see ``complete``."""
         for worker, pushed in enumerate(self._memory.pushed):

@@ -52,6 +52,7 @@ class Settling:
         for worker in dead:
             board.ring(worker)  # the dead do not
             for exchange in self._exchanges if self._in_rounds else ():
+                exchange.forget_norm(worker)
                 self.settle_place(worker, exchange.place(worker))
             for leases in self._leases.values():
                 leases.bury(worker)

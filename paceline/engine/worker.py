@@ -34,12 +34,10 @@ from paceline.engine.saving import Saving
 from paceline.engine.served import Reader, ServedBatches
 from paceline.engine.settling import Settling
 from paceline.engine.shards import VOID
-from paceline.errors import Diverged
+from paceline.engine.strikes import Strikes
 from paceline.params.table import tabulate
 from paceline.protocol import messages
 from paceline.protocol.log import Entry
-
-STRIKES = 3
 
 
 class Worker:
@@ -72,6 +70,7 @@ class Worker:
             self._close_periods,
         )
         self.saving.position, self.saving.more = self.passes.position, self.passes.own
+        self.collectives.before = self.passes.tell_left
         self._board.on_alarm = self.passes.hear_of_deaths
         # Who has data of its own trains on all of it.
         place = (0, 1) if job.data == "own" else (context.rank, job.workers)
@@ -80,7 +79,7 @@ class Worker:
         if self._catching_up.resumed is not None:
             self._part = replace(self._part, trained=trained_before(self._catching_up.resumed.state, job))
         self._samples_at_step: list[int] = []  # by exchange
-        self._strikes = 0  # gradients in a row that were not finite
+        self._strikes = Strikes(context)
         self._readers: list[Reader] = []
         self._served: list[ServedBatches] = []
 
@@ -181,6 +180,7 @@ class Worker:
     def exchange(self, index: int, *, void: bool = False) -> None:
         """One optimizer step of exchange ``index``, as the pace says. ``void``: there is no gradient worth applying."""
         ending, progress = self._ending, self.progress
+        self.passes.tell_left()
         progress.put_down()
         if ending.over:
             ending.raise_if_interrupted()
@@ -208,7 +208,7 @@ class Worker:
             nn.utils.clip_grad_norm_(exchange.parameters, self.context.job.clip)
         round_ = exchange.step(Push(VOID if void else weight, progress.look, self._board.interrupt, 1, place))
         if not void:
-            self._judge(exchange)
+            self._strikes.take(index, exchange, self.step_number)
         progress.end_step(round_)
         if round_ is not None:
             self._after_meeting(index, round_)
@@ -232,25 +232,6 @@ class Worker:
     def _weight(self, index: int) -> float:
         """Samples since this optimizer's last step."""
         return float(self.progress.samples - self._samples_at_step[index]) if self.passes.count else 1.0
-
-    def _judge(self, exchange: Exchange) -> None:
-        """A gradient with NaN or infinity was dropped: tell; after STRIKES in a row there is no use in going on.
-
-        Raises Diverged.
-        """
-        if exchange.was_finite:
-            self._strikes = 0
-            return
-        self._strikes += 1
-        told = f"worker {self.rank}: the gradient of step {self.step_number} was not finite and was dropped"
-        if self._strikes < STRIKES:
-            self._channel.send(messages.Alarm(f"{told} ({self._strikes} of {STRIKES} in a row)"))
-            return
-        raise Diverged(
-            f"{told}, the {STRIKES}rd in a row",
-            why="the loss is no longer a number on its batches; the parameters are those of the last good step",
-            fix="a lower learning rate, --clip 1, or a look at the data; paceline resume goes on from a checkpoint",
-        )
 
     def _close_periods(self) -> None:
         """Bring to a meeting what local steps have come to so far."""
@@ -303,6 +284,7 @@ class Worker:
 
     def norm(self, exchange: Exchange, chosen: bytes, order: float) -> float:
         """The norm of a gradient of this exchange over all workers; see engine/clipping.py."""
+        self.passes.tell_left()
         if not self._counts:
             return 1.0
         return exchange.norm(chosen, order, self._weight(self._exchanges.index(exchange)))
@@ -333,6 +315,7 @@ class Worker:
 
     def finish(self) -> None:
         """The script has come to its end: say so to everybody."""
+        self.passes.tell_left()
         self.saving.at_border()
         if not self.progress.in_rounds:
             self._close_periods()  # local steps behind the end of the last pass; others may go on with them

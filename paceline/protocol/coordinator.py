@@ -108,6 +108,7 @@ class Coordinator:
         self._workers, self._servers = workers, servers
         self._restarts, self._min_workers = restarts, workers if min_workers is None else min_workers
         self._deaths: dict[int, int] = {}  # of a worker since it last got on
+        self._outs: dict[int, int] = {}  # of a worker whose gradients were not finite; getting on is no excuse for them
         self._server_deaths: dict[int, int] = {}  # since any worker last got on
         self._given: dict[int, messages.Wrap] = {}
         self._lost: set[int] = set()
@@ -133,6 +134,10 @@ class Coordinator:
                     self._server_deaths.clear()
             case Came(role="worker", rank=rank, message=messages.Failed(kind="ScriptError") as failure):
                 return self._script_raised(rank, failure)
+            case Came(role="worker", rank=rank, message=messages.Failed(kind="Poisoned") as failure):
+                self._outs[rank] = self._outs.get(rank, 0) + 1
+                self._raised[rank] = failure
+                return []
             case Came(role=role, rank=rank, message=messages.Failed() as failure):
                 return self._fail(role, rank, failure)
             case Came(role="worker", rank=rank, message=messages.Finished()):
@@ -210,12 +215,12 @@ class Coordinator:
         self._asked = {number: asked for number, asked in self._asked.items() if asked}
         self._told.pop(rank, None)
         deaths = self._deaths[rank] = self._deaths.get(rank, 0) + 1
-        if deaths <= self._restarts and not self._interrupted:
+        if max(deaths, self._outs.get(rank, 0)) <= self._restarts and not self._interrupted:
             return [Tell("died", f"{what}; another takes its place", "worker", rank), Replace(rank)]
         self._lost.add(rank)
         left = self._workers - len(self._lost)
         if left < max(self._min_workers, 1) and not self._interrupted:
-            if deaths > 1:
+            if deaths > 1 and failure.kind != "Poisoned":
                 failure = msgspec.structs.replace(
                     failure, why=f"the {_ordinal(deaths)} time without getting on in between"
                 )

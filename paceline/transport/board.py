@@ -111,6 +111,8 @@ class Board:
         # and how long it has computed at most on the way to a step.
         self.in_hand = self._words[offsets["in_hand"] : offsets["in_hand"] + workers]
         self.longest_ns = self._words[offsets["longest_ns"] : offsets["longest_ns"] + workers]
+        # Which of a worker's last gradients were not finite; see protocol/strikes.py.
+        self.strikes = self._words[offsets["strikes"] : offsets["strikes"] + workers]
         self.parked = self._words[offsets["parked"] : offsets["parked"] + workers]
         self.ended = self._words[offsets["ended"] : offsets["ended"] + workers]
         start = offsets["passes"]
@@ -179,7 +181,7 @@ class Board:
         self._asleep += member - self.members
         self._words[self._asleep] = 0
         if member < self.workers:
-            self.in_hand[member] = 0
+            self.in_hand[member] = self.strikes[member] = 0
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -283,6 +285,7 @@ def _offsets(workers: int, servers: int) -> dict[str, int]:
         "asleep": workers + servers + 1,
         "in_hand": workers,
         "longest_ns": workers,
+        "strikes": workers,
         "journal": JOURNAL_WORDS,
     }
     for name, words in columns.items():

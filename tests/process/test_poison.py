@@ -1,4 +1,4 @@
-"""Gradients that are not finite: dropped, told, and after three in a row the end with advice; clipping from outside."""
+"""Gradients that are not finite: dropped and told; after three in a row a worker is out, or the run is over."""
 
 from __future__ import annotations
 
@@ -70,11 +70,45 @@ def test_the_others_norm_is_without_it(runner: Runner) -> None:
 
 
 @pytest.mark.parametrize("options", ["--pace sync", "--pace bounded:2"])
-def test_three_in_a_row_end_the_run_with_advice(options: str, runner: Runner) -> None:
-    ended = runner.run(POISONED, *options.split(), args=["2,3,4", "nan"])
+def test_after_three_in_a_row_another_takes_the_workers_place(options: str, runner: Runner) -> None:
+    once = POISONED.replace("step in bad", "step in bad and not healthy")
+    once = once.replace("run = paceline.init()", 'run = paceline.init()\nhealthy = (run.directory / "once").exists()')
+    once = once.replace("grad[0, 0] = value", 'grad[0, 0] = value\n        (run.directory / "once").touch()')
+    ended = runner.run(once, *options.split(), args=["2,3,4", "nan"])
+    assert ended.code == 0, ended.err
+    (died,) = [event for event in ended.events if event.get("kind") == "died"]
+    assert died["text"].startswith("worker 1: the gradient of step ")
+    assert died["text"].endswith("the 3rd in a row; another takes its place")
+    assert sum(metric["samples"] for metric in ended.metrics) >= 80 - 4  # what nobody told of a worker that ended
+
+
+def test_who_is_out_once_more_than_it_may_be_replaced_ends_the_run(runner: Runner) -> None:
+    always = ",".join(map(str, range(1, 20)))
+    ended = runner.run(POISONED, "--restarts", "1", args=[always, "nan"])
     assert ended.code == 6, ended.err
-    assert "was not finite and was dropped, the 3rd in a row" in ended.error
-    assert "a lower learning rate" in ended.error
+    assert "worker 1: the gradient of step " in ended.error
+    assert "most of the other workers' are finite" in ended.error
+    assert [event["kind"] for event in ended.events if event.get("kind") in ("died", "failed")] == [
+        "died",
+        "died",
+        "failed",
+    ]
+
+
+def test_without_restarts_the_others_may_go_on_without_it(runner: Runner) -> None:
+    ended = runner.run(POISONED, "--restarts", "0", "--min-workers", "1", args=["2,3,4", "nan"])
+    assert ended.code == 0, ended.err
+    (died,) = [event for event in ended.events if event.get("kind") == "died"]
+    assert died["text"].endswith("the other goes on without it")
+
+
+@pytest.mark.parametrize("options", ["--pace sync", "--pace bounded:2"])
+def test_where_most_gradients_are_not_finite_the_run_ends_with_advice(options: str, runner: Runner) -> None:
+    ended = runner.run(POISONED.replace("run.rank == 1 and", ""), *options.split(), args=["2,3,4,5", "nan"])
+    assert ended.code == 6, ended.err
+    assert "was not finite and was dropped; first in weight, in 1 of 2 parameters, the 3rd in a row" in ended.error
+    assert "more than half of all workers' gradients of late were like it" in ended.error
+    assert "lower the learning rate, try --clip 1" in ended.error
 
 
 def test_clip_is_the_users_own_clipping_of_the_whole_gradient(runner: Runner) -> None:

@@ -321,3 +321,25 @@ def test_whatever_happens_at_most_one_failure_is_told(events: list[Event], resta
     assert len(aborts(found)) <= 1
     told = [effect for effect in found if isinstance(effect, Tell) and effect.kind == "failed"]
     assert len(told) == len(aborts(found))
+
+
+POISONED = messages.Failed("Poisoned", "worker 1: the gradient of step 7 was not finite", "most are", "look")
+
+
+def out(rank: int) -> list[Event]:
+    return [Came("worker", rank, POISONED), died(rank, 1)]
+
+
+def test_who_is_out_for_its_gradients_is_replaced_as_often_as_one_that_dies_whether_it_gets_on_or_not() -> None:
+    coordinator = Coordinator(2, 0, restarts=2)
+    for _ in range(2):
+        effects(coordinator, steps(1), steps(1), steps(1))
+        told, replaced = effects(coordinator, *out(1))
+        assert told == Tell("died", f"{POISONED.what}; another takes its place", "worker", 1)
+        assert replaced == Replace(1)
+    effects(coordinator, steps(1), steps(1), steps(1))
+    assert the_abort(effects(coordinator, *out(1))) == Abort("worker", 1, POISONED)
+
+
+def test_who_is_out_and_not_replaced_is_given_up_where_enough_are_left() -> None:
+    assert effects(Coordinator(2, 0, min_workers=1), *out(1))[-1] == GiveUp(1)
