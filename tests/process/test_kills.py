@@ -34,3 +34,21 @@ def test_whoever_is_killed_each_sample_counts_once_an_epoch(options: str, runner
     assert died
     assert all(event["text"].endswith("was killed by SIGKILL; another takes its place") for event in died)
     await_death(open_pids(process["pid"] for process in ended.info["processes"]))
+
+
+@pytest.mark.parametrize("options", ["--pace sync", "--pace async"])
+def test_an_exception_in_a_loop_is_no_end_of_its_pass(options: str, runner: Runner) -> None:
+    """A worker that has got on for a while raises once: its successor goes on in that pass."""
+    raises = (
+        "if run.rank and steps and time.monotonic() > raise_at_s and take_one():\n            raise ValueError('once')"
+    )
+    script = kills.SCRIPT.replace("draw_lots()\n        optimizer", raises + "\n        optimizer")
+    script = script.replace("for epoch in", "raise_at_s = time.monotonic() + 0.8\nfor epoch in")
+    script = script.replace("import threading\n", "import threading\nimport time\n")
+    runner.write("counting.py", kills.COUNTING)
+    epochs = 12
+    arguments = [str(SAMPLES), str(epochs), "1", "0", "1"]
+    ended = runner.run(script, "--workers", "2", *options.split(), args=arguments)
+    assert ended.code == 0, ended.err
+    assert any(event.get("kind") == "raised" for event in ended.events)
+    assert json.loads((ended.directory / "counts.json").read_text()) == [epochs] * SAMPLES
