@@ -91,19 +91,15 @@ class Run:
             [*command, "--restarts", "1000000", "train.py"],
             cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         )  # fmt: skip
-        self.launcher = self._process.pid
-        self._until(lambda: any((folder / "runs").glob("*/events.jsonl")), "a run directory")
+        self._until(lambda: any((folder / "runs").glob("*/run.json")), "a run directory")
         self.directory = next((folder / "runs").iterdir())
+        self._until(lambda: all(self.pid("worker", w) and self.steps_of(w) for w in range(workers)), "a first step")
+        self.launcher = self.pid("launcher", 0)
         self._events = (self.directory / "events.jsonl").open("rb")
-        self._until(lambda: self._board_path(), "a board")
-        descriptor = os.open(self._board_path(), os.O_RDWR)
+        links = Path(f"/proc/{self.launcher}/fd").iterdir()
+        descriptor = os.open(next(path for path in links if "paceline-the board" in os.readlink(path)), os.O_RDWR)
         self.board = Board(segment.attach(descriptor))
         os.close(descriptor)
-        self._until(lambda: all(self.pid("worker", w) and self.steps_of(w) for w in range(workers)), "a first step")
-
-    def _board_path(self) -> str:
-        links = Path(f"/proc/{self.launcher}/fd").iterdir()
-        return next((str(path) for path in links if "paceline-the board" in os.readlink(path)), "")
 
     def pid(self, role: str, rank: int) -> int:
         """That of the process which has this place now; 0 if there is none yet."""

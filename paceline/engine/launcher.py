@@ -289,6 +289,7 @@ class _Launcher:
     def _allocate(self, request: messages.Wrap, servers: bool) -> None:
         try:
             fd = segment.create(request.what, request.size_bytes)
+            mapped = segment.attach(fd)
         except errors.HostError as error:
             failure = messages.Failed("HostError", error.what, error.why, error.fix)
             self._obey(self._coordinator.handle(Came("launcher", 0, failure)))  # it must know why workers leave
@@ -298,7 +299,7 @@ class _Launcher:
         # Servers first: they are ready when the first push comes.
         self._send_all(("server", "worker") if servers else ("worker",), memory, (fd,))
         self._memories[request.number] = memory, fd
-        self._board.journal.map(request.number, memoryview(segment.attach(fd)).cast("Q"))
+        self._board.journal.map(request.number, memoryview(mapped).cast("Q"))
         if request.kind == "exchange":
             optimizer, _, rest = request.what.partition(" over ")
             record = events.Wrapped(self._now(), int(rest.split()[0]), request.size_bytes, optimizer)

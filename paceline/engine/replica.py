@@ -39,6 +39,7 @@ class Replica:
         self._vectors = sorted({entry.vector for entry in entries if not entry.row})
         self._by_rows = {i: gradients[i].view(-1) for i, entry in enumerate(entries) if entry.row}
         self._raw = {i for i in self._by_rows if optimizers.adds_rows(optimizer, self.parameters[i].dtype)}
+        self._shapes = [p.shape for p in self.parameters]
         self.shared = [view(entry, memory.params[entry.vector]) for entry in entries]
         home = memory.params | self.slot.copy
         self._home = [view(entry, home[entry.vector]) for entry in entries]
@@ -111,8 +112,11 @@ class Replica:
                 )
 
     def write_gradients(self) -> bool:
-        """Copy the gradients into the slot, and which parameters have one. Are all values finite?"""
-        gradients = [parameter.grad for parameter in self.parameters]
+        """Copy the gradients into the slot, and which parameters have one. Are all values finite?
+
+        Raises ConfigError, before anything is written, for one that does not fit its parameter.
+        """
+        gradients = self._given()
         with torch.no_grad():
             for param, values in self._by_rows.items():
                 rows.write(self.slot.rows[param], values, gradients[param], raw=param in self._raw)
@@ -134,8 +138,15 @@ class Replica:
 
     def has_finite_gradients(self) -> bool:
         """The same of the gradients where they are."""
-        gradients = [_rows_of(p.grad) for p in self.parameters if p.grad is not None]
-        return all(_is_finite(gradient) for gradient in gradients)
+        return all(_is_finite(_rows_of(gradient)) for gradient in self._given() if gradient is not None)
+
+    def _given(self) -> list[torch.Tensor | None]:
+        """The gradients, by parameter. Raises ConfigError for one that does not fit."""
+        gradients = [parameter.grad for parameter in self.parameters]
+        for place, gradient in enumerate(gradients):
+            if gradient is not None and (gradient.shape != self._shapes[place] or gradient.is_sparse):
+                rows.check(gradient, self._shapes[place], f"the gradient of {self._names[place]}")
+        return gradients
 
     def not_finite(self) -> str:
         """The parameters, in words, whose gradients are not finite."""

@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from paceline.errors import ConfigError
+
 
 class Rows(NamedTuple):
     """int64[n] and values [n, row]. ``unique``: and ascending."""
@@ -47,6 +49,19 @@ def unchecked() -> AbstractContextManager[Any]:
     """Within it sparse tensors are made without looking for mistakes in them, and without torch's warning that it does
     not look: its own optimizers make some."""
     return torch.sparse.check_sparse_tensor_invariants(False)
+
+
+def check(gradient: torch.Tensor, shape: Sequence[int], what: str) -> None:
+    """Raise ConfigError for a gradient of another shape, or one whose sparse indices lie outside of it: torch makes
+    those without a look, and whoever steps them would read or write some other memory."""
+    if tuple(gradient.shape) != tuple(shape):
+        raise ConfigError(f"{what} has shape {list(gradient.shape)}; it must be {list(shape)}")
+    if not gradient.is_sparse or not gradient._nnz():
+        return
+    for indices, size in zip(gradient._indices(), shape, strict=False):
+        low, high = (int(bound) for bound in torch.aminmax(indices))
+        if low < 0 or high >= size:
+            raise ConfigError(f"{what} has row {low if low < 0 else high}; there are rows 0 to {size - 1}")
 
 
 def write(area: torch.Tensor, values: torch.Tensor, gradient: torch.Tensor | None, *, raw: bool = False) -> None:

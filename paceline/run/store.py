@@ -14,6 +14,7 @@ from torch import nn, optim
 from paceline.engine.exchange import Exchange
 from paceline.engine.worker import Worker
 from paceline.errors import ConfigError, UsageError
+from paceline.params.rows import check
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], optim.Optimizer]
 
@@ -51,16 +52,17 @@ class Store:
         """Add each value to the tensor of its name (or step with it as gradient); a handle for ``wait``.
 
         All values of a push are applied together. With servers it returns when the values are copied, and the servers
-        go on; a worker has one push on its way, so the next waits for it. Raises ConfigError for a wrong name or shape.
+        go on; a worker has one push on its way, so the next waits for it. Raises ConfigError, and changes nothing, for
+        a wrong name, shape or dtype, a row that the tensor does not have, or a value that is not finite.
         """
         if not values:
             raise UsageError(f"push needs a value for one of: {', '.join(self._own)}")
+        for name, value in values.items():
+            self._check(name, value)
         for parameter in self._own.values():
             parameter.grad = None
         for name, value in values.items():
-            parameter = self._parameter(name)
-            if value.shape != parameter.shape:
-                raise ConfigError(f"push of {name} has shape {list(value.shape)}; it must be {list(parameter.shape)}")
+            parameter = self._own[name]
             parameter.grad = (self._sign * value.detach()).to(parameter)
         if self._exchange is None:
             self._optimizer.step()
@@ -84,6 +86,17 @@ class Store:
             )
         if self._exchange is not None and (handle is None or handle == self._pushed):
             self._exchange.finish()
+
+    def _check(self, name: str, value: torch.Tensor) -> None:
+        """Raise ConfigError for what cannot be pushed to the tensor of this name."""
+        parameter, what = self._parameter(name), f"push of {name}"
+        if not isinstance(value, torch.Tensor):
+            raise ConfigError(f"{what} is a {type(value).__name__}; it must be a tensor")
+        if value.is_complex() and not parameter.is_complex():
+            raise ConfigError(f"{what} has dtype {value.dtype}; it must be real, as {parameter.dtype}")
+        check(value, parameter.shape, what)
+        if not torch.isfinite(value.coalesce().values() if value.is_sparse else value).all():
+            raise ConfigError(f"{what} has values that are not finite; they would stay in it for all workers")
 
     def _parameter(self, name: str) -> nn.Parameter:
         if name not in self._own:

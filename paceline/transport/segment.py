@@ -51,8 +51,16 @@ def create(name: str, size_bytes: int) -> int:
 
 
 def attach(fd: int) -> mmap.mmap:
-    """Map the whole segment, readable and writable. The descriptor may be closed afterwards."""
-    return mmap.mmap(fd, os.fstat(fd).st_size)
+    """Map the whole segment, readable and writable. The descriptor may be closed afterwards. Raises HostError."""
+    size_bytes = os.fstat(fd).st_size
+    try:
+        return mmap.mmap(fd, size_bytes)
+    except OSError as error:
+        raise HostError(
+            f"{_mb(size_bytes)} of shared memory could not be mapped: {error.strerror}",
+            why="a limit of this process's address space (ulimit -v) or of its mappings",
+            fix="raise the limit, or use fewer workers or a smaller model",
+        ) from None
 
 
 def address(memory: mmap.mmap) -> int:

@@ -204,3 +204,38 @@ def test_launch_names_what_cannot_be_sent_to_workers(runner: Runner) -> None:
     ended = runner.python("-c", "import paceline\ndef work(rank): pass\npaceline.launch(work)")
     assert "ConfigError: work is defined in an interactive session, where workers cannot import it" in ended.err
     assert not (runner.folder / "runs").exists()
+
+
+# A process may have files of so many bytes (which shared memory is), or so much address space beyond what it has.
+LIMITED_FILES = """
+import resource, runpy, sys
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
+sys.argv = ["paceline", "run", "--json", "train.py"]
+runpy.run_module("paceline", run_name="__main__")
+"""
+LIMITED_SPACE = """
+import resource
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (16 << 20), resource.RLIM_INFINITY))
+"""
+
+
+def test_shared_memory_that_a_limit_forbids_ends_the_run_with_a_sentence(runner: Runner) -> None:
+    runner.write("train.py", script().replace("nn.Linear(4, 3)", "nn.Linear(4, 100_000)"))
+    ended = runner.python("-c", LIMITED_FILES)
+    assert ended.code == 4, ended.err
+    assert "SGD over 500000 parameters needs " in ended.error
+    assert " of shared memory, which could not be reserved: File too large" in ended.error
+    assert "why:   a memory limit of this container or user" in ended.error
+    assert "fix:   raise the limit, or use fewer workers or a smaller model" in ended.error
+    assert (ended.answer["status"], ended.answer["exit_code"]) == ("failed", 4)
+
+
+def test_shared_memory_that_a_worker_cannot_map_ends_the_run_with_a_sentence(runner: Runner) -> None:
+    large = script(before=LIMITED_SPACE).replace("nn.Linear(4, 3)", "nn.Linear(4, 3_000_000)")
+    ended = runner.run(large)
+    assert ended.code == 4, ended.err
+    assert " of shared memory could not be mapped: Cannot allocate memory" in ended.error
+    assert "ulimit -v" in ended.error
+    assert (ended.answer["status"], ended.answer["exit_code"]) == ("failed", 4)

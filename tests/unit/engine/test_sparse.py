@@ -395,3 +395,30 @@ def test_sparse_adam_is_refused_where_gradients_are_summed() -> None:
     error = refused(lambda m: optim.SparseAdam(tables(m)), pace="async:4")
     assert "pace async:4 pushes sums of gradients" in error.what
     assert "Adagrad" in error.fix
+
+
+@pytest.mark.parametrize("pace", ["sync", "async", "async:2", "local:2"])
+@pytest.mark.parametrize("embedding", [True, False])
+def test_a_row_that_the_table_does_not_have_is_refused_by_the_worker_that_brings_it(pace: str, embedding: bool) -> None:
+    def body(run: Any) -> None:
+        table = nn.Embedding(5, 2, sparse=True) if embedding else nn.Linear(2, 5, bias=False)
+        optimizer = torch.optim.SGD(table.parameters(), lr=1.0)
+        table, optimizer = run.wrap(table, optimizer)
+        row = 5 if run.rank else 4
+        table.weight.grad = torch.sparse_coo_tensor([[0, row]], torch.ones(2, 2), (5, 2), check_invariants=False)
+        optimizer.step()
+
+    with pytest.raises(ConfigError, match=r"the gradient of weight has row 5; there are rows 0 to 4"):
+        run_job(body, pace=parse_pace(pace))
+
+
+def test_a_gradient_of_another_shape_is_refused() -> None:
+    def body(run: Any) -> None:
+        model = nn.Linear(3, 2, bias=False)
+        model, optimizer = run.wrap(model, torch.optim.SGD(model.parameters(), lr=1.0))
+        model.weight.grad = torch.zeros(2, 3)
+        model.weight.grad.data = torch.ones(1, 3)  # which torch would spread over all rows
+        optimizer.step()
+
+    with pytest.raises(ConfigError, match=r"the gradient of weight has shape \[1, 3\]; it must be \[2, 3\]"):
+        run_job(body, workers=1)

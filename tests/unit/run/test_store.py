@@ -125,3 +125,32 @@ def test_alone_a_store_is_a_few_tensors() -> None:
 def test_mistakes_are_answered_in_words(act: Any, kind: type[Exception], says: str) -> None:
     with pytest.raises(kind, match=says):
         act(Run(None))
+
+
+STRAY = torch.sparse_coo_tensor([[1, 9]], torch.ones(2, 3), (4, 3), check_invariants=False)
+WRONG = {
+    "push of a has shape [3, 4]; it must be [4, 3]": torch.ones(3, 4),
+    "push of a has row 9; there are rows 0 to 3": STRAY,
+    "push of a has row -1; there": torch.sparse_coo_tensor([[-1]], torch.ones(1, 3), (4, 3), check_invariants=False),
+    "push of a has dtype torch.complex64; it must be real": torch.ones(4, 3, dtype=torch.complex64),
+    "push of a is a list; it must be a tensor": [[1.0] * 3] * 4,
+    "push of a has values that are not finite": torch.full((4, 3), float("nan")),
+}
+
+
+@servers_or_none
+@pytest.mark.parametrize("told", WRONG)
+def test_what_does_not_fit_is_refused_and_changes_nothing(told: str, servers: int) -> None:
+    def body(run: Any) -> list[str]:
+        store = run.store(a=torch.zeros(4, 3), b=torch.zeros(2))
+        with pytest.raises(ConfigError) as caught:
+            store.push(b=torch.ones(2), a=WRONG[told])
+        store.push(a=torch.sparse_coo_tensor([[3]], torch.ones(1, 3), (4, 3)))
+        store.wait()
+        run.barrier()
+        assert store.pull("a").sum(1).tolist() == [0, 0, 0, 6]
+        assert store.pull("b").tolist() == [0, 0]
+        return [caught.value.what]
+
+    for what in run_job(body, workers=2, servers=servers):
+        assert what[0].startswith(told)
