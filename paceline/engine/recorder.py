@@ -9,7 +9,6 @@ import contextlib
 import os
 import platform
 import subprocess
-from array import array
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -19,6 +18,7 @@ import msgspec
 
 from paceline import events
 from paceline.config import Job
+from paceline.engine.losses import Losses
 from paceline.errors import HostError
 
 _FLUSH_RECORDS = 256
@@ -58,7 +58,7 @@ class Recorder:
         self._events: IO[bytes] = told.open("ab", buffering=0)
         self._unwritten: list[tuple[bytes, events.Metric]] = []
         self._have: set[bytes] = set()  # lines that may be told again, and are there
-        self._losses = array("d")
+        self._losses = Losses()
         self._totals = [0.0, 0.0, 0.0]
         self._samples = self._steps = self._epochs = self._bytes = 0
         self._last_s = self._staleness = 0.0
@@ -138,7 +138,6 @@ class Recorder:
         """Write summary.json and the last run.json. ``begun_s``: when the first batch began, as in records."""
         seconds = max(self._last_s - begun_s, 0.0) + self._before_s if self._steps else 0.0
         busy = sum(self._totals)
-        tail = self._losses[-max(1, len(self._losses) // 20) :]
         summary = events.Summary(
             run=str(self.directory),
             status=status,
@@ -149,7 +148,7 @@ class Recorder:
             samples=self._samples,
             seconds=round(seconds, 6),
             samples_per_s=round(self._samples / seconds, 3) if seconds else 0.0,
-            loss=sum(tail) / len(tail) if tail else None,
+            loss=self._losses.last(),
             waiting=round(self._totals[1] / busy, 4) if busy else 0.0,
             bytes_sent=self._bytes,
             epochs=self._epochs,
@@ -182,7 +181,7 @@ class Recorder:
         self._bytes += metric.bytes_sent
         self._last_s = max(self._last_s, metric.time_s)
         if metric.loss is not None:
-            self._losses.append(metric.loss)
+            self._losses.add(metric.loss)
         for place, value in enumerate((metric.computing_s, metric.waiting_s, metric.exchanging_s)):
             self._totals[place] += value
 
