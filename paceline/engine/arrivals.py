@@ -85,7 +85,7 @@ class Arrivals:
                 return Round(log.version, (), waited, counted=False, over=True)
         self._apply(entry)
         if ahead:
-            waited += self._await_slower()
+            waited += self.await_slower()
         elif self._bound is not None:
             self._board.ring(rank)  # who waits for this worker's clock
         return Round(entry.version, entry.members, waited, staleness)
@@ -264,10 +264,11 @@ class Arrivals:
                 self.applier.apply(part, entry)
         self._board.ring(self._rank)
 
-    def _await_slower(self) -> float:
+    def await_slower(self) -> float:
         """Pace bounded: wait while too far ahead, then take what has come in the meantime. Seconds waited."""
         memory, board, rank, bound = self._memory, self._board, self._rank, self._bound
-        assert bound is not None
+        if bound is None:
+            return 0.0
         board.ring(rank)  # who waits for this worker's clock
         begun = time.monotonic()
         board.wait(lambda: max(board.ended) or board.interrupt or within_bound(rank, bound, memory.clocks, board) or 1)

@@ -31,10 +31,11 @@ class CatchingUp:
         self._ghosts: dict[int, int] = {}  # loaders whose pass in progress is one to catch up with -> what it counts as
         self._with_ghost = False  # is the batch in hand one that only keeps the script from finding a pass empty?
         self.joined_in: int | None = None  # the loader in whose pass it has joined, while that lasts
-        self.last: int | None = None  # the loader of the last pass caught up with that stood for training
+        self.last: int | None = None  # the loader of the last pass that was caught up with
         # Sets what the script has of its own to what it was; until the first batch that is not a ghost.
         self._to_take: Callable[[], None] | None = None
         self._is_taken = True
+        self.is_to_ask = False  # for what the others' scripts keep
 
     @property
     def is_behind(self) -> bool:
@@ -47,8 +48,9 @@ class CatchingUp:
         return self._with_ghost or bool(self._ghosts)
 
     @property
-    def takes_state(self) -> bool:
-        return self._to_take is not None
+    def is_itself(self) -> bool:
+        """Has the script what it is to have of its own, so that others may be told?"""
+        return self._is_taken and not self._with_ghost and not self.is_to_ask
 
     def begin(self, loader: int, is_training: bool) -> None:
         """The script begins a pass, and is behind."""
@@ -63,7 +65,6 @@ class CatchingUp:
             self._behind[loader] -= 1
             if not self._behind[loader]:
                 del self._behind[loader]
-        if counts == _TRAINED:
             self.last = loader
         return counts is not None, counts == _TRAINED
 
@@ -77,11 +78,12 @@ class CatchingUp:
 
     def needs_ghost(self, *, is_first: bool, is_new: bool) -> bool:
         """No batch was left, and ``is_first``: none came before. Is a ghost to keep the script from an empty pass?"""
-        self._with_ghost = is_first and (is_new or self.takes_state)
+        self._with_ghost = is_first and (is_new or self._to_take is not None)
         return self._with_ghost
 
     def lay_ghost(self) -> None:
         """Of a batch that only kept the script from finding a pass empty, nothing stays."""
+        self.fetching()  # nothing was fetched at all
         if self._with_ghost:
             if self._to_take is not None:
                 self._to_take()

@@ -49,6 +49,10 @@ class Collectives:
         try:
             with self._board.waiting():
                 message, descriptors = self._channel.receive()
+                while isinstance(message, messages.Kept):  # an answer to one that has died since
+                    for descriptor in descriptors:
+                        os.close(descriptor)
+                    message, descriptors = self._channel.receive()
         except Closed:
             raise Aborted("the launcher is gone") from None
         if not isinstance(message, messages.Memory):

@@ -288,6 +288,12 @@ class Exchange:
         self._meeting.join()
         self._replica.pull()
 
+    def await_slower(self) -> None:
+        """A newcomer has the clock of the worker before it, which may be ahead of the others'."""
+        if self.spec.parts:
+            self._arrivals.await_slower()
+            self._replica.pull()
+
     def place(self, worker: int) -> tuple[int, int]:
         """How far into its data a worker was with its last push; see ``Worker._settle_place``."""
         return self._memory.slots[worker].place(self._memory.pushed[worker])

@@ -40,9 +40,8 @@ class Keeper:
         self._buffers += tensors
 
     def state(self, exchanges: Sequence[Exchange], tensors: Tensors) -> dict[str, Any]:
-        """All of it; tensors are aliases until they are written. Raises ConfigError."""
+        """All of it but for random states; tensors are aliases until they are written. Raises ConfigError."""
         return {
-            "random": pack(_random_states(), tensors, "random"),
             "objects": [pack(o.state_dict(), tensors, f"kept.{i}") for i, o in enumerate(self._objects)],
             "kinds": [type(item).__qualname__ for item in self._objects],
             "settings": [pack(exchange.settings, tensors, f"settings.{i}") for i, exchange in enumerate(exchanges)],
@@ -66,6 +65,11 @@ class Keeper:
         with torch.no_grad():
             for (_, buffer), value in zip(self._buffers, document["buffers"], strict=True):
                 buffer.copy_(unpack(value, tensors))
+
+
+def random_states(tensors: Tensors) -> dict[str, Any]:
+    """For ``load_random_states``."""
+    return {"random": pack(_random_states(), tensors, "random")}
 
 
 def load_random_states(document: dict[str, Any], tensors: Tensors) -> None:

@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import time
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
@@ -101,6 +102,7 @@ class _Launcher:
         self._channels: dict[tuple[str, int], Channel] = {}
         self._alive: dict[tuple[str, int], int] = {}
         self._expected = job.workers + job.servers
+        self._exits: deque[messages.Exited] = deque()  # that nothing has followed from yet
         self._failure: tuple[str, int, messages.Failed] | None = None
         self._kill_at_s: float | None = None
         self._interrupts = 0
@@ -173,6 +175,9 @@ class _Launcher:
                 continue
             for message, descriptors in arrived:
                 self._take(role, rank, message, descriptors)
+        # What they left half done is undone first: one killed while it was leaving has not left.
+        while self._exits and self._is_whole():
+            self._exited(self._exits.popleft())
         self._saver.turn()
         for metric in self._merger.ready():
             self._recorder.take(metric)
@@ -199,6 +204,11 @@ class _Launcher:
         match message:
             case messages.Part():
                 self._saver.take(rank, message, descriptors[0])
+            case messages.Kept(rank=newcomer):
+                if ("worker", newcomer) in self._channels:
+                    self._send("worker", newcomer, message, descriptors)
+                for fd in descriptors:
+                    os.close(fd)
             case messages.Alarm(text=text):
                 self._saver.failed(text)
             case messages.Ready(versions=versions):
@@ -206,8 +216,8 @@ class _Launcher:
                 self._fork_all()
             case messages.Forked(role=whose, rank=its, pid=pid):
                 self._forked(whose, its, pid, descriptors[0])
-            case messages.Exited(role=whose, rank=its, pid=pid, status=status):
-                self._exited(whose, its, pid, status)
+            case messages.Exited():
+                self._exits.append(message)
             case messages.Steps(rows=rows):
                 self._merger.add(rows, rank)
                 self._steps.add(seconds_a_step(rows))
@@ -238,7 +248,14 @@ class _Launcher:
             self._log = _Tail(self._recorder.directory / "logs" / "worker-0.log", self._shown_output)
             self._recorder.take(events.Started(str(self._recorder.directory), info.processes))
 
-    def _exited(self, role: str, rank: int, pid: int, status: int) -> None:
+    def _is_whole(self) -> bool:
+        """Is nothing half done under the run's lock?"""
+        if not self._board.journal.is_clean:
+            self._lock.try_to_mend()
+        return self._board.journal.is_clean
+
+    def _exited(self, ended: messages.Exited) -> None:
+        role, rank, pid, status = ended.role, ended.rank, ended.pid, ended.status
         # What it said before it ended comes first: a traceback explains more than an exit status.
         channel = self._channels.pop((role, rank), None)
         if channel is not None:
@@ -254,6 +271,7 @@ class _Launcher:
         self._alive.pop((role, rank), None)
         if role == "worker" and self._board.gone[rank] == LEFT:  # it had no time to say so
             self._obey(self._coordinator.handle(Came(role, rank, messages.Finished())))
+            self._board.wake_all()  # nor to ring
         self._obey(self._coordinator.handle(Died(role, rank, pid, status)))
 
     def _obey(self, effects: Sequence[Effect]) -> None:

@@ -21,6 +21,7 @@ from paceline.engine.collectives import Collectives
 from paceline.engine.context import Context
 from paceline.engine.ending import Ending
 from paceline.engine.exchange import Exchange
+from paceline.engine.handover import Handover
 from paceline.engine.keeping import load_random_states
 from paceline.engine.leases import Leases
 from paceline.engine.position import key_of
@@ -63,6 +64,9 @@ class Passes:
         close_periods: Callable[[], None],
     ) -> None:
         self._context, self._board, self._lock, self._rank = context, context.board, context.lock, context.rank
+        self._handover = Handover(context, exchanges, saving.keeper)
+        self._heard = 0  # of the board's alarms
+        self._is_asked = False  # by newcomers, perhaps
         self._exchanges, self._progress, self._catching_up = exchanges, progress, catching_up
         self._settling, self._ending, self._saving, self._collectives = settling, ending, saving, collectives
         self._close_periods, self._leases = close_periods, leases
@@ -113,6 +117,7 @@ class Passes:
 
     def fetching(self) -> None:
         self._catching_up.fetching()
+        self._answer()
 
     def fetched(self, loader: int) -> None:
         key, count = self._places[loader]
@@ -120,9 +125,20 @@ class Passes:
         self._reading = loader
 
     def border(self) -> None:
+        """Between two steps."""
         if self._leaving:
             self.tell_left()
         self._saving.at_border()
+        if self._board.alarms != self._heard:
+            self._heard = self._board.alarms
+            self._is_asked = True
+            self._answer()
+
+    def _answer(self) -> None:
+        """Tell newcomers what they ask, as soon as this worker's script is what it is to be."""
+        if self._is_asked and self._catching_up.is_itself:
+            self._is_asked = False
+            self._handover.answer()
 
     def drawn(self, samples: int) -> None:
         self._catching_up.drawn()
@@ -213,7 +229,7 @@ class Passes:
                 return False
             first = self._is_training()
             if first:
-                self.join(loader)
+                self.join(in_pass=True)
                 catching_up.joined_in = loader
             elif catching_up.resumed is None:
                 self.join()  # an evaluation, of which it may have nothing to read, and then waits with the others
@@ -260,17 +276,21 @@ class Passes:
         self._progress.put_down()
         if self._caught_up(loader):
             return
-        self._catching_up.lay_ghost()
+        self._lay_ghost()
         self._ending.raise_if_interrupted()
         if self._finish(loader, self._gradient_marks()):
             self._progress.flush()
             self._await_all(loader)
 
+    def _lay_ghost(self) -> None:
+        self._catching_up.lay_ghost()
+        self._answer()
+
     def leave(self, loader: int) -> None:
         self._progress.put_down()
         if self._caught_up(loader) or self._ending.is_interrupted:
             return
-        self._catching_up.lay_ghost()
+        self._lay_ghost()
         self._leaving.append((loader, self._gradient_marks()))
 
     def tell_left(self) -> None:
@@ -287,6 +307,8 @@ class Passes:
         if trained:
             self._progress.passes += 1
             self._training_loaders.add(loader)
+        elif loader not in self._training_loaders:
+            self._empty.add(loader)  # or it would not have counted
         return was
 
     def _finish(self, loader: int, marks: object) -> bool:
@@ -345,16 +367,15 @@ class Passes:
         board, progress, ending = self._board, self._progress, self._ending
         number = self.epoch(loader)
         begun = time.monotonic()
-        empty = loader in self._empty and loader not in self._training_loaders
         self._saving.at_border()
-        board.parked[self._rank] = loader + 1 + (EMPTY if empty else 0)
+        board.parked[self._rank] = place = self._parked_at(loader)
         self._context.ring()
         board.wait(lambda: held_at_end(self._rank, board) or number)
         if not progress.in_rounds:
             with self._lock:
                 ending.decide(loader, number)
         board.parked[self._rank] = NOT_PARKED
-        if empty:
+        if place & EMPTY:
             self._context.ring()  # it may have gone on although the barrier is shut
         # Who is gone has not finished it; what it had logged before is of an older pass.
         looked = [w for w in range(board.workers) if board.passes(loader)[w] >= number]
@@ -383,18 +404,28 @@ class Passes:
             ending.after_pass(number, sum(look[0] for look in looks), sum(look[1] for look in looks))
         ending.follow_parked(others)
 
+    def _parked_at(self, loader: int) -> int:
+        """The board's word for who waits at the end of a pass."""
+        return loader + 1 + (EMPTY if loader in self._empty and loader not in self._training_loaders else 0)
+
     def _count_local_steps(self) -> None:
         if self._exchanges and isinstance(self._context.job.pace, Local):
             self._progress.steps = self._exchanges[0].most_steps
 
     # --- deaths and newcomers ---
 
-    def hear_of_deaths(self) -> None:
-        """Draw the consequences of deaths that the launcher has told of, unless another worker has; give one's part of
-        a checkpoint, if one waits between two steps."""
+    def hear(self, ask: Callable[[], object] = lambda: None) -> None:
+        """There was an alarm. Draw the consequences of deaths that the launcher has told of, unless another worker has;
+        tell newcomers what they ask; give one's part of a checkpoint, if one waits between two steps.
+
+        ``ask``: what this worker waits for; Waiting until it has come.
+        """
         board, joined = self._board, self._catching_up.joined
-        if joined and board.parked[self._rank] and self._collectives.takes_part:
-            self._saving.at_border()
+        if joined:
+            self._is_asked = True
+            self._answer()
+            if board.parked[self._rank]:
+                self._saving.at_border()
         with self._lock:
             if not joined:
                 self._settling.bury()
@@ -404,51 +435,72 @@ class Passes:
             self._context.ring()
         while board.owes and board.parked[self._rank]:  # nobody may be left in that round to see to it
             for exchange in self._exchanges:
-                board.wait(exchange.no_dead_in_round)
+                board.wait(lambda exchange=exchange: _is_free(ask) or exchange.no_dead_in_round())  # type: ignore[misc]
+            if _is_free(ask):
+                return  # that round may wait for this worker
             with self._lock:
                 self._settling.settle()
             self._context.ring()
 
-    def join(self, loader: int | None = None) -> None:
-        """This process has caught up, and is about to begin a pass over ``loader``: from here on the others count with
-        it."""
+    def join(self, *, in_pass: bool = False) -> None:
+        """This process has caught up: from here on the others count with it. ``in_pass``: it is about to begin a pass
+        that it trains on."""
         board, rank, catching_up = self._board, self._rank, self._catching_up
         resumed = catching_up.resumed
-        loader = catching_up.last if loader is None else loader  # a step outside of any loop
         # The worker before it may have died at the end of a pass that the others are still in.
-        at_end = resumed is None and loader is not None and self.epoch(loader) > 0
+        ended = catching_up.last if resumed is None else None
         while True:
             with self._lock:
                 self._settling.settle()
                 if board.settled[rank] == board.deaths[rank]:
-                    if loader is not None and at_end:
-                        board.parked[rank] = loader + 1
+                    if ended is not None:
+                        board.parked[rank] = self._parked_at(ended)
+                    if resumed is None:
+                        self._handover.begin()
                     board.presence[rank] = PRESENT
                     break
             for exchange in self._exchanges:  # a round that the worker before it was in is not over
                 board.wait(exchange.no_dead_in_round)
         catching_up.joined = self._collectives.takes_part = True
+        catching_up.is_to_ask = resumed is None
         for exchange in self._exchanges:
             exchange.catch_up()
         catching_up.forget_gradients()
         self._context.ring()
-        if loader is not None and at_end:
-            self._progress.passes -= 1
-            self._await_all(loader)
+        if ended is not None:
+            if ended in self._training_loaders:
+                self._progress.passes -= 1
+            self._await_all(ended)
         if resumed is not None:
             self._take_up(resumed)
             return
         for exchange in self._exchanges:
             exchange.join()
         if board.owes:
-            self.hear_of_deaths()
+            self.hear()
         self._count_local_steps()
         if self._progress.passes:
             present = [w for w in range(board.workers) if board.gone[w] != LEFT]
             for one in self.buffers:
                 one.average(self._progress.passes, present)
+        if self._ending.others:
+            self._handover.forgo()
+        else:
+            self._take_over(later=in_pass)
+        catching_up.is_to_ask = False
+        self._answer()
+        for exchange in self._exchanges:
+            exchange.await_slower()
         self._progress.start_clock()
         self._ending.follow()
+
+    def _take_over(self, *, later: bool) -> None:
+        """Keep what the others' scripts keep; ``later``: as soon as the script gets a batch."""
+        take = self._handover.ask()
+        if take is not None and later:
+            self._catching_up.will_take(take)
+        elif take is not None:
+            take()
 
     def _take_up(self, resumed: Resumed) -> None:
         """This worker is where it was when the checkpoint was made, but for what its script draws next."""
@@ -501,3 +553,8 @@ class Passes:
         self._board.presence[self._rank] = LEFT
         for loader in self._leases:
             self._settling.drain(loader)
+
+
+def _is_free(ask: Callable[[], object]) -> bool:
+    """May who asks this go on?"""
+    return not isinstance(ask(), Waiting)

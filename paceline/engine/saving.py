@@ -17,7 +17,7 @@ from torch import nn
 from paceline.engine import snapshot
 from paceline.engine.context import Context
 from paceline.engine.exchange import Exchange
-from paceline.engine.keeping import Keeper
+from paceline.engine.keeping import Keeper, random_states
 from paceline.errors import ConfigError, PacelineError
 from paceline.params.packing import Tensors
 from paceline.protocol import messages
@@ -68,7 +68,7 @@ class Saving:
             self._saved = max(self._due, self._board.checkpoint)
             tensors: Tensors = {}
             name = f"worker-{self._context.rank}"
-            own = self.keeper.state(self._exchanges, tensors) | self.more()
+            own = self.keeper.state(self._exchanges, tensors) | random_states(tensors) | self.more()
             snapshot.send(self._context.channel, self._saved, 0, {name: tensors}, {name: own})
         except PacelineError as error:
             self._saved = max(self._due, self._saved)

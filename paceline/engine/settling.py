@@ -57,6 +57,7 @@ class Settling:
             for leases in self._leases.values():
                 leases.bury(worker)
             board.parked[worker] = NOT_PARKED
+            board.answers[worker] = board.asks[worker] + (board.asks[worker] & 1)
             board.settled[worker] = board.deaths[worker]
             if board.gone[worker] != LEFT:
                 board.presence[worker] = AWAY

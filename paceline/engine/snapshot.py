@@ -11,6 +11,7 @@ is not in the files.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -37,6 +38,15 @@ def send(channel: Channel, number: int, step: int, groups: Groups, documents: Ma
 
     Raises HostError if there is no memory for it.
     """
+    layout, fd = pack(groups, documents)
+    try:
+        channel.send(messages.Part(number, step, layout), (fd,))
+    finally:
+        os.close(fd)
+
+
+def pack(groups: Groups, documents: Mapping[str, Any]) -> tuple[bytes, int]:
+    """What is where, and a descriptor of memory with copies of the tensors. Raises HostError."""
     layout: dict[str, dict[str, tuple[str, tuple[int, ...], int]]] = {stem: {} for stem in groups}
     place = 0
     for stem, group in groups.items():
@@ -53,10 +63,25 @@ def send(channel: Channel, number: int, step: int, groups: Groups, documents: Ma
                         start = layout[stem][name][2]
                         home = torch.frombuffer(memory, dtype=tensor.dtype, offset=start, count=tensor.numel())
                         home.view(tensor.shape).copy_(tensor)
-        encoded = {stem: msgspec.json.encode(document) for stem, document in documents.items()}
-        channel.send(messages.Part(number, step, msgspec.msgpack.encode((layout, encoded))), (fd,))
-    finally:
+    except BaseException:
         os.close(fd)
+        raise
+    encoded = {stem: msgspec.json.encode(document) for stem, document in documents.items()}
+    return msgspec.msgpack.encode((layout, encoded)), fd
+
+
+def unpack(layout: bytes, fd: int) -> tuple[dict[str, Tensors], dict[str, Any]]:
+    """The groups and documents that ``pack`` has put there; the tensors lie in that memory."""
+    known, encoded = msgspec.msgpack.decode(layout)
+    memory = segment.attach(fd)
+    groups: dict[str, Tensors] = {}
+    for stem, group in known.items():
+        groups[stem] = {}
+        for name, (dtype, shape, place) in group.items():
+            size = math.prod(shape)
+            flat = torch.frombuffer(memory, dtype=DTYPES[dtype], offset=place, count=size) if size else None
+            groups[stem][name] = torch.zeros(shape, dtype=DTYPES[dtype]) if flat is None else flat.view(shape)
+    return groups, {stem: msgspec.json.decode(document) for stem, document in encoded.items()}
 
 
 def shared_groups(exchanges: Sequence[Exchange], models: Sequence[nn.Module]) -> dict[str, Tensors]:

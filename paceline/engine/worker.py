@@ -71,7 +71,7 @@ class Worker:
         )
         self.saving.position, self.saving.more = self.passes.position, self.passes.own
         self.collectives.before = self.passes.tell_left
-        self._board.on_alarm = self.passes.hear_of_deaths
+        self._board.on_alarm = self.passes.hear
         # Who has data of its own trains on all of it.
         place = (0, 1) if job.data == "own" else (context.rank, job.workers)
         assert job.assign is not None
@@ -189,7 +189,7 @@ class Worker:
         if not self._counts:
             return
         if not self.passes.count:
-            self.saving.at_border()  # there is no better one
+            self.passes.border()  # there is no better one
         if not progress.in_rounds and self._board.interrupt:
             ending.follow(interrupt=True)
         exchange = self._exchanges[index]
@@ -259,7 +259,7 @@ class Worker:
             self._ending.follow(interrupt=True)
         elif index == 0:
             if self._board.owes:
-                self.passes.hear_of_deaths()
+                self.passes.hear()
             self._ending.after_round(round_)
             if not self.passes.count:  # there is no border to come to
                 self._ending.raise_if_interrupted()

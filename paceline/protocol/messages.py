@@ -196,6 +196,15 @@ class Letter(Message, frozen=True, tag=36):
     size_bytes: int
 
 
+class Kept(Message, frozen=True, tag=16):
+    """...what my script keeps of its own, for the newcomer ``rank`` that has asked for the ``number``-th time (one
+    descriptor: the tensors' memory; none where ``layout``, as in Part, is empty). The launcher sends it on."""
+
+    rank: int
+    number: int
+    layout: bytes
+
+
 Any = (
     Wrap
     | Memory
@@ -219,4 +228,5 @@ Any = (
     | Abandon
     | Outcome
     | Letter
+    | Kept
 )

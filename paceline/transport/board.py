@@ -102,7 +102,11 @@ class Board:
         self.places = watched("places", workers * 2)  # see Worker._settle_place
         self.deaths = self._words[offsets["deaths"] : offsets["deaths"] + workers]
         self.given_up = self._words[offsets["given_up"] : offsets["given_up"] + workers]
-        self.on_alarm: Callable[[], None] = lambda: None  # called by who waits, after the launcher has told of a death
+        # What newcomers ask of the others, each in its own place, and what they have been told: protocol/newcomers.py.
+        self.asks = self._words[offsets["asks"] : offsets["asks"] + workers]
+        self.answers = watched("answers", workers)
+        # Called by who waits, after an alarm, with what it asks.
+        self.on_alarm: Callable[[Callable[[], object]], None] = lambda ask: None
         self._heard = 0
         start = offsets["asleep"]
         self.asleep = self._words[start : start + self.members]  # who waits for others; for the launcher to look at
@@ -164,8 +168,17 @@ class Board:
     def want_checkpoint(self, number: int) -> None:
         """Under the run's lock: let all know of it, also those who wait."""
         self._words[7] = number
-        self._words[6] += 1
+        self.alarm()
+
+    def alarm(self) -> None:
+        """Under the run's lock: let all look at the board, also those who wait."""
+        self._words[9] += 1
         self.wake_all()
+
+    @property
+    def alarms(self) -> int:
+        """How often there was an alarm: the launcher's, who takes no lock, and the others'."""
+        return self._words[6] + self._words[9]
 
     @property
     def owes(self) -> bool:
@@ -242,9 +255,9 @@ class Board:
         while isinstance(answer, Waiting):
             if self._words[3]:
                 raise Aborted(answer.reason)
-            if self._words[6] != self._heard:
-                self._heard = self._words[6]
-                self.on_alarm()
+            if self.alarms != self._heard:
+                self._heard = self.alarms
+                self.on_alarm(ask)
                 answer = ask()
                 continue
             if spins:
@@ -286,6 +299,8 @@ def _offsets(workers: int, servers: int) -> dict[str, int]:
         "in_hand": workers,
         "longest_ns": workers,
         "strikes": workers,
+        "asks": workers,
+        "answers": workers,
         "journal": JOURNAL_WORDS,
     }
     for name, words in columns.items():

@@ -22,7 +22,7 @@ from paceline.transport.slots import Slot
 from tests.simulation.scheduler import Scheduler, Task
 
 _MOST = 64
-_ALARM = 6  # the board's word that counts the launcher's calls
+_ALARMS = (6, 9)  # the board's words that count alarms
 LOADERS = 2  # more columns of the board's are never looked at, and read as zeros
 
 
@@ -123,6 +123,7 @@ class Host:
         columns = {"header": offsets[names[0]]}
         columns |= {name: stop - offsets[name] for name, stop in zip(names, stops, strict=True)}
         self.board = Segment(scheduler, columns)
+        self.over = False  # has the launcher told the servers so?
         self.board_floats = Segment(scheduler, columns)
         members, seats = workers + servers, parts or servers or workers
         self.exchange = Segment(
@@ -172,7 +173,8 @@ class SimulatedBoard(Board):
         self.gone, self.presence = column("gone"), watched("gone", host.workers)
         self.settled, self.places = watched("settled", host.workers), watched("places", 2 * host.workers)
         self.deaths, self.given_up = column("deaths"), column("given_up")
-        self.on_alarm = lambda: None
+        self.asks, self.answers = column("asks"), watched("answers", host.workers)
+        self.on_alarm = lambda ask: None
         self._heard = 0
         self._asleep = offsets["asleep"] + self.members
         self.in_hand, self.longest_ns = column("in_hand").private(), column("longest_ns").private()
@@ -195,8 +197,10 @@ class SimulatedBoard(Board):
 
     def may_sleep_through(self, host: Host, task: Task) -> bool:
         """A sleeper looks again within half a second. Does it have to? For the simulation: no turn."""
-        if host.board.stored.get(_ALARM, 0) != self._heard:
+        if sum(host.board.stored.get(place, 0) for place in _ALARMS) != self._heard:
             return True  # the launcher's call came between its last look and its sleep
+        if host.over:
+            return True  # the launcher's message to a server came then
         deaths = host.board.raw("deaths")[: host.workers]
         for worker, died in enumerate(deaths):
             own = task.name == f"worker {worker}" and any(deaths)

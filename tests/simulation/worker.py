@@ -7,6 +7,7 @@ their places for as long as a schedule runs.
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,10 +17,12 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+import msgspec
+
 from paceline.config import Job, Local
 from paceline.data.loader import Leases, Part, _streamed, one_pass
 from paceline.engine import exchange as exchange_module
-from paceline.engine import server
+from paceline.engine import handover, server
 from paceline.engine.applier import Applier
 from paceline.engine.context import Context
 from paceline.engine.exchange import Exchange
@@ -55,12 +58,13 @@ class Life:
     def __init__(self, host: Host, plan: Plan, claims: Claims, rank: int, tell: Callable[[messages.Any], None]) -> None:
         self._host, self._plan, self._claims, self._rank, self._tell = host, plan, claims, rank, tell
         self.given: set[int] = set()  # the collectives' memory that the launcher has sent
+        self.kept: list[messages.Kept] = []
 
     def run(self) -> None:
         host, plan, rank = self._host, self._plan, self._rank
         board = SimulatedBoard(host)
         lock: Any = SimulatedLock(host.scheduler, board.journal)
-        channel: Any = SimpleNamespace(send=self._send)
+        channel: Any = SimpleNamespace(send=self._send, receive=self._receive)
         job = Job("simulated", plan.workers, plan.servers, plan.pace, "lease" if plan.leased else "round_robin")
         context = Context(job, "worker", rank, Path(), channel, board, lock)
         worker = Worker(context)
@@ -108,7 +112,12 @@ class Life:
         if collectives.takes_part:
             board.parked[rank] = NOT_PARKED
 
-    def _send(self, message: messages.Any) -> None:
+    def _receive(self) -> tuple[messages.Kept, tuple[int, ...]]:
+        while not self.kept:
+            self._host.scheduler.sleep(f"worker {self._rank}'s channel")
+        return self.kept.pop(0), (os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC),)
+
+    def _send(self, message: messages.Any, descriptors: Sequence[int] = ()) -> None:
         # What is sent when some time has passed says nothing here: a schedule must not depend on a clock.
         if not isinstance(message, messages.Steps):
             self._host.scheduler.turn()
@@ -204,6 +213,7 @@ class Loader:
 
     def batches(self, leases: Leases | None, skip: int = 0, /) -> Iterator[tuple[Batch, int]]:
         number = self._worker.passes.epoch(self._index)
+        self._worker.passes.fetching()
         plan, train = self._plan, self._index == TRAIN
         # A script that passes oftener than planned, as a newcomer's may, finds the last pass again.
         planned = min(number, len(plan.batches) - 1)
@@ -274,6 +284,16 @@ class SimulatedExchange(Exchange):
         self.inner = None
         self.was_finite = True
         self._loads = 0
+
+    @property
+    def settings(self) -> Any:
+        return []
+
+    def load_settings(self, groups: Any) -> None:
+        pass
+
+    def own_state(self) -> Any:
+        return {}
 
     def attach(self, memory: Any, segment: int, close: Any) -> None:
         super().attach(memory, segment, close)
@@ -391,6 +411,18 @@ class SimulatedShard:
         copy[self._part] = self._claims.version(self._part)
 
 
+class Snapshots:
+    """What newcomers are told has no tensors here."""
+
+    @staticmethod
+    def pack(groups: Any, documents: Any) -> tuple[bytes, int]:
+        return msgspec.json.encode(documents), os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
+    @staticmethod
+    def unpack(layout: bytes, fd: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        return {"kept": {}}, msgspec.json.decode(layout)
+
+
 class RecordingStepper(Stepper):
     """The real one; who steps a round tells with whom it thinks that it was closed."""
 
@@ -445,6 +477,7 @@ def in_place(host: Host, claims: Claims) -> Iterator[None]:
     with (
         patch.object(futex, "wait", futexes.wait),
         patch.object(futex, "wake", futexes.wake),
+        patch.object(handover, "snapshot", Snapshots),
         patch.object(exchange_module, "Replica", partial(SimulatedReplica, claims)),
         patch.object(exchange_module, "Shards", partial(SimulatedShards, claims)),
         patch.object(exchange_module, "Applier", partial(RecordingApplier, claims)),

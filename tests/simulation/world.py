@@ -98,9 +98,17 @@ class World:
                 self.scheduler.sleep(_INBOX)
             self.scheduler.turn()
             event = self._inbox.pop(0)
+            if isinstance(event, Came) and isinstance(event.message, messages.Kept):
+                self._lives[event.message.rank].kept.append(event.message)
+                self.scheduler.wake(f"worker {event.message.rank}'s channel")
+                continue
             if isinstance(event, Died) and event.status:
                 coordinator._restarts = 0 if self._gives_up(event.rank) else _RESTARTS
+            if isinstance(event, Died):
+                lock.try_to_mend()  # it may have been killed while it was leaving
             left = isinstance(event, Died) and board.gone[event.rank] == LEFT
+            if left:
+                board.wake_all()
             told = coordinator.handle(Came("worker", event.rank, messages.Finished())) if left else []
             for effect in (*told, *coordinator.handle(event)):
                 match effect:
@@ -122,6 +130,7 @@ class World:
                         raise AssertionError(failure.what)
                     case Done():
                         over = True
+        self.host.over = True
         to_servers.send(messages.Stop("all workers have finished"))
         board.wake_all()
 
@@ -176,7 +185,7 @@ class World:
         self.late_looks += 1
         asleep = [task for task in self.scheduler.asleep if task in self.host.boards]
         asleep = [task for task in asleep if self.host.boards[task].may_sleep_through(self.host, task)]
-        if self.late_looks > _LATE_LOOKS * self.claims.kills:
+        if self.late_looks > _LATE_LOOKS * self.claims.kills + self.plan.servers:
             return False
         for task in asleep:
             self.scheduler.rouse(task)
