@@ -24,7 +24,7 @@ class Claims:
         self._steppers: dict[int, tuple[tuple[int, ...], int]] = {}  # round -> contributors, shares
         self._stepped: dict[int, dict[tuple[int, int, int], Folded]] = {}  # round or entry -> chunk -> what was folded
         self._entries: dict[int, list[int]] = {}  # part -> entries stepped
-        self._norms: dict[int, float] = {}
+        self._norms: dict[int, dict[int, float]] = {}  # round -> worker -> what it was told
         self._computing: set[int] = set()
         self._killed: set[int] = set()
         self._reading: dict[int, list[Batch]] = {}  # batches that a worker's script has had, since its last step
@@ -107,11 +107,13 @@ class Claims:
         rank = next(rank for rank, slot in enumerate(self._host.slots) if slot.copy is copy)
         assert rank not in self._computing, f"the copy of worker {rank} changes while it computes on it"
 
-    def norm(self, number: int, value: float) -> None:
-        if value == 1.0 and number not in self._norms:
-            return  # what a worker is told that takes no part
-        known = self._norms.setdefault(number, value)
-        assert value in (known, 1.0), f"round {number}: one worker has norm {known}, another {value}"
+    def norm(self, rank: int, number: int, value: float) -> None:
+        """Worker ``rank`` has asked for the norm of a round. All are told the same, but who takes no part (1)."""
+        if value != 1.0:
+            told = self._norms.setdefault(number, {})
+            told[rank] = value
+            same = set(told.values()) == {value} or (self.kills and not known.NORMS_OF_THE_DEAD)
+            assert same, f"round {number} has different norms: {told}"
 
     def _parks(self, rank: int, before: int, now: int) -> None:
         """Nobody passes the end of a pass before all who are not gone for good have finished it; who had nothing to
@@ -180,6 +182,10 @@ class Claims:
         self.met["killed before it joined"] += before > 0 and self._host.board.raw("gone")[rank] == AWAY
         self.met["killed in a step"] += f"worker {rank}" in self.stepping
         self.stepping.discard(f"worker {rank}")
+        pushed = self._host.exchange.raw("pushed")[rank]
+        for number, told in self._norms.items():
+            if number > pushed:
+                told.pop(rank, None)  # the round begins anew without it
         self.leave(rank)
 
     def leave(self, rank: int) -> None:

@@ -26,7 +26,7 @@ LAST_IS_GIVEN_UP = True
 FIRST_IS_GIVEN_UP_EARLY = False
 # A round that only the dead have asked a norm in is closed empty, member by member, the servers last.
 SERVERS_SEE_EMPTY_ROUNDS = True
-# One dies that has asked for the norm of a round and not pushed it: its batches go back, others may come to that round.
+# One dies that has asked for the norm of a round and not pushed it; others may come to that round yet.
 NORMS_OF_THE_DEAD = False
 # At pace bounded a newcomer takes up the clock of the slowest, and counts some time later.
 NEWCOMERS_JOIN_WITHIN_THE_BOUND = True

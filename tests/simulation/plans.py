@@ -135,8 +135,6 @@ def _without_what_newcomers_cannot(plan: Plan) -> Plan:
         plan = replace(plan, scripts=tuple(scripts))
     if plan.servers and not known.SERVERS_SEE_EMPTY_ROUNDS:
         plan = replace(plan, clips=False)
-    if plan.leased and not known.NORMS_OF_THE_DEAD:
-        plan = replace(plan, clips=False)
     if not plan.parts and plan.workers > 2 and not known.DEATHS_FREE_TAILS:
         plan = replace(plan, leased=False, streamed=False)
     return plan
