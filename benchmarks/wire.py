@@ -64,11 +64,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=15, help="times each is measured (default 15)")
     parser.add_argument("--sizes", default=",".join(f"{size:g}" for size in SIZES_MB), help="MB, with commas")
     parser.add_argument("--piece-mb", type=float, default=PIECE_BYTES / 1e6, help="the link sends in pieces of so much")
+    parser.add_argument("--plain", action="store_true", help="without TLS only")
     parser.add_argument("--json", action="store_true", help="JSON instead of a table")
     arguments = parser.parse_args(argv)
     sizes = [float(size) for size in arguments.sizes.split(",")]
     rows: list[Row] = []
-    for secure in (False, True):
+    for secure in (False,) if arguments.plain else (False, True):
         with _rivals(secure, int(max(sizes) * 1e6), int(arguments.piece_mb * 1e6)) as (link, bare):
             rows += [_measured(size_mb, secure, link, bare, arguments.rounds) for size_mb in sizes]
     if arguments.json:
