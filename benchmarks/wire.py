@@ -35,7 +35,7 @@ from paceline.transport.listener import Listener
 
 KEY = JobKey(bytes(range(32)))  # of nothing but this benchmark
 SIZES_MB = (1.0, 4.0, 25.0, 100.0)
-PIECE_BYTES = 4 * 2**20
+PIECE_BYTES = 2**20
 Turn = Callable[[memoryview], None]  # push and pull so many bytes, once
 
 

@@ -17,7 +17,7 @@ from cyclopts import App, CycloptsError, Parameter
 import paceline
 from paceline.cli.failure import misuse, report
 from paceline.cli.options import CONFIG, OPTIONS, SHOWN, TRUTHS, JobFlags, ShowFlags, flag, switched
-from paceline.errors import Interrupted, PacelineError
+from paceline.errors import Interrupted, PacelineError, UsageError
 
 VALUED = {flag(option) for option in OPTIONS if option not in TRUTHS} | {"--config"}
 TRAINING = (["run"], ["demo"])  # the commands that take a script's arguments and print a run as JSON
@@ -129,6 +129,43 @@ def demo(
     from paceline.engine.front import run_local
 
     return _refusable(show, lambda show: run_demo(name, args, flags, show, compare, run_local))
+
+
+@app.command(
+    help_epilogue="""\
+A measurement between two machines needs the job key on both, in
+PACELINE_JOB_KEY_FILE (or --insecure on both).
+
+Examples:
+  paceline doctor
+  paceline doctor --listen               on one machine
+  paceline doctor --peer node7:29777     on another one""",
+)
+def doctor(
+    *,
+    listen: Annotated[
+        bool, Parameter(help="answer --peer of another machine", negative="", show_default=False)
+    ] = False,
+    peer: Annotated[str | None, Parameter(help="measure the link to it", metavar="HOST:PORT")] = None,
+    port: Annotated[int | None, Parameter(help="port to try, or to listen at [default: 29777 with --listen]")] = None,
+    interface: Annotated[str | None, Parameter(help="name, address or network that others are to be told")] = None,
+    insecure: Annotated[bool, Parameter(help="plain text, nobody checked", negative="", show_default=False)] = False,
+    run_dir: Annotated[str | None, FOLDER] = None,
+    json: Annotated[bool, JSON] = False,
+) -> int:
+    """What this machine has for training, what is missing, and what to do about it."""
+    from rich.console import Console as Screen
+
+    from paceline.cli import doctor as checks
+
+    if listen and peer is not None:
+        raise UsageError("--listen and --peer are the two sides of one measurement", fix="one of them on each machine")
+    screen = Screen(highlight=False, markup=False)
+    if listen:
+        return checks.listen(os.environ, checks.PORT if port is None else port, insecure, screen)
+    if peer is not None:
+        return checks.show_peer(os.environ, peer, insecure, json, screen)
+    return checks.show_machine(os.environ, _folder(run_dir), port or 0, interface, json, screen)
 
 
 @runs.command(

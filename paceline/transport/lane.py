@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import socket
 import ssl
-import struct
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 
-from paceline.transport.wire import BUFFER_BYTES, Stream
+from paceline.transport.wire import Stream
 
 # A write that makes no progress is noticed by the piece: on a slow line a whole payload may take longer than patience.
 _WRITE_BYTES = 256 * 1024
@@ -26,14 +25,6 @@ def prepare(sock: socket.socket, timeout_s: float, silence_s: float) -> None:
     sock.settimeout(timeout_s)
 
 
-def _let_the_kernel_wait(sock: socket.socket, timeout_s: float) -> None:
-    """From now on one system call moves a whole piece; with Python's own timeouts it takes a poll for every part."""
-    timeval = struct.pack("@ll", int(timeout_s), int(timeout_s % 1 * 1e6))
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
-    sock.settimeout(None)
-
-
 def hang_up(sock: socket.socket) -> None:
     """Wakes whoever reads or writes; from any thread. The descriptor stays until ``close``."""
     with suppress(OSError):  # it is down already
@@ -44,37 +35,34 @@ def hang_up(sock: socket.socket) -> None:
 class OutLane:
     """What this process sends. ``write`` may be called by one thread at a time."""
 
-    def __init__(self, sock: socket.socket, timeout_s: float) -> None:
+    def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._busy = threading.Lock()
         self._closed = False
-        self._is_tls = isinstance(sock, ssl.SSLSocket)
-        if not self._is_tls:
-            _let_the_kernel_wait(sock, timeout_s)
+        self.is_tls = isinstance(sock, ssl.SSLSocket)
 
     def write(self, head: bytes, payload: memoryview | None) -> None:
         """All of it. Raises OSError where the connection is broken, TimeoutError where it makes no progress."""
         with self._busy:
             if self._closed:
                 raise BrokenPipeError("the connection is closed")
-            if self._is_tls:
+            if self.is_tls:
                 self._sock.sendall(head)
                 for start in range(0, len(payload or b""), _WRITE_BYTES):
                     assert payload is not None
                     self._sock.sendall(payload[start : start + _WRITE_BYTES])
+            elif payload is None:
+                self._sock.sendall(head)
             else:
-                self._send([head] if payload is None else [head, payload])
+                self._send_both(head, payload)
 
-    def _send(self, parts: list[bytes | memoryview]) -> None:
-        while parts:
-            try:
-                sent = self._sock.sendmsg(parts)
-            except BlockingIOError:
-                raise TimeoutError("nothing of it was taken") from None
-            while parts and sent >= len(parts[0]):
-                sent -= len(parts.pop(0))
-            if sent:
-                parts[0] = memoryview(parts[0])[sent:]
+    def _send_both(self, head: bytes, payload: memoryview) -> None:
+        sent = self._sock.sendmsg([head, payload])
+        while sent < len(head):  # hardly ever
+            sent += self._sock.sendmsg([head[sent:], payload])
+        sent -= len(head)
+        while sent < len(payload):
+            sent += self._sock.send(payload[sent:])
 
     def hang_up(self) -> None:
         hang_up(self._sock)
@@ -89,22 +77,16 @@ class OutLane:
 class InLane:
     """What this process receives, by one thread. ``on_wait`` is called when nothing has come for the timeout."""
 
-    def __init__(
-        self, sock: socket.socket, timeout_s: float, on_bytes: Callable[[], None], on_wait: Callable[[], None]
-    ) -> None:
+    def __init__(self, sock: socket.socket, on_bytes: Callable[[], None], on_wait: Callable[[], None]) -> None:
         self._sock = sock
         self._on_bytes, self._on_wait = on_bytes, on_wait
-        self._whole = 0  # flags for a payload
-        if not isinstance(sock, ssl.SSLSocket):
-            _let_the_kernel_wait(sock, timeout_s)
-            self._whole = socket.MSG_WAITALL
         self.stream = Stream(self._receive_into)
 
     def _receive_into(self, view: memoryview) -> int:
         while True:
             try:
-                count = self._sock.recv_into(view, 0, self._whole if len(view) > BUFFER_BYTES else 0)
-            except (TimeoutError, BlockingIOError):
+                count = self._sock.recv_into(view)
+            except TimeoutError:
                 self._on_wait()
             else:
                 self._on_bytes()

@@ -69,7 +69,7 @@ class Listener:
         self._refusals = Refusals()
         self._links: dict[tuple[int, str], Link] = {}
         self._half_open: dict[int, _HalfOpen] = {}  # by descriptor, the oldest first
-        self._sock = _listening(host, port)
+        self._sock = listening(host, port)
         self.port: int = self._sock.getsockname()[1]
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._sock, selectors.EVENT_READ)
@@ -230,7 +230,7 @@ class Listener:
             self._selector.unregister(half.sock)
 
 
-def _listening(host: str, port: int) -> socket.socket:
+def listening(host: str, port: int) -> socket.socket:
     try:
         # An empty host is every address, of both families where the kernel has both.
         if host:

@@ -24,7 +24,7 @@ MAX_PAYLOAD = 16 * 2**20
 _HEADER = struct.Struct("<4sBBHIIQQQQI")
 _CRC = struct.Struct("<I")
 HEADER_BYTES = _HEADER.size
-BUFFER_BYTES = 4096  # more would copy more of a payload that comes behind a header
+_BUFFER_BYTES = 4096  # more would copy more of a payload that comes behind a header
 
 MESSAGE, PULSE, BYE = 1, 2, 3  # kinds; a pulse says that one is there, and acknowledges
 ANSWER, SUMMED = 1, 2  # flags: acknowledge soon; the payload has a sum
@@ -129,12 +129,12 @@ class Stream:
 
     def __init__(self, receive_into: Callable[[memoryview], int]) -> None:
         self._receive_into = receive_into
-        self._buffer = memoryview(bytearray(BUFFER_BYTES))
+        self._buffer = memoryview(bytearray(_BUFFER_BYTES))
         self._start = self._stop = 0
 
     def take(self, count: int) -> memoryview:
         """The next ``count`` bytes; valid until the next call. Raises EOFError."""
-        if count > BUFFER_BYTES:
+        if count > _BUFFER_BYTES:
             body = memoryview(bytearray(count))
             self.take_into(body)
             return body

@@ -44,6 +44,7 @@ LESS: dict[str, str] = {
     "python spread.py": "",
     "python fit.py": "",
     "paceline runs list": "",
+    "paceline doctor": "",
     "paceline run --workers 4 --servers 2 --dry-run train.py": "",
 }
 PROGRAMS = {"paceline": ["-m", "paceline"], "python": [], "torchrun": ["-m", "torch.distributed.run"]}
