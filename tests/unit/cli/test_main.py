@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 import paceline
 from paceline.cli.main import VALUED, answer, fenced, main
 
-COMMANDS = ("run", "demo", "runs", "runs list", "runs show", "config", "config show")
+COMMANDS = ("run", "demo", "doctor", "runs", "runs list", "runs show", "config", "config show")
 ROOT = Path(paceline.__file__).parent.parent
-LATER = ("compare", "plan", "simulate", "lr-find", "doctor")
+LATER = ("compare", "plan", "simulate", "lr-find")
 
 options = st.sampled_from([["--json"], ["--workers", "4"], ["--workers=4"], ["--until-loss", "-1"], ["--bad"]])
 
@@ -45,7 +45,7 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str], command: str
 def test_help_names_only_commands_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
     assert answer(["--help"]) == 0
     out = capsys.readouterr().out
-    assert all(command in out for command in ("run", "resume", "demo", "runs", "config"))
+    assert all(command in out for command in ("run", "resume", "demo", "doctor", "runs", "config"))
     assert not any(command in out for command in LATER)
 
 
