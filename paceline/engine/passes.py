@@ -79,7 +79,8 @@ class Passes:
         self._places: dict[int, tuple[int, int]] = {}
         self._reading: int | None = None
         self._read_before: dict[int, int | None] = {}
-        self._starts: dict[int, tuple[int, int]] = {}  # loader -> own steps and batches drawn when its pass began
+        self._starts: dict[int, int] = {}  # loader -> own steps when its pass began
+        self._drawn_from: set[int] = set()  # loaders whose pass in progress has had a batch
         self._evaluating: dict[int, tuple[int, object]] = {}  # loader -> samples and gradients at that time
         self._training_loaders: set[int] = set()
         self._continued: set[int] = set()  # loaders whose pass this process has not begun
@@ -123,6 +124,7 @@ class Passes:
         key, count = self._places[loader]
         self._places[loader] = (key, count + 1)
         self._reading = loader
+        self._drawn_from.add(loader)
 
     def border(self) -> None:
         """Between two steps."""
@@ -146,10 +148,7 @@ class Passes:
 
     def needs_ghost(self, loader: int) -> bool:
         is_new = loader == self._catching_up.joined_in or loader in self._continued
-        return self._catching_up.needs_ghost(is_first=not self._has_drawn(loader), is_new=is_new)
-
-    def _has_drawn(self, loader: int) -> bool:
-        return self._progress.batches > self._starts[loader][1]
+        return self._catching_up.needs_ghost(is_first=loader not in self._drawn_from, is_new=is_new)
 
     def tell_returned(self, loader: int, count: int) -> None:
         """Under the run's lock: so many batches of the loader have come back by now."""
@@ -161,7 +160,7 @@ class Passes:
     def more(self, loader: int) -> bool:
         """Wait at the tail of a pass that is trained on; see ``protocol/rounds.py``."""
         board, rank = self._board, self._rank
-        if self._progress.own_steps == self._starts[loader][0] or self._ending.over:
+        if self._progress.own_steps == self._starts[loader] or self._ending.over:
             return False
         self._close_periods()
         self._progress.close_row()
@@ -239,7 +238,8 @@ class Passes:
         if progress.step_number == 0:
             progress.start_clock()  # what came before the first batch is not training
         progress.forget_losses()
-        self._starts[loader] = (progress.own_steps, progress.batches)
+        self._starts[loader] = progress.own_steps
+        self._drawn_from.discard(loader)
         self._evaluating[loader] = (progress.samples, self._gradient_marks())
         ghost = self._ending.over and loader in self._training_loaders
         if not ghost:
@@ -319,12 +319,12 @@ class Passes:
         (``protocol/rounds.py``).
         """
         board, progress = self._board, self._progress
-        steps = progress.own_steps - self._starts[loader][0]
+        steps = progress.own_steps - self._starts[loader]
         if steps:
             self._close_periods()
         progress.close_row()
         progress.forget_losses()
-        drawn = self._has_drawn(loader)
+        drawn = loader in self._drawn_from  # not from another, an evaluation within this pass
         untouched = self._evaluating[loader][1] == marks
         # Fewer batches than there are to a step: they have left a gradient, for a step that comes after the pass.
         leased = loader in self._leasing

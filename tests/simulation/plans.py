@@ -124,7 +124,8 @@ def _without_what_is_known(plan: Plan) -> Plan:
 
 
 def _without_what_newcomers_cannot(plan: Plan) -> Plan:
-    if not known.NEWCOMERS_EVALUATE_WITHIN_PASSES:
+    looks_like_training = not plan.says_eval or plan.to_evaluate < plan.workers
+    if looks_like_training and not known.NEWCOMERS_EVALUATE_WITHIN_PASSES:
         plan = replace(plan, evaluates_every=None)
     if not known.NEWCOMERS_EVALUATE_IN_TRAINING_MODE:
         plan = replace(plan, says_eval=True)
