@@ -49,7 +49,9 @@ class Collectives:
         try:
             with self._board.waiting():
                 message, descriptors = self._channel.receive()
-                while isinstance(message, messages.Kept):  # an answer to one that has died since
+                while isinstance(message, messages.Kept) or (  # an answer to one that has died since
+                    isinstance(message, messages.Memory) and message.number < self.number  # said again by a launcher
+                ):
                     for descriptor in descriptors:
                         os.close(descriptor)
                     message, descriptors = self._channel.receive()

@@ -1,13 +1,14 @@
 """The front of a run on this machine: the process that the user has started, a terminal's or a program of theirs.
 
 It shows the records of the run, hears Ctrl-C, and keeps a copy of every descriptor that the run is made of: memory, the
-ends of channels. What decides is another process, the launcher (``engine/launcher.py``). The front decides nothing, and
-when it ends the run ends.
+ends of channels. What decides is another process, the launcher (``engine/launcher.py``). If that dies, the front starts
+another on what it keeps; training goes on meanwhile. The front decides nothing, and when it ends the run ends.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import select
 import signal
@@ -25,11 +26,13 @@ import msgspec
 
 from paceline import config_file, errors, events
 from paceline.config import Job
-from paceline.engine import allocator, resume_from
+from paceline.engine import allocator, diary, resume_from
 from paceline.engine.checkpoints import Loaded
 from paceline.engine.program import Call, Script
 from paceline.engine.recorder import Recorder, new_directory
+from paceline.engine.saver import PARTS
 from paceline.engine.setup import Setup, encode_job
+from paceline.engine.watch import Watch
 from paceline.protocol import messages
 from paceline.protocol.coordinator import how_ended
 from paceline.transport import segment
@@ -38,6 +41,8 @@ from paceline.transport.channel import Channel, Closed
 
 _TICK_MS = 50
 _GRACE_S = 2.0  # for a process to end of itself
+_LOOK_S = 0.2  # how often the launcher is looked after
+_DEATHS = 3  # of launchers without training's getting on in between end the run
 _DEAF_S = 5.0  # between a second Ctrl-C and ending all by force
 _START = "import sys; sys.path.append({root!r}); from paceline.engine.{module} import main; main({fd})"
 _Name = tuple[str, str, int, int]  # what, role, rank, number
@@ -84,7 +89,10 @@ class _Front:
         self._held: dict[_Name, tuple[messages.Hold, int]] = {}
         self._interrupts = 0
         self._outcome: messages.Outcome | None = None
+        self._told_of: list[str] = []  # deaths of launchers that no notice has told of yet
+        self._seen: set[type] = set()  # records that come once
         (directory / "logs").mkdir(exist_ok=True)
+        (directory / diary.NAME).unlink(missing_ok=True)  # of a run that was killed, and is resumed
         log = directory / "logs" / "worker-0.log"
         self._shown = {"output": log.stat().st_size if log.exists() else 0}  # of the run that is resumed
         script = program if isinstance(program, Script) else None
@@ -111,11 +119,12 @@ class _Front:
             with self._hearing():
                 self._zygote, channel = _start("zygote", None, self._zygote_environment())
                 self._keep(messages.Hold("channel", "zygote"), channel.detach())
-                self._launch()
+                self._launch_until_over()
         finally:
             for _, fd in self._held.values():
                 os.close(fd)
             _await_end(self._zygote)
+        (self._directory / diary.NAME).unlink(missing_ok=True)
         assert self._outcome is not None
         if self._outcome.failure is not None:
             raise _error(self._outcome.failure)
@@ -125,15 +134,28 @@ class _Front:
         settings = allocator.settings(os.environ)
         return {"OMP_NUM_THREADS": str(self._threads), "OPENBLAS_NUM_THREADS": "1"} | settings
 
-    def _launch(self) -> None:
-        """Have a launcher launch the run, and serve it until it ends."""
+    def _launch_until_over(self) -> None:
+        """Start launchers until one has come to the run's end."""
+        deaths, trained = 0, self._shown.get("metrics", 0)
+        while True:
+            died = self._launch()
+            if self._outcome is not None:
+                return
+            got_on, trained = self._shown.get("metrics", 0) > trained, self._shown.get("metrics", 0)
+            deaths = 1 if got_on else deaths + 1
+            if deaths == _DEATHS or self._interrupts > 1:
+                raise self._gave_up(died, deaths)
+            self._told_of.append(died)
+
+    def _launch(self) -> str:
+        """Have a launcher launch the run, or go on, and serve it until it ends; how it ended."""
         log = self._directory / "logs" / "launcher.log"
         process, end = _start("launcher", log, {})
         channel = Channel(end)
         try:
             for hold, fd in self._held.values():
                 channel.send(hold, (fd,))
-            channel.send(msgspec.structs.replace(self._begin, shown=self._shown))
+            channel.send(msgspec.structs.replace(self._begin, shown=self._shown, deaths=self._told_of))
             self._serve(process, channel)
         except Closed:
             pass
@@ -144,14 +166,14 @@ class _Front:
         finally:
             channel.close()
             status = _await_end(process)
-        if self._outcome is None:
-            raise self._gave_up(f"the launcher (pid {process.pid}) {how_ended(status)}")
+        return f"the launcher (pid {process.pid}) {how_ended(status)}"
 
     def _serve(self, process: subprocess.Popen[bytes], channel: Channel) -> None:
         """Do what the launcher asks for, until it closes its end."""
         poll = select.poll()
         poll.register(channel, select.POLLIN)
         said, zygote_told, deaf_s = 0, False, 2.0**62
+        watch, looked_s = Watch(math.inf), 0.0
         while True:
             if poll.poll(_TICK_MS):
                 for message, descriptors in channel.drain():
@@ -164,8 +186,12 @@ class _Front:
             if status is not None and not zygote_told:
                 zygote_told = True
                 channel.send(messages.Exited("zygote", 0, self._zygote.pid, status))
-            if time.monotonic() > deaf_s:
-                process.kill()
+            now_s = time.monotonic()
+            if now_s > looked_s + _LOOK_S:
+                looked_s = now_s
+                stuck = any(watch.look({("launcher", 0): process.pid}, now_s, lambda role, rank: False))
+                if stuck or now_s > deaf_s:
+                    process.kill()
 
     def _take(self, message: messages.Any, descriptors: tuple[int, ...]) -> None:
         match message:
@@ -173,10 +199,22 @@ class _Front:
                 self._keep(message, descriptors[0])
             case messages.Show(file=file, place=place, records=records):
                 for record in self._decoder.decode(records):
-                    self._watch(record)
+                    self._show(record)
                 self._shown[file] = place
+            case messages.Drop(number=number):
+                for name in [name for name in self._held if name[0] in PARTS and name[3] <= number]:
+                    os.close(self._held.pop(name)[1])
             case messages.Outcome():
                 self._outcome = message
+
+    def _show(self, record: events.Record) -> None:
+        if isinstance(record, events.Started | events.Summary):
+            if type(record) in self._seen:
+                return  # a launcher that takes over cannot know
+            self._seen.add(type(record))
+        if isinstance(record, events.Notice) and record.role == "launcher":
+            self._told_of = [text for text in self._told_of if not record.text.startswith(text)]
+        self._watch(record)
 
     def _keep(self, hold: messages.Hold, fd: int) -> None:
         name = (hold.what, hold.role, hold.rank, hold.number)
@@ -193,13 +231,14 @@ class _Front:
                     for fd in descriptors:
                         os.close(fd)
 
-    def _gave_up(self, what: str) -> errors.PacelineError:
+    def _gave_up(self, what: str, deaths: int) -> errors.PacelineError:
         """There is no launcher any more; the run has failed, and its files say so."""
         recorder = Recorder(self._job, self._directory, lambda file, place, records: None, self._argv, again=True)
         recorder.abandon(what)
         if self._interrupts > 1:
             return errors.Interrupted("stopped by Ctrl-C")
-        return errors.HostError(what, fix=f"its last output is in {self._directory / 'logs' / 'launcher.log'}")
+        why = f"{deaths} launchers one after the other, and training has not got on in between"
+        return errors.HostError(what, why=why, fix=f"its last output is in {self._directory / 'logs' / 'launcher.log'}")
 
     @contextmanager
     def _hearing(self) -> Iterator[None]:

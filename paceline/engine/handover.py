@@ -56,8 +56,10 @@ class Handover:
         try:
             with board.waiting():
                 message, descriptors = self._context.channel.receive()
-                while isinstance(message, messages.Kept) and message.number != board.asks[rank]:
-                    message, descriptors = self._context.channel.receive()  # what one before this had asked for
+                while isinstance(message, messages.Memory) or (  # said again by a launcher that has taken over
+                    isinstance(message, messages.Kept) and message.number != board.asks[rank]  # one before had asked
+                ):
+                    message, descriptors = self._context.channel.receive()
         except Closed:
             raise Aborted("the launcher is gone") from None
         if not isinstance(message, messages.Kept):

@@ -2,6 +2,10 @@
 
 It has workers and servers forked by the zygote, carries messages to the pure ``Coordinator`` and does what that says,
 watches every process, and records what happens. It holds no lock and runs one loop.
+
+It may be killed. What has come to it is in its diary (``engine/diary.py``), what it has made is kept by the front, and
+the next launcher goes on from there. So whatever a message leads to here may be done twice: a process is forked once a
+birth, memory is made once a number, a death has its count, a line of a file that is there is not written again.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import signal
 import socket
 import sys
 import time
-from collections import deque
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
@@ -24,11 +28,12 @@ import msgspec
 
 from paceline import errors, events
 from paceline.engine.checkpoints import Checkpoints
+from paceline.engine.diary import LONG_BYTES, NAME, Diary, Entry
 from paceline.engine.metrics import Merger, seconds_a_step
 from paceline.engine.recorder import Recorder
-from paceline.engine.saver import Saver
+from paceline.engine.saver import PARTS, Saver
 from paceline.engine.setup import Setup, decode_job
-from paceline.engine.watch import StepTimes, Watch
+from paceline.engine.watch import StepTimes, Watch, Whose
 from paceline.protocol import messages
 from paceline.protocol.coordinator import (
     Abort,
@@ -48,7 +53,8 @@ from paceline.protocol.coordinator import (
 from paceline.protocol.rounds import LEFT
 from paceline.transport import segment
 from paceline.transport.board import Board
-from paceline.transport.channel import Channel, Closed
+from paceline.transport.channel import Channel, Closed, Peeked
+from paceline.transport.frame import encode, split
 from paceline.transport.lock import Lock
 
 _TICK_S = 0.05
@@ -56,6 +62,7 @@ _LOOK_S = 0.2  # how often processes are looked after
 _GRACE_S = 2.0  # between telling processes to stop and killing them
 _INTERRUPT_S = 10.0  # between Ctrl-C and the same
 _PR_SET_PDEATHSIG = 1
+_OWN = ("front", "launcher")  # entries of no channel that is looked at before it is read
 
 
 def main(descriptor: int) -> None:
@@ -85,16 +92,19 @@ class _Launcher:
         self._front, self._setup = front, begin.setup
         setup = msgspec.msgpack.decode(begin.setup, type=Setup)
         job = self._job = decode_job(setup.job)
+        directory = Path(begin.directory)
+        self._diary = Diary(directory / NAME)
+        again = bool(self._diary.entries)
         resume = begin.steps if begin.resumed else None
-        self._recorder = recorder = Recorder(job, Path(begin.directory), self._show, begin.argv, resume)
-        recorder.info.processes.append(_process("front", begin.front))
-        recorder.info.processes.append(_process("launcher", os.getpid()))
+        self._recorder = recorder = Recorder(job, directory, self._show, begin.argv, resume, again=again)
         self._shown_output = begin.shown.get("output", 0)
+        self._silent = False  # while what is long done is only read again
         # Who has data that nobody else has, or reads it for all, cannot be replaced.
         restarts = 0 if job.data == "served" else job.restarts
         self._coordinator = Coordinator(job.workers, job.servers, restarts=restarts, min_workers=job.min_workers)
         self._memories: dict[int, tuple[messages.Memory, int]] = {}  # what newcomers get, by number
-        self._started_s = time.monotonic() - recorder.offset_s
+        self._started_s = self._diary.entries[0].time_s if again else time.monotonic() - recorder.offset_s
+        self._entry_s = 0.0
         self._merger = Merger(self._started_s, after=begin.after, steps=begin.steps)
         checkpoints = Checkpoints(recorder.directory, job.keep)
         self._saver = Saver(checkpoints, job.workers, lambda kind, text: self._notice(kind, text))
@@ -102,17 +112,39 @@ class _Launcher:
         self._channels: dict[tuple[str, int], Channel] = {}
         self._alive: dict[tuple[str, int], int] = {}
         self._expected = job.workers + job.servers
-        self._exits: deque[messages.Exited] = deque()  # that nothing has followed from yet
         self._failure: tuple[str, int, messages.Failed] | None = None
         self._kill_at_s: float | None = None
+        self._done = False
         self._interrupts = 0
         self._watch, self._looked_s = Watch(job.hang_timeout), 0.0
+        self._dropped = 0
         self._log: _Tail | None = None
         self._births: dict[tuple[str, int], int] = {}
+        self._died: Counter[int] = Counter()  # processes of a worker
         self._payload: int | None = None
+        self._parts: dict[
+            tuple[int, int, int], int
+        ] = {}  # of checkpoints that are not written yet, as the front has them
         self._selector.register(front, selectors.EVENT_READ, ("front", 0))
+        channels = {}
         for hold, fd in held:
-            self._take_over(hold, fd)
+            if hold.what == "channel":
+                channels[hold.role, hold.rank] = fd
+            else:
+                self._take_over(hold, fd)
+        self._add_process("front", begin.front)
+        told: set[str] = set()
+        if again:
+            told = self._go_on(begin, channels)
+        else:
+            self._add_process("launcher", os.getpid())
+            for file, place in recorder.places.items():
+                self._show(file, place, [])
+            self._open_of_those_alive(channels)
+            frame = encode(msgspec.structs.replace(begin, setup=b""))
+            self._diary.append(Entry(self._started_s, "front", 0, frame, recorder.places))
+        recorder.write_info()
+        self._tell_of_launchers(begin.deaths, told)
 
     def _take_over(self, hold: messages.Hold, fd: int) -> None:
         """What the front keeps."""
@@ -124,8 +156,12 @@ class _Launcher:
                 self._lock = Lock(fd, self._board.journal)
             case "payload":
                 self._payload = fd
-            case "channel":
-                self._open(hold.role, hold.rank, fd)
+            case "memory":
+                memory = msgspec.msgpack.decode(hold.about, type=messages.Memory)
+                self._board.journal.map(hold.number, memoryview(segment.attach(fd)).cast("Q"))
+                self._memories[hold.number] = memory, fd
+            case what if what in PARTS:
+                self._parts[hold.rank, hold.number, what == PARTS[0]] = fd
 
     def _open(self, role: str, rank: int, fd: int) -> None:
         channel = self._channels[role, rank] = Channel(socket.socket(fileno=fd))
@@ -138,7 +174,69 @@ class _Launcher:
             self._turn()
         self._saver.close()
         summary, failure = self._conclude()
+        self._diary.close()
         self._front.send(messages.Outcome(msgspec.json.encode(summary), failure))
+
+    # --- going on ---
+
+    def _go_on(self, begin: messages.Begin, channels: dict[Whose, int]) -> set[str]:
+        """Come to where the launcher before this one was; what it had told that the user has not seen until now."""
+        shown = self._recorder.show_since(begin.shown)
+        entries = self._diary.entries[1:]
+        # Only the last entry of a process may be obeyed in part; what came behind it, it led to.
+        last = max((place for place, entry in enumerate(entries) if entry.role not in _OWN), default=len(entries))
+        self._silent = True
+        for entry in entries[:last]:
+            self._obey_entry(entry)
+        doubtful = entries[last:]
+        if doubtful:
+            self._recorder.expect(doubtful[0].places)
+        self._open_of_those_alive(channels)
+        for entry in doubtful:
+            peeked = self._still_there(entry)
+            self._silent = entry.role not in _OWN and not peeked
+            self._obey_entry(entry, peeked)
+            if peeked:
+                self._channels[entry.role, entry.rank].consume(sum(one.size_bytes for one in peeked))
+        self._silent = False
+        self._open_of_those_alive(channels)
+        for fd in channels.values():
+            os.close(fd)
+        info = self._recorder.info
+        self._add_process("launcher", os.getpid())
+        if info.status == "running":
+            self._begin_output(begin.shown.get("output", 0))
+            self._recorder.take(events.Started(str(self._recorder.directory), info.processes))
+        return {record.text for record in shown if isinstance(record, events.Notice)}
+
+    def _tell_of_launchers(self, deaths: Sequence[str], told: set[str]) -> None:
+        for text in deaths:
+            if any(other.startswith(text) for other in told):
+                continue
+            text += f"; another (pid {os.getpid()}) goes on from {self._recorder.directory}"
+            text += "; training went on meanwhile" if self._recorder.info.status == "running" else ""
+            self._recorder.take(events.Notice(self._now(), "died", text, "launcher", 0))
+
+    def _open_of_those_alive(self, channels: dict[Whose, int]) -> None:
+        for role, rank in [("zygote", 0), *self._alive]:
+            if (role, rank) in channels and (role, rank) not in self._channels:
+                self._open(role, rank, channels.pop((role, rank)))
+
+    def _still_there(self, entry: Entry) -> list[Peeked]:
+        """The messages of the entry, if they are still in their socket."""
+        channel = self._channels.get((entry.role, entry.rank))
+        if channel is None:
+            return []
+        frames = split(entry.frames)
+        try:
+            peeked = channel.peek()
+        except Closed:
+            return []
+        if [one.frame for one in peeked[: len(frames)]] != frames:
+            _forget(peeked)
+            return []
+        _forget(peeked[len(frames) :])
+        return peeked[: len(frames)]
 
     # --- starting ---
 
@@ -149,6 +247,8 @@ class _Launcher:
 
     def _fork(self, role: str, rank: int) -> None:
         birth = self._births[role, rank] = self._births.get((role, rank), 0) + 1
+        if self._silent:
+            return
         path = self._recorder.directory / "logs" / f"{role}-{rank}.log"
         log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         payload = (self._payload,) if role == "worker" and self._payload is not None else ()
@@ -163,36 +263,73 @@ class _Launcher:
             if role == "front":
                 self._heed(self._front.drain())
                 continue
-            channel = self._channels.get((role, rank))
-            if channel is not key.fileobj:
-                continue  # its process has ended, which an event before this one told; another may have its place
-            try:
-                arrived = channel.drain()
-            except Closed:
-                self._selector.unregister(channel)
-                channel.close()
-                del self._channels[role, rank]
-                continue
-            for message, descriptors in arrived:
-                self._take(role, rank, message, descriptors)
-        # What they left half done is undone first: one killed while it was leaving has not left.
-        while self._exits and self._is_whole():
-            self._exited(self._exits.popleft())
+            if self._channels.get((role, rank)) is key.fileobj:  # an entry before may have been of its process's end
+                self._hear(role, rank)
         self._saver.turn()
-        for metric in self._merger.ready():
-            self._recorder.take(metric)
+        if self._saver.saved > self._dropped:
+            self._dropped = self._saver.saved
+            self._front.send(messages.Drop(self._dropped))
         self._recorder.flush()
         self._show_output()
         self._look_after()
         if self._kill_at_s is not None and time.monotonic() > self._kill_at_s:
             self._kill_all()
 
+    def _hear(self, role: str, rank: int) -> bool:
+        """Write down what there is to read from a process, obey it, and take it. Was there anything?"""
+        channel = self._channels[role, rank]
+        try:
+            peeked = channel.peek()
+        except Closed:
+            self._selector.unregister(channel)
+            channel.close()
+            del self._channels[role, rank]
+            return False
+        if role == "zygote":
+            peeked = self._before_an_end(peeked)
+        if peeked:
+            self._note(role, rank, b"".join(one.frame for one in peeked), peeked)
+            channel.consume(sum(one.size_bytes for one in peeked))
+            if self._diary.size_bytes > LONG_BYTES:
+                self._diary.shorten(self._merger.state(), self._saver.saved)
+        return bool(peeked)
+
+    def _before_an_end(self, peeked: list[Peeked]) -> list[Peeked]:
+        """What a process said before it ended comes first: a traceback explains more than an exit status."""
+        for place, one in enumerate(peeked):
+            if isinstance(one.message, messages.Exited):
+                whose = (one.message.role, one.message.rank)
+                while place == 0 and whose in self._channels and self._hear(*whose):
+                    pass
+                # What it left half done is undone first: one killed while it was leaving has not left.
+                cut = place or int(self._is_whole())
+                _forget(peeked[cut:])
+                return peeked[:cut]
+        return peeked
+
+    def _note(self, role: str, rank: int, frames: bytes, peeked: Sequence[Peeked] = ()) -> None:
+        """Write down what has come, and obey it."""
+        left = [worker for worker, gone in enumerate(self._board.gone) if gone == LEFT] if role == "zygote" else []
+        entry = Entry(self._now(), role, rank, frames, self._recorder.places, left)
+        self._diary.append(entry)
+        self._obey_entry(entry, peeked)
+
+    def _obey_entry(self, entry: Entry, peeked: Sequence[Peeked] = ()) -> None:
+        self._entry_s = entry.time_s
+        if entry.merged:
+            self._merger.restore(entry.merged)
+        for place, message in enumerate(one.message for one in peeked) if peeked else enumerate(entry.messages):
+            self._take(entry, message, peeked[place].descriptors if peeked else ())
+        for metric in self._merger.ready():
+            self._record(metric)
+        self._recorder.flush()  # who finds the messages taken finds what they led to written
+
     def _heed(self, said: list[tuple[messages.Any, tuple[int, ...]]]) -> None:
         """What the front has said."""
         for message, _ in said:
             match message:
-                case messages.Interrupt(times=times):
-                    self._interrupted(times)
+                case messages.Interrupt(times=times) if times > self._interrupts:
+                    self._note("front", 0, encode(message))
                 case messages.Exited(pid=pid, status=status):
                     self._zygote_ended(pid, status)
                 case messages.Abandon(reason=reason):
@@ -200,24 +337,24 @@ class _Launcher:
                     self._recorder.abandon(reason)
                     sys.exit(1)
 
-    def _take(self, role: str, rank: int, message: messages.Any, descriptors: tuple[int, ...] = ()) -> None:
+    def _take(self, entry: Entry, message: messages.Any, descriptors: tuple[int, ...]) -> None:
+        role, rank = entry.role, entry.rank
         match message:
             case messages.Part():
-                self._saver.take(rank, message, descriptors[0])
+                self._take_part(rank, message, descriptors)
             case messages.Kept(rank=newcomer):
-                if ("worker", newcomer) in self._channels:
-                    self._send("worker", newcomer, message, descriptors)
+                self._send("worker", newcomer, message, descriptors)
                 for fd in descriptors:
                     os.close(fd)
             case messages.Alarm(text=text):
-                self._saver.failed(text)
+                self._record(events.Notice(self._entry_s, "alarm", text))
             case messages.Ready(versions=versions):
                 self._recorder.info.versions = versions
                 self._fork_all()
             case messages.Forked(role=whose, rank=its, pid=pid):
-                self._forked(whose, its, pid, descriptors[0])
-            case messages.Exited():
-                self._exits.append(message)
+                self._forked(whose, its, pid, descriptors)
+            case messages.Exited(role=whose, rank=its, pid=pid, status=status):
+                self._exited(whose, its, pid, status, left=whose == "worker" and its in entry.left)
             case messages.Steps(rows=rows):
                 self._merger.add(rows, rank)
                 self._steps.add(seconds_a_step(rows))
@@ -225,28 +362,43 @@ class _Launcher:
             case messages.Logged(step=step, values=values):
                 self._merger.log(step, values)
             case messages.Pass(number=number, steps=steps):
-                self._recorder.take(events.Epoch(self._now(), number + 1, steps))
+                self._record(events.Epoch(self._entry_s, number + 1, steps))
+            case messages.Interrupt(times=times):
+                self._interrupted(times)
             case _:
                 self._obey(self._coordinator.handle(Came(role, rank, message)))
 
-    def _forked(self, role: str, rank: int, pid: int, channel: int) -> None:
-        self._front.send(messages.Hold("channel", role, rank), (channel,))
-        self._open(role, rank, channel)
+    def _take_part(self, rank: int, part: messages.Part, descriptors: tuple[int, ...]) -> None:
+        """Of a checkpoint. The front has it until the checkpoint is written."""
+        own = "state" not in msgspec.msgpack.decode(part.layout)[1]
+        if descriptors:
+            self._front.send(messages.Hold(PARTS[not own], "worker", rank, part.number), descriptors)
+            self._saver.take(rank, part, descriptors[0])
+        elif (rank, part.number, own) in self._parts:
+            self._saver.take(rank, part, self._parts.pop((rank, part.number, own)))
+
+    def _forked(self, role: str, rank: int, pid: int, descriptors: tuple[int, ...]) -> None:
+        if descriptors:
+            self._front.send(messages.Hold("channel", role, rank), descriptors)
+            self._open(role, rank, descriptors[0])
         if role == "server":
             for memory, fd in self._memories.values():
                 if memory.kind == "exchange":
                     self._send(role, rank, memory, (fd,))
+            if self._done:  # while it was forked
+                self._send(role, rank, messages.Stop("all workers have finished"))
         self._alive[role, rank] = pid
         self._expected -= 1
+        self._add_process(role, pid, rank)
         info = self._recorder.info
-        info.processes.append(_process(role, pid, rank))
         if self._expected == 0 and info.status == "running":
-            self._recorder.write_info()
+            self._write_info()
         elif self._expected == 0:
             info.status = "running"
-            self._recorder.write_info()
-            self._log = _Tail(self._recorder.directory / "logs" / "worker-0.log", self._shown_output)
-            self._recorder.take(events.Started(str(self._recorder.directory), info.processes))
+            self._write_info()
+            if not self._silent:
+                self._begin_output(self._shown_output)
+            self._record(events.Started(str(self._recorder.directory), info.processes))
 
     def _is_whole(self) -> bool:
         """Is nothing half done under the run's lock?"""
@@ -254,22 +406,15 @@ class _Launcher:
             self._lock.try_to_mend()
         return self._board.journal.is_clean
 
-    def _exited(self, ended: messages.Exited) -> None:
-        role, rank, pid, status = ended.role, ended.rank, ended.pid, ended.status
-        # What it said before it ended comes first: a traceback explains more than an exit status.
+    def _exited(self, role: str, rank: int, pid: int, status: int, *, left: bool) -> None:
         channel = self._channels.pop((role, rank), None)
         if channel is not None:
             self._selector.unregister(channel)
-            try:
-                while True:
-                    for message, descriptors in channel.drain():
-                        self._take(role, rank, message, descriptors)
-            except Closed:
-                channel.close()
+            channel.close()
         if role == "worker":
             self._saver.lost(rank, finished=status == 0)
         self._alive.pop((role, rank), None)
-        if role == "worker" and self._board.gone[rank] == LEFT:  # it had no time to say so
+        if left:  # it had no time to say so
             self._obey(self._coordinator.handle(Came(role, rank, messages.Finished())))
             self._board.wake_all()  # nor to ring
         self._obey(self._coordinator.handle(Died(role, rank, pid, status)))
@@ -292,39 +437,45 @@ class _Launcher:
                 case GiveUp(rank=rank):
                     self._tell_death(rank, for_good=True)
                 case Tell(kind=kind, text=text, role=role, rank=rank):
-                    self._recorder.take(events.Notice(self._now(), kind, text, role, rank))
+                    self._record(events.Notice(self._entry_s, kind, text, role, rank))
                 case Abort(role=role, rank=rank, failure=failure):
                     self._abort(role, rank, failure)
                 case Done():
+                    self._done = True
                     self._send_all(("server",), messages.Stop("all workers have finished"))
-                    self._board.wake_all()
+                    if not self._silent:
+                        self._board.wake_all()
 
     def _tell_death(self, rank: int, *, for_good: bool) -> None:
-        self._lock.try_to_mend()
-        self._board.tell_death(rank, for_good=for_good)
+        self._died[rank] += 1
         self._merger.lost(rank)
+        if not self._silent:
+            self._lock.try_to_mend()
+            self._board.tell_death(rank, for_good=for_good, deaths=self._died[rank])
 
     def _allocate(self, request: messages.Wrap, servers: bool) -> None:
-        try:
-            fd = segment.create(request.what, request.size_bytes)
-            mapped = segment.attach(fd)
-        except errors.HostError as error:
-            failure = messages.Failed("HostError", error.what, error.why, error.fix)
-            self._obey(self._coordinator.handle(Came("launcher", 0, failure)))  # it must know why workers leave
+        if self._silent:
             return
-        memory = messages.Memory(request.number, request.size_bytes, request.kind, request.spec)
-        self._front.send(messages.Hold("memory", number=request.number, about=msgspec.msgpack.encode(memory)), (fd,))
+        if request.number not in self._memories:
+            memory = messages.Memory(request.number, request.size_bytes, request.kind, request.spec)
+            hold = messages.Hold("memory", number=request.number, about=msgspec.msgpack.encode(memory))
+            try:
+                fd = segment.create(request.what, request.size_bytes)
+                self._take_over(hold, fd)
+            except errors.HostError as error:
+                failure = messages.Failed("HostError", error.what, error.why, error.fix)
+                self._note("launcher", 0, encode(failure))  # the coordinator must know why workers leave
+                return
+            self._front.send(hold, (fd,))
+        memory, fd = self._memories[request.number]
         # Servers first: they are ready when the first push comes.
         self._send_all(("server", "worker") if servers else ("worker",), memory, (fd,))
-        self._memories[request.number] = memory, fd
-        self._board.journal.map(request.number, memoryview(mapped).cast("Q"))
         if request.kind == "exchange":
             optimizer, _, rest = request.what.partition(" over ")
-            record = events.Wrapped(self._now(), int(rest.split()[0]), request.size_bytes, optimizer)
-            self._recorder.take(record)
+            self._record(events.Wrapped(self._entry_s, int(rest.split()[0]), request.size_bytes, optimizer))
 
     def _send(self, role: str, rank: int, message: messages.Any, descriptors: tuple[int, ...] = ()) -> None:
-        channel = self._channels.get((role, rank))
+        channel = None if self._silent else self._channels.get((role, rank))
         if channel is not None:
             with contextlib.suppress(Closed):  # its end is reported by the zygote, with the reason
                 channel.send(message, descriptors)
@@ -339,7 +490,8 @@ class _Launcher:
 
     def _abort(self, role: str, rank: int, failure: messages.Failed) -> None:
         self._failure = self._failure or (role, rank, failure)  # what we kill dies of us
-        self._board.set_abort()
+        if not self._silent:
+            self._board.set_abort()
         self._send_all(("server", "worker"), messages.Stop(failure.what))
         self._kill_at_s = min(self._kill_at_s or 2**62, time.monotonic() + _GRACE_S)
 
@@ -405,10 +557,27 @@ class _Launcher:
     def _now(self) -> float:
         return round(time.monotonic() - self._started_s, 6)
 
+    def _record(self, record: events.Record) -> None:
+        if not self._silent:
+            self._recorder.take(record)
+
+    def _add_process(self, role: str, pid: int, rank: int = 0) -> None:
+        process = events.Process(role, rank, pid, platform.node())
+        if process not in self._recorder.info.processes:
+            self._recorder.info.processes.append(process)
+
+    def _write_info(self) -> None:
+        if not self._silent:
+            self._recorder.write_info()
+
+    def _begin_output(self, shown: int) -> None:
+        self._log = _Tail(self._recorder.directory / "logs" / "worker-0.log", shown)
+
     def _show_output(self, *, last: bool = False) -> None:
         text = self._log.read(last=last) if self._log else ""
-        if text:
-            self._recorder.take(events.Output(text))
+        if self._log is not None and text:
+            self._recorder.flush()
+            self._show("output", self._log.place, [events.Output(text)])
 
     def _conclude(self) -> tuple[events.Summary, messages.Failed | None]:
         for metric in self._merger.ready(everything=True):
@@ -434,8 +603,11 @@ class _Launcher:
         return self._recorder.close(status, failure.what, exit_code, begun_s), failure
 
 
-def _process(role: str, pid: int, rank: int = 0) -> events.Process:
-    return events.Process(role, rank, pid, platform.node())
+def _forget(peeked: Sequence[Peeked]) -> None:
+    """They stay in their socket; the copies of their descriptors go."""
+    for one in peeked:
+        for fd in one.descriptors:
+            os.close(fd)
 
 
 class _Tail:
@@ -451,6 +623,11 @@ class _Tail:
         cut = len(data) if last else data.rfind(b"\n") + 1
         self._rest = data[cut:]
         return data[:cut].decode(errors="replace")
+
+    @property
+    def place(self) -> int:
+        """Behind the last that was read, in bytes."""
+        return self._file.tell() - len(self._rest)
 
     def close(self) -> None:
         self._file.close()

@@ -10,6 +10,9 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
 
 from paceline.events import Metric
 
@@ -70,6 +73,17 @@ class _Merged:
     sums: list[float] = field(default_factory=lambda: [0.0] * _SUMS)
 
 
+_STATE: dict[str, Any] = {
+    "_open": dict[int, _Merged],
+    "_next": int,
+    "_steps": int,
+    "_values": dict[int, dict[str, float | None]],
+    "_gaps": bool,
+    "begun_s": float | None,
+    "dropped": dict[int, int],
+}
+
+
 class Merger:
     """Takes rows as they come from each worker, gives one Metric a round once all its contributors have told."""
 
@@ -83,6 +97,15 @@ class Merger:
         self._gaps = False
         self.begun_s: float | None = None
         self.dropped: dict[int, int] = {}  # pushes that came too late, by worker
+
+    def state(self) -> bytes:
+        """All that it knows, for ``restore`` of another."""
+        return msgspec.msgpack.encode({name: getattr(self, name) for name in _STATE})
+
+    def restore(self, state: bytes) -> None:
+        raw = msgspec.msgpack.decode(state, type=dict[str, msgspec.Raw])
+        for name, kind in _STATE.items():
+            setattr(self, name, msgspec.msgpack.decode(raw[name], type=kind))
 
     def add(self, rows: bytes, worker: int) -> None:
         """Take in what a worker tells."""

@@ -99,13 +99,16 @@ class Recorder:
                 lines.seek(places[_stem(file)])
                 self._have.update(lines)
 
-    def show_since(self, places: dict[str, int]) -> None:
-        """Show what the files have from these places on."""
+    def show_since(self, places: dict[str, int]) -> list[events.Record]:
+        """Show what the files have from these places on; these records."""
+        shown: list[events.Record] = []
         for file in (self._metrics, self._events):
             with Path(file.name).open("rb") as lines:
                 lines.seek(places.get(_stem(file), 0))
                 records = [msgspec.json.decode(line, type=events.Record) for line in lines]
                 self._show(_stem(file), file.tell(), records)
+                shown += records
+        return shown
 
     def take(self, record: events.Record) -> None:
         """Write a record where it belongs and have it shown; metrics with the next ``flush``, or other record."""

@@ -18,6 +18,7 @@ from paceline.engine.checkpoints import DTYPES, Checkpoints, Tensor
 from paceline.errors import PacelineError
 from paceline.protocol import messages
 
+PARTS = ("part", "shared part")  # what a worker has of its own, what all share: names that the front keeps them by
 Tell = Callable[[str, str], None]  # kind, text
 
 
@@ -38,6 +39,7 @@ class Saver:
         self._present = set(range(workers))
         self._open: dict[int, _Gathered] = {}
         self._written = 0
+        self.saved = 0  # nothing of checkpoints up to this one is needed any more
         self._next: _Gathered | None = None
         self._thread: threading.Thread | None = None
         self._said: list[tuple[str, str]] = []
@@ -61,10 +63,6 @@ class Saver:
             gathered.missing.discard(rank)
         self._finish()
 
-    def failed(self, text: str) -> None:
-        """A worker could not give its part: training goes on, the checkpoints before stay."""
-        self._said.append(("alarm", text))
-
     def lost(self, rank: int, *, finished: bool = False) -> None:
         """A worker has died, or has come to its end: its part is not waited for."""
         if finished:
@@ -81,6 +79,8 @@ class Saver:
         said, self._said = self._said, []
         for kind, text in said:
             self._tell(kind, text)
+        if self._thread is None and self._next is None:
+            self.saved = self._written
         if self._thread is None and self._next is not None:
             self._thread = threading.Thread(target=self._write, args=(self._next,))
             self._next = None

@@ -44,7 +44,10 @@ def serve(context: Context) -> None:
                 message, descriptors = channel.receive()
             if not isinstance(message, messages.Memory):
                 return
-            served.append(_take(message, descriptors, context.rank))
+            if all(message.number != one.published_as for one in served):  # a launcher that takes over may say it again
+                served.append(_take(message, descriptors, context.rank))
+            for descriptor in descriptors:
+                os.close(descriptor)
             continue
         answer = board.wait(lambda: _next(board, served, member, channel.fileno()))
         if answer is None:
@@ -116,8 +119,6 @@ def _next_entry(one: _Served, member: int) -> _Turn | Waiting | None:
 def _take(message: messages.Memory, descriptors: tuple[int, ...], rank: int) -> _Served:
     spec = msgspec.msgpack.decode(message.spec, type=Spec)
     memory = segment.attach(descriptors[0])
-    for descriptor in descriptors:
-        os.close(descriptor)
     return _Served(spec, ExchangeMemory(memory, spec), message.number, rank)
 
 

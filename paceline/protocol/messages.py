@@ -150,7 +150,8 @@ class Begin(Message, frozen=True, tag=31):
     """...front to launcher: you know all that I keep; launch, or go on. Answer: Show, Hold, at the end Outcome.
 
     ``directory``: the run's, as the user is to see it; ``after``, ``steps``: the last round and step of a run that is
-    resumed; ``shown``: how far into each file of the run the user has seen.
+    resumed; ``shown``: how far into each file of the run the user has seen; ``deaths``: of launchers, sentences that
+    the user has not seen.
     """
 
     setup: bytes
@@ -161,6 +162,7 @@ class Begin(Message, frozen=True, tag=31):
     after: int = 0
     steps: int = 0
     shown: dict[str, int] = {}
+    deaths: list[str] = []
 
 
 class Show(Message, frozen=True, tag=32):
@@ -169,6 +171,12 @@ class Show(Message, frozen=True, tag=32):
     file: str
     place: int
     records: bytes
+
+
+class Drop(Message, frozen=True, tag=37):
+    """...launcher to front: the parts of checkpoints up to ``number`` need not be held any more. No answer."""
+
+    number: int
 
 
 class Interrupt(Message, frozen=True, tag=33):
@@ -229,4 +237,5 @@ Any = (
     | Outcome
     | Letter
     | Kept
+    | Drop
 )

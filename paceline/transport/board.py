@@ -230,9 +230,12 @@ class Board:
         self._words[3] = 1
         self.wake_all()
 
-    def tell_death(self, worker: int, *, for_good: bool) -> None:
-        """The launcher: a worker's process has ended before its time. ``for_good``: no other takes its place."""
-        self.deaths[worker] += 1
+    def tell_death(self, worker: int, *, for_good: bool, deaths: int | None = None) -> None:
+        """The launcher: a worker's process has ended before its time. ``for_good``: no other takes its place.
+
+        ``deaths``: how many there have been with this one; a launcher that takes over may tell of it again.
+        """
+        self.deaths[worker] = self.deaths[worker] + 1 if deaths is None else deaths
         self.given_up[worker] = self.given_up[worker] or for_good
         self._words[6] += 1
         self.ring(worker)  # the dead do not

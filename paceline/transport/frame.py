@@ -33,6 +33,27 @@ def encode(message: messages.Any, descriptors: int = 0) -> bytes:
     return _HEADER.pack(MAGIC, VERSION, descriptors, len(body)) + body
 
 
+def split(data: bytes) -> list[bytes]:
+    """The frames at the beginning of ``data`` that are whole, each with its header. Raises FrameError."""
+    frames, start = [], 0
+    while len(data) - start >= _HEADER.size:
+        *_, length = _HEADER.unpack_from(data, start)
+        stop = start + _HEADER.size + length
+        if len(data) < stop:
+            break
+        frames.append(data[start:stop])
+        start = stop
+    return frames
+
+
+def decode(frame: bytes) -> tuple[messages.Any, int]:
+    """What one whole frame holds, with its count of descriptors. Raises FrameError."""
+    found = Decoder().feed(frame)
+    if len(found) != 1:
+        raise FrameError(f"{len(found)} whole frames where one was promised")
+    return found[0]
+
+
 class Decoder:
     """Turns a stream of bytes into messages; holds at most one frame that is not whole yet."""
 

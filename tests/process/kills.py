@@ -42,7 +42,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import paceline
 
 samples, epochs, kills = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-chance, seed = float(sys.argv[4]), sys.argv[5]
+chance, seed, launchers = float(sys.argv[4]), sys.argv[5], sys.argv[6] == "launchers"
 luck = random.Random(f"{seed} {os.getpid()}")
 
 
@@ -56,10 +56,11 @@ def take_one():
     return False
 
 
-def server():
-    # The pid of one, if there are any; the last of each rank.
+def other():
+    # The pid of a server or of the launcher, if any is to be killed; the last of each role and rank.
     processes = json.loads((run.directory / "run.json").read_text())["processes"]
-    pids = {p["rank"]: p["pid"] for p in processes if p["role"] == "server"}
+    victims = {"server", "launcher"} if launchers else {"server"}
+    pids = {(p["role"], p["rank"]): p["pid"] for p in processes if p["role"] in victims}
     return luck.choice(list(pids.values())) if pids else None
 
 
@@ -72,7 +73,7 @@ def kill(pid):
 
 def draw_lots():
     if luck.random() < chance and take_one():
-        victim = server() if luck.random() < 0.5 else None
+        victim = other() if luck.random() < 0.5 else None
         timer = threading.Timer(luck.random() * 0.002, kill, (victim or os.getpid(),))
         timer.daemon = True
         timer.start()
@@ -98,7 +99,17 @@ if run.is_main:
 """
 
 
-def run(runner: Runner, *options: str, samples: int, epochs: int, kills: int, chance: float, seed: int) -> Ended:
+def run(
+    runner: Runner,
+    *options: str,
+    samples: int,
+    epochs: int,
+    kills: int,
+    chance: float,
+    seed: int,
+    launchers: bool = False,
+) -> Ended:
     runner.write("counting.py", COUNTING)
-    arguments = [str(samples), str(epochs), str(kills), str(chance), str(seed)]
+    others = "launchers" if launchers else "servers"
+    arguments = [str(samples), str(epochs), str(kills), str(chance), str(seed), others]
     return runner.run(SCRIPT, "--restarts", "1000", *options, args=arguments)

@@ -116,6 +116,12 @@ class Running:
     def signal(self, number: int) -> None:
         self._process.send_signal(number)
 
+    def signal_launcher(self, number: int) -> None:
+        """Of the only run in this folder; the last launcher of it."""
+        (path,) = (self._folder / "runs").glob("*/run.json")
+        processes = json.loads(path.read_text())["processes"]
+        os.kill([process["pid"] for process in processes if process["role"] == "launcher"][-1], number)
+
     def others(self) -> list[int]:
         """The pids of all processes that come from this one, itself left out."""
         return [pid for pid in marked(self._mark) if pid != self.pid]

@@ -146,7 +146,8 @@ def test_a_sender_that_blocks_is_told_when_the_peer_goes(pair: Pair) -> None:
 
     def send() -> None:
         try:
-            left.send(messages.Steps(bytes(20_000_000)))
+            while True:
+                left.send(messages.Steps(bytes(30_000)))
         except Closed as error:
             caught.append(error)
 

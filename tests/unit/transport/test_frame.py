@@ -33,14 +33,15 @@ WIRE: list[tuple[Any, list[Any]]] = [
     (messages.Ready({"torch": "2"}), [13, {"torch": "2"}]),
     (messages.Hold("memory", "worker", 1, 7, b"a"), [30, "memory", "worker", 1, 7, b"a"]),
     (
-        messages.Begin(b"s", "runs/a", ["b"], 99, True, 3, 4, {"events": 5}),
-        [31, b"s", "runs/a", ["b"], 99, True, 3, 4, {"events": 5}],
+        messages.Begin(b"s", "runs/a", ["b"], 99, True, 3, 4, {"events": 5}, ["d"]),
+        [31, b"s", "runs/a", ["b"], 99, True, 3, 4, {"events": 5}, ["d"]],
     ),
     (messages.Show("metrics", 9, b"r"), [32, "metrics", 9, b"r"]),
     (messages.Interrupt(2), [33, 2]),
     (messages.Abandon("r"), [34, "r"]),
     (messages.Outcome(b"s", messages.Failed("K", "w")), [35, b"s", [7, "K", "w", "", "", ""]]),
     (messages.Letter(70_000), [36, 70_000]),
+    (messages.Drop(7), [37, 7]),
 ]
 EXAMPLES = [message for message, _ in WIRE]
 
