@@ -128,10 +128,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str] | None) -> Any:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--jobs", type=_names(JOBS), default=list(JOBS), help=f"of {','.join(JOBS)}")
-    parser.add_argument("--rows", type=_names(WAYS), default=list(_MEASURED), help=f"ways, of {','.join(WAYS)}")
-    parser.add_argument("--rounds", type=_positive(int), default=7, help="slices of each way (default 7)")
-    parser.add_argument("--seconds", type=_positive(float), default=1.5, help="of a slice (default 1.5)")
+    parser.add_argument("--jobs", type=names(JOBS), default=list(JOBS), help=f"of {','.join(JOBS)}")
+    parser.add_argument("--rows", type=names(WAYS), default=list(_MEASURED), help=f"ways, of {','.join(WAYS)}")
+    parser.add_argument("--rounds", type=positive(int), default=7, help="slices of each way (default 7)")
+    parser.add_argument("--seconds", type=positive(float), default=1.5, help="of a slice (default 1.5)")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the shares of the ceiling")
     parser.add_argument("--json", action="store_true", help="everything as one JSON object in the last line")
     options = parser.parse_args(argv)
@@ -143,7 +143,9 @@ def _parse(argv: Sequence[str] | None) -> Any:
     return options
 
 
-def _names(known: Iterable[str]) -> Callable[[str], list[str]]:
+def names(known: Iterable[str]) -> Callable[[str], list[str]]:
+    """What reads an option that is some of the known names, with commas between them."""
+
     def read(text: str) -> list[str]:
         chosen = [name.strip() for name in text.split(",")]
         strangers = [name for name in chosen if name not in known]
@@ -154,7 +156,9 @@ def _names(known: Iterable[str]) -> Callable[[str], list[str]]:
     return read
 
 
-def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
+def positive(kind: type[int] | type[float]) -> Callable[[str], float]:
+    """What reads an option that is a number above 0."""
+
     def read(text: str) -> float:
         value = kind(text)
         if not 0 < value < 10_000:

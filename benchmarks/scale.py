@@ -16,32 +16,40 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
+from itertools import product
 from pathlib import Path
 from statistics import median
 
 from benchmarks.jobs import JOBS
-from benchmarks.one_host import cores_apart
+from benchmarks.one_host import cores_apart, names, positive
 from benchmarks.rivals import WAYS, find_way
 from benchmarks.teams import Team, TeamError
 
 _BASE = 2
+_MEASURED = ("ceiling", "ddp", "sync", "async")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--jobs", default="mlp", help=f"of {','.join(JOBS)} (default mlp)")
-    parser.add_argument("--ways", default="ceiling,ddp,sync,async", help=f"of {','.join(WAYS)}")
-    parser.add_argument("--workers", default="1,2,3,4,6,8", help="how many; 2 are always measured")
-    parser.add_argument("--rounds", type=int, default=5, help="slices of each (default 5)")
-    parser.add_argument("--seconds", type=float, default=0.8, help="of a slice (default 0.8)")
+    parser.add_argument("--jobs", type=names(JOBS), default=["mlp"], help=f"of {','.join(JOBS)} (default mlp)")
+    parser.add_argument("--ways", type=names(WAYS), default=list(_MEASURED), help=f"of {','.join(WAYS)}")
+    parser.add_argument("--workers", type=_counts, default=[1, 2, 3, 4, 6, 8], help="how many; 2 are always measured")
+    parser.add_argument("--rounds", type=positive(int), default=5, help="slices of each (default 5)")
+    parser.add_argument("--seconds", type=positive(float), default=0.8, help="of a slice (default 0.8)")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the curves")
     options = parser.parse_args(argv)
+    for job, way in product(options.jobs, options.ways):
+        if WAYS[way].fused and not JOBS[job].can_fuse:
+            parser.error(f"argument --ways: {way} steps AdamW, the job {job} has SGD: leave one of them out")
+    for way in options.ways:
+        if WAYS[way].missing():
+            parser.error(f"argument --ways: {way} needs: pip install {WAYS[way].missing()}")
     os.sched_setaffinity(0, cores_apart())
-    counts = sorted({_BASE, *map(int, options.workers.split(","))})
+    counts = sorted({_BASE, *options.workers})
     try:
         curves = {
-            job: {way: _curve(job, way, counts, options.rounds, options.seconds) for way in options.ways.split(",")}
-            for job in options.jobs.split(",")
+            job: {way: _curve(job, way, counts, options.rounds, options.seconds) for way in options.ways}
+            for job in options.jobs
         }
     except TeamError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -55,6 +63,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.picture:
         _draw(curves, counts, options.picture)
     return 0
+
+
+def _counts(text: str) -> list[int]:
+    try:
+        return [int(positive(int)(count)) for count in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers with commas between them") from None
 
 
 def _curve(job: str, way: str, counts: list[int], rounds: int, seconds: float) -> list[list[float]]:

@@ -11,6 +11,7 @@ GPU, with ``share_parameters=False``, or stepped locally) are copied from there.
 
 from __future__ import annotations
 
+import cmath
 from typing import Any
 
 import torch
@@ -213,7 +214,7 @@ def _is_finite(values: torch.Tensor) -> bool:
     if not (values.is_floating_point() or values.is_complex()):
         return True
     wide = torch.float32 if values.dtype in (torch.float16, torch.bfloat16) else None
-    return bool(torch.isfinite(values.sum(dtype=wide))) or bool(torch.isfinite(values).all())
+    return cmath.isfinite(values.sum(dtype=wide).item()) or bool(torch.isfinite(values).all())
 
 
 def _dense(value: Any) -> Any:

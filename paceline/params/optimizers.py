@@ -20,8 +20,6 @@ import msgspec
 import numpy as np
 import torch
 from torch import optim
-from torch.optim.optimizer import _global_optimizer_post_hooks as _after_all
-from torch.optim.optimizer import _global_optimizer_pre_hooks as _before_all
 
 from paceline.errors import ConfigError
 from paceline.params import rows
@@ -182,18 +180,6 @@ def _is_settled(value: Any) -> bool:
 
 def _identical(now: list[Any], seen: list[Any]) -> bool:
     return len(now) == len(seen) and all(map(operator.is_, now, seen))
-
-
-def bare_step(optimizer: optim.Optimizer) -> Callable[[], Any]:
-    """``optimizer.step`` without torch's wrapping for profilers and hooks, which takes longer than small steps do.
-
-    Hooks that a script has registered for all optimizers are kept.
-    """
-    step = type(optimizer).step
-    inner = getattr(step, "__wrapped__", None)
-    if not getattr(step, "hooked", False) or inner is None:
-        return optimizer.step
-    return lambda: optimizer.step() if _before_all or _after_all else inner(optimizer)
 
 
 _NOT_SETTINGS = ("params", "param_names")

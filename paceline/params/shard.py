@@ -13,6 +13,7 @@ parameters with sparse rows are tables [rows, row] of their own, folded and step
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from typing import Protocol
 import torch
 from torch import optim
 
-from paceline.params import optimizers, rows
+from paceline.params import kernels, rows
 from paceline.params.optimizers import Group
 from paceline.params.rows import Rows
 from paceline.params.state import State
@@ -209,13 +210,20 @@ class _Chunk:
         # A class of the user's may look at all of its groups; torch's own do not.
         self._groups = [g for g, group in enumerate(stepped) if whole or group["params"]]
         self._optimizer = make([stepped[g] for g in self._groups])
-        self._step = optimizers.bare_step(self._optimizer)
+        self._step = kernels.bare_step(self._optimizer)
         self._kept = 0  # pieces whose state lies in shared memory
-        self._aliases: dict[int, list[torch.Tensor]] = {}  # address of a gradient -> the pieces' ranges of it
+        self._kernel: kernels.Kernel | None = None  # steps without the optimizer's own ``step``
+        self._is_kernel_known = False
+        # id of a gradient -> it, its ranges: the pieces' and the runs'
+        self._aliases: dict[int, tuple[Vectors, list[torch.Tensor]]] = {}
+        self._ranges: dict[int, tuple[Vectors, list[torch.Tensor]]] = {}
         numbers = [state.plan.number(piece) for piece in self._pieces]
         self._cells = state.cells(numbers[0], numbers[-1] + 1)
         self._live = [*self._cells]
-        if not self._by_rows:
+        if self._by_rows:
+            self._tables = self._find_tables()
+            self._rows_at = sum(one.numel() + -one.numel() % 64 for one in self._cells)
+        else:
             for run in self._runs:
                 self._live += [vectors[run.vector][run.start : run.stop]]
                 self._live += state.beside(run.vector, run.start, run.stop)
@@ -224,6 +232,7 @@ class _Chunk:
     def set(self, settings: Sequence[Group]) -> None:
         for group, place in zip(self._optimizer.param_groups, self._groups, strict=True):
             group.update(settings[place])
+        self._is_kernel_known = False
 
     def resume(self) -> None:
         if self._state.is_empty:
@@ -233,6 +242,7 @@ class _Chunk:
             if state:
                 self._optimizer.state[tensor] = state
         self._kept = len(self._optimizer.state)
+        self._is_kernel_known = False
 
     def follow(self) -> None:
         if self._kept < len(self._tensors) or self._state.has_numbers:
@@ -241,6 +251,7 @@ class _Chunk:
     def forget(self) -> None:
         self._optimizer.state.clear()
         self._kept = 0
+        self._is_kernel_known = False
 
     def norms(self, fold: _Fold, chosen: bytes | None, order: float) -> list[float]:
         if self._by_rows:
@@ -271,9 +282,15 @@ class _Chunk:
                 else:
                     torch._foreach_copy_(saved, self._live)
                     undo.advance(2 * place + 1)
-            for piece, tensor, gradient in zip(self._pieces, self._tensors, given, strict=True):
-                tensor.grad = gradient if has_gradient is None or has_gradient[piece.param] else None
-            self._run()
+            all_have = has_gradient is None or all(has_gradient[piece.param] for piece in self._pieces)
+            if not self._is_kernel_known:
+                self._find_kernel()
+            if self._kernel is not None and all_have and not kernels.are_watched():
+                self._kernel(given)
+            else:
+                for piece, tensor, gradient in zip(self._pieces, self._tensors, given, strict=True):
+                    tensor.grad = gradient if has_gradient is None or has_gradient[piece.param] else None
+                self._run()
             if undo is not None:
                 undo.advance(2 * place + 2)
         return place + 1
@@ -297,8 +314,12 @@ class _Chunk:
                     else:
                         self._save_rows(undo, some.indices)
                         undo.advance(2 * place + 1)
-                tensor.grad = rows.gradient_of(some, tensor.shape)
-                self._run()
+                rate = kernels.rate_of_rows(self._optimizer)
+                if rate is None:
+                    tensor.grad = rows.gradient_of(some, tensor.shape)
+                    self._run()
+                else:
+                    rows.add(tensor, some, rate)
                 if undo is not None:
                     if number < count - 1 and len(self._cells) > 1:  # it is one step: what counts them goes up once
                         self._cells[1].copy_(self._places(undo)[1])
@@ -306,6 +327,12 @@ class _Chunk:
                     undo.advance(2 * place + 2)
             place += 1
         return place
+
+    def _find_kernel(self) -> None:
+        self._is_kernel_known = True
+        ordered = [tensor for group in self._optimizer.param_groups for tensor in group["params"]]
+        in_order = all(map(operator.is_, ordered, self._tensors)) and not self._state.has_numbers
+        self._kernel = kernels.find_kernel(self._optimizer) if in_order else None
 
     def _run(self) -> None:
         if self._kept < len(self._tensors):
@@ -317,6 +344,7 @@ class _Chunk:
                 if tensor in self._optimizer.state:
                     self._state.save(piece, self._optimizer.state[tensor], whole=self._whole)
             self._kept = len(self._optimizer.state)
+            self._is_kernel_known = False  # there may be state now
 
     def _fold_dense(self, fold: _Fold) -> list[torch.Tensor]:
         """The pieces' gradients."""
@@ -329,8 +357,10 @@ class _Chunk:
             return self._gradients
         if len(fold.sources) == 1:
             return self._alias(fold.sources[0].gradient)
-        for run in self._runs:
-            gradients = [source.gradient[run.vector][run.start : run.stop] for source in fold.sources]
+        for run, gradients in zip(self._runs, zip(*map(self._run_ranges, fold.sources), strict=True), strict=True):
+            if run.sum is run.gradient and len(gradients) == 2:
+                torch.lerp(*gradients, fold.shares[1], out=run.sum)  # the same in one reading
+                continue
             if run.sum is run.gradient:
                 torch.mul(gradients[0], fold.shares[0], out=run.sum)
             else:
@@ -343,18 +373,26 @@ class _Chunk:
 
     def _alias(self, source: Vectors) -> list[torch.Tensor]:
         """The pieces' ranges of a gradient, where it lies."""
-        address = next(iter(source.values())).data_ptr()
-        known = self._aliases.get(address)
+        known = self._aliases.get(id(source))
         if known is None:
-            known = []
+            ranges = []
             for piece in self._pieces:
                 entry = self._table.entries[piece.param]
                 gradient = source[entry.vector][entry.offset + piece.start : entry.offset + piece.stop]
                 if self._whole:
                     gradient = gradient.as_strided(entry.shape, entry.stride, gradient.storage_offset())
-                known.append(gradient)
-            self._aliases[address] = known
-        return known
+                ranges.append(gradient)
+            known = self._aliases[id(source)] = source, ranges
+        return known[1]
+
+    def _run_ranges(self, source: Pushed) -> list[torch.Tensor]:
+        """The runs' ranges of a gradient, where it lies."""
+        gradient = source.gradient
+        known = self._ranges.get(id(gradient))
+        if known is None:
+            ranges = [gradient[run.vector][run.start : run.stop] for run in self._runs]
+            known = self._ranges[id(gradient)] = gradient, ranges
+        return known[1]
 
     def _fold_rows(self, fold: _Fold) -> Rows:
         (piece,), entry, tensor = self._pieces, self._entry, self._tensors[0]
@@ -378,43 +416,39 @@ class _Chunk:
         """Where the undo area has what is saved whole: of dense pieces everything, of rows the cells."""
         saved = self._saved.get(undo)
         if saved is None:
-            saved = self._saved[undo] = lay_over(undo.area, self._live)
+            saved = self._saved[undo] = lay_over(undo.area, [(one.dtype, one.numel()) for one in self._live])
         return saved
 
-    def _tables(self) -> list[torch.Tensor]:
+    def _find_tables(self) -> list[torch.Tensor]:
         """The parameter's rows and those of the state beside it, each [rows, row]."""
         (piece,), entry, (tensor,) = self._pieces, self._entry, self._tensors
         start = entry.offset + piece.start
         beside = self._state.beside(entry.vector, start, start + tensor.numel())
         return [tensor, *(one.view(tensor.shape) for one in beside)]
 
-    def _rows_at(self) -> int:
-        return sum(one.numel() + -one.numel() % 64 for one in self._cells)
-
     def _room(self, undo: Undo) -> int:
         """How many rows there is room to save for."""
-        each = sum(one.stride(0) * one.itemsize for one in self._tables()) + 8
-        return (len(undo.area) - self._rows_at() - 64 * (2 + len(self._tables()))) // each
+        each = sum(one.stride(0) * one.itemsize for one in self._tables) + 8
+        return (len(undo.area) - self._rows_at - 64 * (2 + len(self._tables))) // each
 
     def _rows_places(self, undo: Undo, count: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        tables = self._tables()
-        shapes = [torch.empty(count, dtype=torch.int64, device="meta")]
-        shapes += [torch.empty(count * one.stride(0), dtype=one.dtype, device="meta") for one in tables]
-        indices, *values = lay_over(undo.area, shapes, self._rows_at())
+        """Where the undo area has the numbers of so many rows, and their values in each table, [count, row]."""
+        sizes = [(torch.int64, 1), *((one.dtype, one.stride(0)) for one in self._tables)]
+        indices, *values = lay_over(undo.area, [(dtype, count * row) for dtype, row in sizes], self._rows_at)
         return indices, [flat.view(count, -1) for flat in values] if count else []
 
     def _save_rows(self, undo: Undo, indices: torch.Tensor) -> None:
         torch._foreach_copy_(self._places(undo), self._cells)
         kept, values = self._rows_places(undo, len(indices))
         kept.copy_(indices)
-        for place, table in zip(values, self._tables(), strict=False):
+        for place, table in zip(values, self._tables, strict=False):
             torch.index_select(table, 0, indices, out=place)
         undo.rows = len(indices)
 
     def _restore_rows(self, undo: Undo) -> None:
         torch._foreach_copy_(self._cells, self._places(undo))
         indices, values = self._rows_places(undo, undo.rows)
-        for place, table in zip(values, self._tables(), strict=False):
+        for place, table in zip(values, self._tables, strict=False):
             table.index_copy_(0, indices, place)
 
     def _begin_momentum(self) -> None:
