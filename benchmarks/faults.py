@@ -6,10 +6,11 @@
 
 One job runs on, and a process of it is killed (SIGKILL) or stopped (SIGSTOP) again and again, from outside. All clocks
 are the host's monotonic one. A worker's fault is *seen* when the launcher has told of its death on the board, which is
-read here every millisecond; a server's when the launcher has written of it. The other workers train *again* when each
-has come to a step since the fault that it cannot have made without knowing: the second at ``sync``, since the first may
-have been all but done, and ``s`` more at ``bounded:s``. A *new* one is there at its process's first step. Steps are
-told by the script itself, which writes down the time behind every ``optimizer.step()``.
+read here every millisecond; a server's when the launcher has written of it, a launcher's when the next one has. The
+other workers train *again* when each has come to a step since the fault that it cannot have made without knowing: the
+second at ``sync``, since the first may have been all but done, and ``s`` more at ``bounded:s``. A *new* one is there at
+its process's first step. Steps are told by the script itself, which writes down the time behind every
+``optimizer.step()``.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ WAYS = {
     "sync,servers": ["--pace", "sync", "--servers", "2"],
     "bounded:4,servers": ["--pace", "bounded:4", "--servers", "2"],
 }
-FAULTS = ("kill", "stop", "server")
+FAULTS = ("kill", "stop", "server", "launcher")
 _AHEAD = {"sync": 0, "bounded:4": 4}  # steps that a worker may make without another
 _STEP = struct.Struct("=d")
 _PATIENCE_S = 60.0
@@ -94,9 +95,9 @@ class Run:
         self._until(lambda: any((folder / "runs").glob("*/run.json")), "a run directory")
         self.directory = next((folder / "runs").iterdir())
         self._until(lambda: all(self.pid("worker", w) and self.steps_of(w) for w in range(workers)), "a first step")
-        self.launcher = self.pid("launcher", 0)
+        self.front = self.pid("front", 0)
         self._events = (self.directory / "events.jsonl").open("rb")
-        links = Path(f"/proc/{self.launcher}/fd").iterdir()
+        links = Path(f"/proc/{self.front}/fd").iterdir()
         descriptor = os.open(next(path for path in links if "paceline-the board" in os.readlink(path)), os.O_RDWR)
         self.board = Board(segment.attach(descriptor))
         os.close(descriptor)
@@ -107,7 +108,7 @@ class Run:
         return next((p["pid"] for p in reversed(processes) if (p["role"], p["rank"]) == (role, rank)), 0)
 
     def zygote(self) -> int:
-        children = Path(f"/proc/{self.launcher}/task/{self.launcher}/children").read_text()
+        children = Path(f"/proc/{self.front}/task/{self.front}/children").read_text()
         return int(children.split()[0])
 
     def steps_of(self, rank: int, but: int = 0) -> list[float]:
@@ -121,13 +122,13 @@ class Run:
 
     def fault(self, kind: str, rank: int, ahead: int) -> dict[str, float]:
         """Do this to a worker or a server; seconds until it was seen, the others trained again, a new one did."""
-        role, number = ("server" if kind == "server" else "worker"), _SIGNALS[kind]
+        role, number = (kind if kind in ("server", "launcher") else "worker"), _SIGNALS[kind]
         pid, deaths = self.pid(role, rank), self.board.deaths[rank] if role == "worker" else 0
         told: Callable[[], bool] = lambda: self.board.deaths[rank] > deaths  # noqa: E731
-        if role == "server":
+        if role != "worker":
             self._events.seek(0, os.SEEK_END)
             told = lambda: f"(pid {pid})".encode() in self._events.read()  # noqa: E731
-        others = [worker for worker in range(self.workers) if role == "server" or worker != rank]
+        others = [worker for worker in range(self.workers) if role != "worker" or worker != rank]
         begun_s = time.monotonic()
         os.kill(pid, number)
         found = {"seen": self._until(told, "a word of the death") - begun_s}
@@ -166,7 +167,7 @@ class Run:
         self._events.close()
 
 
-_SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "server": signal.SIGKILL}
+_SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "server": signal.SIGKILL, "launcher": signal.SIGKILL}
 
 
 def times(way: str, kinds: Sequence[str], count: int, workers: int) -> dict[str, dict[str, list[float]]]:
@@ -179,7 +180,7 @@ def times(way: str, kinds: Sequence[str], count: int, workers: int) -> dict[str,
             for number in range(count):
                 for kind, columns in found.items():
                     time.sleep(0.5 + luck.random())
-                    rank = number % (2 if kind == "server" else workers)
+                    rank = number % {"server": 2, "launcher": 1}.get(kind, workers)
                     for what, seconds in run.fault(kind, rank, _AHEAD[way.partition(",")[0]]).items():
                         columns.setdefault(what, []).append(seconds)
         finally:
@@ -188,14 +189,19 @@ def times(way: str, kinds: Sequence[str], count: int, workers: int) -> dict[str,
 
 
 def memory(way: str, seconds: float, every_s: float, workers: int) -> list[dict[str, Any]]:
-    """What launcher, zygote and the worker that is spared have, looked at before every fault."""
+    """What front, launcher, zygote and the worker that is spared have, looked at before every fault."""
     looks: list[dict[str, Any]] = []
     kinds = ["kill", "stop"] + (["server"] if "servers" in way else [])
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         run = Run(WAYS[way], workers, Path(folder))
         try:
             spared = workers - 1
-            pids = {"launcher": run.launcher, "zygote": run.zygote(), f"worker {spared}": run.pid("worker", spared)}
+            pids = {
+                "front": run.front,
+                "launcher": run.pid("launcher", 0),
+                "zygote": run.zygote(),
+                f"worker {spared}": run.pid("worker", spared),
+            }
             begun_s = time.monotonic()
             while (now_s := time.monotonic() - begun_s) < seconds:
                 looks.append({"time_s": now_s, **{name: _look(pid) for name, pid in pids.items()}})

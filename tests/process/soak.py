@@ -1,8 +1,8 @@
 """Kill processes of real jobs for long: ``python -m tests.process.soak KILLS [--pace PACE]``, as ``make soak`` does.
 
 At every pace jobs run one after the other, each with several kills at random moments, until so many workers have died
-there, and so many servers where there are any. Every sample must have counted exactly once an epoch in every job. The
-last line of each pace is its sum.
+there, so many launchers, and so many servers where there are any. Every sample must have counted exactly once an epoch
+in every job. The last line of each pace is its sum.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main() -> int:
         if given.pace is not None and not way.startswith(f"--pace {given.pace}"):
             continue
         died: Counter[str] = Counter()
-        roles = ("worker", "server") if "--servers" in way else ("worker",)
+        roles = ("worker", "launcher", "server") if "--servers" in way else ("worker", "launcher")
         jobs = wrong = 0
         begun_s = time.monotonic()
         while any(died[role] < given.kills for role in roles) and wrong < ENOUGH:
@@ -53,7 +53,7 @@ def main() -> int:
                 print(f"  {way}: job {jobs}: {found}", flush=True)
         bad += wrong
         took_s = time.monotonic() - begun_s
-        killed = " and ".join(f"{died[role]} {role}s" for role in roles)
+        killed = ", ".join(f"{died[role]} {role}s" for role in roles)
         print(f"{way}: {killed} killed in {jobs} jobs, {wrong} wrong, {took_s:.0f} s", flush=True)
     return 1 if bad else 0
 
@@ -64,7 +64,16 @@ def one(way: str, seed: int) -> tuple[str, Counter[str]]:
         runner = Runner(Path(folder))
         try:
             given = ["--workers", "3", *way.split()]
-            ended = kills.run(runner, *given, samples=SAMPLES, epochs=EPOCHS, kills=KILLS_A_JOB, chance=0.02, seed=seed)
+            ended = kills.run(
+                runner,
+                *given,
+                samples=SAMPLES,
+                epochs=EPOCHS,
+                kills=KILLS_A_JOB,
+                chance=0.02,
+                seed=seed,
+                launchers=True,
+            )
             deaths = Counter(str(event["role"]) for event in ended.events if event.get("kind") == "died")
             if ended.code:
                 return f"exit {ended.code}: {ended.err[-2000:]}", deaths

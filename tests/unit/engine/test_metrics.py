@@ -192,3 +192,20 @@ def test_what_a_dead_worker_had_not_told_is_not_waited_for() -> None:
     assert steps(merger) == [1]
     merger.lost(1)
     assert steps(merger) == [2, 3]
+
+
+@given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 2), st.integers(0, 1)), max_size=20), st.integers(0, 20))
+def test_another_merger_goes_on_where_one_was(told: list[tuple[int, int, int]], cut: int) -> None:
+    whole, first = Merger(started_s=0.0), Merger(started_s=0.0)
+    for place, (key, contributors, worker) in enumerate(told):
+        if place == cut:
+            state, first = first.state(), Merger(started_s=0.0)
+            first.restore(state)
+        for merger in (whole, first):
+            merger.add(row(key, contributors, samples=4.0, time_s=float(place)), worker)
+            merger.log(key, {"a": float(place)})
+            if place % 7 == 6:
+                merger.lost(worker)
+        assert metrics(first) == metrics(whole)
+    assert metrics(first, everything=True) == metrics(whole, everything=True)
+    assert first.dropped == whole.dropped
