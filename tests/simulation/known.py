@@ -10,7 +10,7 @@ NEWCOMERS_EVALUATE_WITHIN_PASSES = False
 NEWCOMERS_EVALUATE_IN_TRAINING_MODE = True
 NEWCOMERS_EVALUATE_NOTHING = True
 # A step that a newcomer's script takes outside of its loops as soon as it has caught up.
-NEWCOMERS_STEP_AFTER_BREAKS = False
+NEWCOMERS_STEP_AFTER_BREAKS = True
 # A pass by lease with fewer batches than there are workers; from a stream.
 FEWER_LEASES_THAN_WORKERS = False
 STREAMS_ARE_LEASED = True
