@@ -15,10 +15,11 @@ import torch
 from paceline.engine.arrivals import Close
 from paceline.engine.context import Context
 from paceline.engine.exchange import Exchange, compare
+from paceline.engine.snapshot import Resumed
 from paceline.errors import ConfigError
 from paceline.params.table import Table, differences, tabulate
 from paceline.protocol import messages
-from paceline.protocol.rounds import NOT_PARKED, Waiting
+from paceline.protocol.rounds import LEFT, NOT_PARKED, Waiting
 from paceline.transport import segment
 from paceline.transport.board import COLLECTIVES, Aborted
 from paceline.transport.channel import Closed
@@ -30,6 +31,7 @@ class Collectives:
 
     def __init__(self, context: Context) -> None:
         self._board, self._channel, self._rank, self._ring = context.board, context.channel, context.rank, context.ring
+        self._lock = context.lock
         self.number = 0
         self.before: Callable[[], None] = lambda: None  # called by who comes to one
         self.takes_part = not context.board.deaths[context.rank]  # a newcomer, from when it has caught up
@@ -83,19 +85,24 @@ class Collectives:
         vectors = carve_vectors(memory, 0, table.sizes)
         views = [table.view(entry, vectors[entry.vector]) for entry in table.entries]
         with torch.no_grad():
-            if self._rank == 0 and not self._is_published:
+            if not self._is_filled():
                 for view, (_, tensor) in zip(views, tensors, strict=True):
                     view.copy_(tensor)
-            self._publish()
+                self._publish()
             for view, (_, tensor) in zip(views, tensors, strict=True):
                 tensor.copy_(view)
 
     def open(
-        self, exchange: Exchange, account: Close, attached: Callable[[], None], go_on: dict[str, int] | None = None
+        self,
+        exchange: Exchange,
+        account: Close,
+        attached: Callable[[], None],
+        resumed: Resumed | None = None,
+        index: int = 0,
     ) -> None:
         """Put an exchange's parameters and state in shared memory. Raises ConfigError, HostError.
 
-        ``go_on``: its numbers in the run that is resumed.
+        ``resumed``: what they are taken from, there as exchange ``index``.
         """
         spec = exchange.spec
         what = f"{type(exchange.optimizer).__name__} over {spec.table.values} parameters"
@@ -103,23 +110,29 @@ class Collectives:
         compare(spec, first, self._rank)
         exchange.attach(ExchangeMemory(memory, spec), self.number, account)
         attached()  # from here on the dead are to be buried in it, also while this worker waits below
-        if self._rank == 0 and not self._is_published:
+        if not self._is_filled():
+            if resumed is not None:
+                resumed.fill(index, exchange)
             exchange.publish()
-            if go_on is not None:
-                exchange.go_on_from(go_on)
-        self._publish()
+            if resumed is not None:
+                exchange.go_on_from(resumed.state["exchanges"][index])
+            self._publish()
         exchange.adopt()
 
-    @property
-    def _is_published(self) -> bool:
-        """Has a worker 0 before this process filled the memory already?"""
-        return self._board.published >= self.number
+    def _is_filled(self) -> bool:
+        """Wait until the memory of this collective is filled, or it is on this worker to do so: on worker 0, or, where
+        it has been given up, on the first that is left."""
+        board, number = self._board, self.number
+
+        def ask() -> bool | Waiting:
+            if board.published >= number:
+                return True
+            # Newcomers do not draw the consequences of deaths, so these need not be drawn yet.
+            first = next(w for w, gone in enumerate(board.gone) if gone != LEFT and not board.given_up[w])
+            return False if first == self._rank else Waiting(board.common, f"worker {first} has not shared its model")
+
+        return board.wait(ask)
 
     def _publish(self) -> None:
-        """Worker 0 has filled the memory of this collective; the others wait until it has."""
-        number = self.number
-        if self._rank == 0 and not self._is_published:
-            self._board.publish(number)
-        self._board.wait(
-            lambda: Waiting(0, "worker 0 has not shared its model") if self._board.published < number else number
-        )
+        with self._lock:
+            self._board.publish(self.number)

@@ -99,7 +99,7 @@ def _next_round(board: Board, one: _Served, member: int) -> _Round | Waiting | N
     if not any(pushed >= number for pushed in one.memory.pushed):
         return None
     if board.published < one.published_as:
-        return Waiting(0, "worker 0 has not shared its model")
+        return Waiting(board.common, "nobody has shared the model")
     closed = close_round(number, one.memory.pushed, board, one.memory.since)
     return (one, number, closed.contributors) if isinstance(closed, Closed) else closed
 

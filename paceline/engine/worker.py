@@ -113,14 +113,12 @@ class Worker:
         """
         exchange = Exchange(optimizer, names, with_rows, self.context, share=share, pace=self._pace)
         account = None if self._exchanges else self._ending.account
-        resumed, index = self._catching_up.resumed, len(self._exchanges)
-        if resumed is not None and self.rank == 0:
-            resumed.fill(index, exchange)
         self.collectives.open(
             exchange,
             lambda entry: self._close(exchange, entry, account),
             lambda: self._exchanges.append(exchange),
-            None if resumed is None else resumed.state["exchanges"][index],
+            self._catching_up.resumed,
+            len(self._exchanges),
         )
         self._samples_at_step.append(self.progress.samples)
         if isinstance(self._pace, Sync):

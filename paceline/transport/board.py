@@ -157,7 +157,7 @@ class Board:
 
     @property
     def published(self) -> int:
-        """How many collectives' memory worker 0 has filled."""
+        """How many collectives' memory has been filled."""
         return self._words[5]
 
     @property
@@ -206,8 +206,9 @@ class Board:
             self._words[self._asleep] = 0
 
     def publish(self, number: int) -> None:
+        """Under the run's lock: the memory of this collective is filled."""
         self._words[5] = number
-        self.ring(0)
+        self.ring(self.common)
 
     def passes(self, loader: int) -> memoryview[int]:
         return self._passes[loader]

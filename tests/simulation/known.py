@@ -23,7 +23,7 @@ LAST_PUSHES_ARE_APPLIED = False
 # The last that has not finished its script is given up in a round, and a server waits for it for ever.
 LAST_IS_GIVEN_UP = True
 # Worker 0 dies before it has filled the memory that all share, and nobody takes its place.
-FIRST_IS_GIVEN_UP_EARLY = False
+FIRST_IS_GIVEN_UP_EARLY = True
 # A round that only the dead have asked a norm in is closed empty, member by member, the servers last.
 SERVERS_SEE_EMPTY_ROUNDS = True
 # One dies that has asked for the norm of a round and not pushed it; others may come to that round yet.

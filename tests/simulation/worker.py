@@ -93,7 +93,8 @@ class Life:
 
         exchange.attach(exchange.memory, 1, close)
         worker._exchanges.append(exchange)
-        collectives._publish()
+        if not collectives._is_filled():
+            collectives._publish()
         exchange.adopt()
         worker._samples_at_step.append(worker.progress.samples)
 
