@@ -8,6 +8,7 @@ everywhere then scales the fold by it.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
@@ -29,12 +30,14 @@ class Asked(Protocol):
 
 
 _workers: weakref.WeakSet[Asked] = weakref.WeakSet()
+_registering = threading.Lock()  # tests have the workers of a job in one process
 _local_norm = clip_grad._get_total_norm
 
 
 def register(worker: Asked) -> None:
     """From now on norms of gradients of this worker's exchanges are those of all workers'."""
-    _workers.add(worker)
+    with _registering:
+        _workers.add(worker)
     clip_grad._get_total_norm = _total_norm
 
 
@@ -48,7 +51,9 @@ def _total_norm(
     asked = {id(gradient) for gradient in gradients}
     order = float(norm_type)
     parts, found = [], 0
-    for worker, exchange in [(one, exchange) for one in list(_workers) for exchange in one.exchanges]:
+    with _registering:
+        workers = list(_workers)
+    for worker, exchange in [(one, exchange) for one in workers for exchange in one.exchanges]:
         chosen = bytes(p.grad is not None and id(p.grad) in asked for p in exchange.parameters)
         if any(chosen):
             found += sum(chosen)
