@@ -160,7 +160,8 @@ class Passes:
     def more(self, loader: int) -> bool:
         """Wait at the tail of a pass that is trained on; see ``protocol/rounds.py``."""
         board, rank = self._board, self._rank
-        if self._progress.own_steps == self._starts[loader] or self._ending.over:
+        is_trained = self._progress.own_steps > self._starts[loader] or loader in self._training_loaders
+        if not is_trained or self._ending.over:
             return False
         self._close_periods()
         self._progress.close_row()
