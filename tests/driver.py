@@ -15,14 +15,22 @@ from typing import Any
 
 from paceline.config import Job
 from paceline.engine.context import Context
+from paceline.engine.deputy import deputize
+from paceline.engine.remote import Line, RemoteWorker
 from paceline.engine.server import serve
-from paceline.protocol import messages
+from paceline.engine.setup import Door
+from paceline.protocol import messages, remote
 from paceline.protocol.coordinator import Abort, Allocate, Came, Coordinator, Died, Done
+from paceline.protocol.link import Peer
 from paceline.run.session import Run
 from paceline.transport import segment
 from paceline.transport.board import Aborted, Board
 from paceline.transport.channel import Channel, Closed
+from paceline.transport.connect import connect
+from paceline.transport.ends import End
+from paceline.transport.keys import JobKey
 from paceline.transport.lock import Lock
+from paceline.transport.tls import Credentials
 
 
 class Failed(Exception):
@@ -33,11 +41,18 @@ class Failed(Exception):
         self.failure = failure
 
 
+ELSEWHERE = bool(os.environ.get("ELSEWHERE"))  # all jobs of a test run so, to look for differences
+_KEY = JobKey(bytes(range(32)))
 _finished: list[Any] = []  # jobs are kept: CPython 3.11 has been seen to crash in the collector when it frees them
 
 
-def run_job(body: Callable[[Run], Any], *, workers: int = 2, servers: int = 0, **options: Any) -> list[Any]:
-    """What ``body(run)`` returned in each worker, by rank. Raises what a worker raised first, or Failed."""
+def run_job(
+    body: Callable[[Run], Any], *, workers: int = 2, servers: int = 0, elsewhere: bool = ELSEWHERE, **options: Any
+) -> list[Any]:
+    """What ``body(run)`` returned in each worker, by rank. Raises what a worker raised first, or Failed.
+
+    ``elsewhere``: each worker is a stub with a deputy, over a link.
+    """
     job = Job(name="test", workers=workers, servers=servers, **options)
     board_fd = Board.create(workers, servers)
     board = Board(segment.attach(board_fd))
@@ -68,6 +83,8 @@ def run_job(body: Callable[[Run], Any], *, workers: int = 2, servers: int = 0, *
         try:
             if role == "server":
                 serve(context)
+            elif elsewhere:
+                results[rank] = _live_elsewhere(context, body)
             else:
                 run = Run(context)
                 _finished.append(run)
@@ -126,6 +143,48 @@ def run_job(body: Callable[[Run], Any], *, workers: int = 2, servers: int = 0, *
     if failure is not None:
         raise Failed(failure)
     return [results[rank] for rank in range(workers)]
+
+
+def _live_elsewhere(context: Context, body: Callable[[Run], Any]) -> Any:
+    """The deputy in a thread of its own, and its worker here."""
+    readable, writable = os.pipe()
+    raised: list[BaseException] = []
+
+    def stand() -> None:
+        try:
+            deputize(context, Door("127.0.0.1", 0, "job", os.getpid(), insecure=False), writable, _KEY)
+        except BaseException as error:  # noqa: BLE001  the outermost line of a thread that stands for a process
+            raised.append(error)
+            context.board.set_abort()
+
+    deputy = threading.Thread(target=stand, daemon=True)
+    deputy.start()
+    with os.fdopen(readable) as lines:
+        port = int(lines.readline().split()[1])
+    os.close(writable)
+    line = Line(context.rank)
+    end = End(
+        me=Peer(context.rank, "worker"),
+        job="job",
+        messages=remote.Any_,
+        sink=line.sink,
+        place=line.mail.place,
+        credentials=Credentials.issue(_KEY),
+    )
+    worker = RemoteWorker(connect(end, ("127.0.0.1", port)), line, context.rank)
+    run = Run(None, worker)
+    _finished.append(run)
+    try:
+        result = body(run)
+        worker.finish()
+    except SystemExit as end_:
+        raise (raised[0] if raised else Aborted(str(end_))) from None
+    except BaseException:
+        line.is_over = True
+        context.board.set_abort()
+        raise
+    deputy.join(timeout=10)
+    return result
 
 
 def _give(channels: dict[tuple[str, int], Channel], request: messages.Wrap, servers: bool) -> None:

@@ -16,7 +16,6 @@ from typing import Any, Protocol
 import torch
 from torch.nn.utils import clip_grad
 
-from paceline.engine.exchange import Exchange
 from paceline.errors import ConfigError
 
 
@@ -24,9 +23,9 @@ class Asked(Protocol):
     """Who can tell the norm of all workers' gradient: a worker."""
 
     @property
-    def exchanges(self) -> Sequence[Exchange]: ...
+    def exchanges(self) -> Sequence[Any]: ...  # each with its ``parameters``
 
-    def norm(self, exchange: Exchange, chosen: bytes, order: float) -> float: ...
+    def norm(self, exchange: Any, chosen: bytes, order: float) -> float: ...
 
 
 _workers: weakref.WeakSet[Asked] = weakref.WeakSet()

@@ -16,7 +16,7 @@ import msgspec
 import torch
 from torch import nn, optim
 
-from paceline.config import Async, Bounded, Local, Pace, Quorum
+from paceline.config import Async, Bounded, Job, Local, Pace, Quorum
 from paceline.engine.applier import Applier
 from paceline.engine.arrivals import Arrivals, Close
 from paceline.engine.context import Context
@@ -53,12 +53,9 @@ class Exchange:
         job = context.job
         optimizers.check(optimizer, servers=job.servers)
         self.parameters: list[nn.Parameter] = [p for g in optimizer.param_groups for p in g["params"]]
-        if not self.parameters:
-            raise ConfigError("the optimizer has no parameters")
         self.optimizer = optimizer
         self._context, self._pace, self._share = context, pace, share
-        self._stepped_by = _outer(optimizer, pace) if isinstance(pace, Local) else optimizer
-        self.spec = self._describe(names, with_rows)
+        self.spec, self._stepped_by = describe(optimizer, names, with_rows, job, pace)
         self.inner: Inner | None = None
         self.was_finite = True  # the gradient that was brought last
         self._loads = 0
@@ -103,9 +100,7 @@ class Exchange:
                     self._meeting.bury(worker, count)
                 if deaths[context.rank]:
                     self._meeting.attach_again(deaths[context.rank])
-        if not self._sends_gradients:
-            assert isinstance(pace, Local | Async)
-            self.inner = Inner(self._replica, pace.every, sums=isinstance(pace, Async))
+        self.inner = make_inner(self._replica, pace)
 
     # --- checkpoints ---
 
@@ -121,6 +116,10 @@ class Exchange:
         """The state of the optimizer that steps them, by name and key; aliases."""
         for index, entry in enumerate(self.spec.table.entries):
             yield entry.name, self._memory.state.view(index)
+
+    def newest(self) -> dict[str, torch.Tensor]:
+        """The flat vectors in which this worker's newest parameters lie; aliases."""
+        return self._memory.params | self._memory.slots[self._context.rank].copy
 
     def fill(self, values: Sequence[torch.Tensor], states: Sequence[dict[str, torch.Tensor]]) -> None:
         """Worker 0, before the memory is there: begin with these parameters and this state."""
@@ -346,66 +345,81 @@ class Exchange:
             weight = VOID  # it will be dropped: the others' norm is without it
         return rounds.norm(chosen, order, weight)
 
-    def _describe(self, names: dict[int, str], with_rows: set[int]) -> Spec:
-        optimizer, job = self._stepped_by, self._context.job
-        kind, groups = type(optimizer), optimizer.param_groups
-        numbered = [(g, p) for g, group in enumerate(groups) for p in group["params"]]
-        if isinstance(optimizer, optim.SparseAdam) and not self._sends_gradients:
-            raise ConfigError(
-                f"pace {self._pace} pushes sums of gradients, which are dense; SparseAdam steps sparse ones only",
-                fix="--pace async, sync or local:H; or SGD or Adagrad for the embeddings",
-            )
-        settings = optimizers.settings(optimizer)
-        by_rows = {
-            id(p)
-            for g, p in numbered
-            if id(p) in with_rows and self._sends_gradients and optimizers.takes_rows(optimizer, p, settings[g])
-        }
-        named = ((names.get(id(p), f"parameter {i}"), g, p) for i, (g, p) in enumerate(numbered))
-        table = tabulate(named, by_rows)
-        optimizers.check_rows(optimizer, table)
-        for group, plain in zip(groups, settings, strict=True):
-            if any(id(p) in by_rows for p in group["params"]):
-                continue  # the fused kernels take dense gradients only
-            dtypes = [p.dtype for p in group["params"]]
-            if optimizers.choose_fused(kind, plain, dtypes, torch.device("cpu")):
-                plain["fused"] = True
-        encoded = optimizers.encode(settings)
-        elementwise = optimizers.is_elementwise(kind)
-        items = optimizers.describe_state(
-            table,
-            optimizers.decode(encoded),
-            lambda asked: optimizers.clone(vars(optimizer), kind, asked),
-            [optimizer.state.get(p) or {} for p in self.parameters],
-            elementwise=elementwise,
-        )
-        return Spec(
-            table=table,
-            optimizer=optimizers.class_path(kind),
-            whole=not elementwise,
-            settings=encoded,
-            settings_bytes=4 * len(encoded) + 4096,
-            state=items,
-            workers=job.workers,
-            servers=job.servers,
-            parts=self._parts(sum(e.size for e in table.entries if not e.row))
-            if isinstance(self._pace, Quorum | Bounded | Async)
-            else 0,
-            damping=job.staleness_damping and self._pace is job.pace,
-            compensate=(job.compensate or 0.0) if self._pace is job.pace else 0.0,
-        )
 
-    @property
-    def _sends_gradients(self) -> bool:
-        """Is what is pushed one step's gradient, not what several local steps have come to?"""
-        pace = self._pace
-        return not isinstance(pace, Local) and not (isinstance(pace, Async) and pace.every > 1)
+def describe(
+    optimizer: optim.Optimizer, names: dict[int, str], with_rows: set[int], job: Job, pace: Pace
+) -> tuple[Spec, optim.Optimizer]:
+    """The exchange of this optimizer, and what steps the shared parameters. Raises ConfigError."""
+    if not any(group["params"] for group in optimizer.param_groups):
+        raise ConfigError("the optimizer has no parameters")
+    sends_gradients = _sends_gradients(pace)
+    stepped_by = _outer(optimizer, pace) if isinstance(pace, Local) else optimizer
+    kind, groups = type(stepped_by), stepped_by.param_groups
+    numbered = [(g, p) for g, group in enumerate(groups) for p in group["params"]]
+    if isinstance(stepped_by, optim.SparseAdam) and not sends_gradients:
+        raise ConfigError(
+            f"pace {pace} pushes sums of gradients, which are dense; SparseAdam steps sparse ones only",
+            fix="--pace async, sync or local:H; or SGD or Adagrad for the embeddings",
+        )
+    settings = optimizers.settings(stepped_by)
+    by_rows = {
+        id(p)
+        for g, p in numbered
+        if id(p) in with_rows and sends_gradients and optimizers.takes_rows(stepped_by, p, settings[g])
+    }
+    named = ((names.get(id(p), f"parameter {i}"), g, p) for i, (g, p) in enumerate(numbered))
+    table = tabulate(named, by_rows)
+    optimizers.check_rows(stepped_by, table)
+    for group, plain in zip(groups, settings, strict=True):
+        if any(id(p) in by_rows for p in group["params"]):
+            continue  # the fused kernels take dense gradients only
+        dtypes = [p.dtype for p in group["params"]]
+        if optimizers.choose_fused(kind, plain, dtypes, torch.device("cpu")):
+            plain["fused"] = True
+    encoded = optimizers.encode(settings)
+    elementwise = optimizers.is_elementwise(kind)
+    items = optimizers.describe_state(
+        table,
+        optimizers.decode(encoded),
+        lambda asked: optimizers.clone(vars(stepped_by), kind, asked),
+        [stepped_by.state.get(p) or {} for _, p in numbered],
+        elementwise=elementwise,
+    )
+    spec = Spec(
+        table=table,
+        optimizer=optimizers.class_path(kind),
+        whole=not elementwise,
+        settings=encoded,
+        settings_bytes=4 * len(encoded) + 4096,
+        state=items,
+        workers=job.workers,
+        servers=job.servers,
+        parts=_parts(job, sum(e.size for e in table.entries if not e.row))
+        if isinstance(pace, Quorum | Bounded | Async)
+        else 0,
+        damping=job.staleness_damping and pace is job.pace,
+        compensate=(job.compensate or 0.0) if pace is job.pace else 0.0,
+    )
+    return spec, stepped_by
 
-    def _parts(self, values: int) -> int:
-        job = self._context.job
-        if job.servers:
-            return job.servers * _PARTS_PER_SERVER
-        return max(1, min(job.workers, values // _VALUES_PER_PART))
+
+def _sends_gradients(pace: Pace) -> bool:
+    """Is what is pushed one step's gradient, not what several local steps have come to?"""
+    return not isinstance(pace, Local) and not (isinstance(pace, Async) and pace.every > 1)
+
+
+def _parts(job: Job, values: int) -> int:
+    if job.servers:
+        return job.servers * _PARTS_PER_SERVER
+    return max(1, min(job.workers, values // _VALUES_PER_PART))
+
+
+def make_inner(replica: Replica, pace: Pace) -> Inner | None:
+    """The local steps of a pace that has them."""
+    if _sends_gradients(pace):
+        return None
+    assert isinstance(pace, Local | Async)
+    return Inner(replica, pace.every, sums=isinstance(pace, Async))
 
 
 def _outer(optimizer: optim.Optimizer, pace: Local) -> optim.Optimizer:

@@ -28,10 +28,10 @@ from paceline import config_file, errors, events
 from paceline.config import Job
 from paceline.engine import allocator, diary, resume_from
 from paceline.engine.checkpoints import Loaded
-from paceline.engine.program import Call, Script
+from paceline.engine.program import Call, Elsewhere, Script
 from paceline.engine.recorder import Recorder, new_directory
 from paceline.engine.saver import PARTS
-from paceline.engine.setup import Setup, encode_job
+from paceline.engine.setup import Door, Setup, encode_job
 from paceline.engine.watch import Watch
 from paceline.protocol import messages
 from paceline.protocol.coordinator import how_ended
@@ -50,7 +50,7 @@ _Name = tuple[str, str, int, int]  # what, role, rank, number
 
 def run_local(
     job: Job,
-    program: Script | Call,
+    program: Script | Call | Elsewhere,
     *,
     watch: Callable[[events.Record], None],
     argv: Sequence[str] = (),
@@ -75,7 +75,7 @@ class _Front:
     def __init__(
         self,
         job: Job,
-        program: Script | Call,
+        program: Script | Call | Elsewhere,
         directory: Path,
         watch: Callable[[events.Record], None],
         argv: Sequence[str],
@@ -95,12 +95,14 @@ class _Front:
         (directory / diary.NAME).unlink(missing_ok=True)  # of a run that was killed, and is resumed
         log = directory / "logs" / "worker-0.log"
         self._shown = {"output": log.stat().st_size if log.exists() else 0}  # of the run that is resumed
-        script = program if isinstance(program, Script) else None
+        script = None if isinstance(program, Call) else program
         text = config_file.dump(job, str(script.path) if script else None, script.args if script else ())
         (directory / "config.toml").write_text(text)
         self._make_board(resume)
         if isinstance(program, Call):
             self._keep(messages.Hold("payload"), _in_memory(program.payload))
+        elif isinstance(program, Elsewhere):
+            self._keep(messages.Hold("payload"), program.report)
 
     def _make_board(self, resume: Loaded | None) -> None:
         fd = Board.create(self._job.workers, self._job.servers)
@@ -257,15 +259,20 @@ class _Front:
         self._interrupts += 1
 
 
-def _describe(job: Job, program: Script | Call, directory: Path, threads: int, resume: Loaded | None) -> Setup:
+def _describe(
+    job: Job, program: Script | Call | Elsewhere, directory: Path, threads: int, resume: Loaded | None
+) -> Setup:
     return Setup(
         job=encode_job(job),
         directory=str(directory.resolve()),
         threads=threads,
-        script=str(program.path) if isinstance(program, Script) else "",
-        args=program.args if isinstance(program, Script) else (),
+        script="" if isinstance(program, Call) else str(program.path),
+        args=() if isinstance(program, Call) else program.args,
         call=program.main if isinstance(program, Call) else None,
         resume=str(resume.path.resolve()) if resume is not None else "",
+        door=Door(program.host, program.port, program.job, program.starter, program.insecure)
+        if isinstance(program, Elsewhere)
+        else None,
     )
 
 

@@ -42,5 +42,14 @@ class Inner:
         if not self._sums:
             self._replica.write_difference()
         push = Push(-1.0 if self._void else self._weight, self._loss, self._stop, self.steps, self._place)
-        self._void, self._weight, self._loss, self._stop, self.steps = True, 0.0, (0.0, 0.0), False, 0
+        self.begin()
         return push
+
+    def begin(self) -> None:
+        """The next period begins."""
+        self._void, self._weight, self._loss, self._stop, self.steps = True, 0.0, (0.0, 0.0), False, 0
+
+    def brought(self) -> bool:
+        """What was summed is being brought, within the period: sums begin anew. Was there anything?"""
+        was, self._void = not self._void, True
+        return was

@@ -70,6 +70,8 @@ class Passes:
         self._exchanges, self._progress, self._catching_up = exchanges, progress, catching_up
         self._settling, self._ending, self._saving, self._collectives = settling, ending, saving, collectives
         self._close_periods, self._leases = close_periods, leases
+        # Changes whenever a backward pass has added to a gradient. A deputy is told it by the worker it stands for.
+        self.marks: Callable[[], object] = self._gradient_marks
         self.models: list[nn.Module] = []
         self.buffers: list[Buffers] = []
         self.count = 0
@@ -241,7 +243,7 @@ class Passes:
         progress.forget_losses()
         self._starts[loader] = progress.own_steps
         self._drawn_from.discard(loader)
-        self._evaluating[loader] = (progress.samples, self._gradient_marks())
+        self._evaluating[loader] = (progress.samples, self.marks())
         ghost = self._ending.over and loader in self._training_loaders
         if not ghost:
             self._begin_for_real(loader, length, tell=not first)
@@ -279,7 +281,7 @@ class Passes:
             return
         self._lay_ghost()
         self._ending.raise_if_interrupted()
-        if self._finish(loader, self._gradient_marks()):
+        if self._finish(loader, self.marks()):
             self._progress.flush()
             self._await_all(loader)
 
@@ -292,7 +294,7 @@ class Passes:
         if self._caught_up(loader) or self._ending.is_interrupted:
             return
         self._lay_ghost()
-        self._leaving.append((loader, self._gradient_marks()))
+        self._leaving.append((loader, self.marks()))
 
     def tell_left(self) -> None:
         """The script goes on, so the passes that it left early are over. Called where it next comes to this package:
@@ -358,10 +360,8 @@ class Passes:
         self._context.ring()
         return True
 
-    def _gradient_marks(self) -> list[tuple[int, int]]:
-        """Changes whenever a backward pass has added to a gradient."""
-        gradients = [p.grad for exchange in self._exchanges for p in exchange.parameters]
-        return [(id(g), g._version) for g in gradients if g is not None]
+    def _gradient_marks(self) -> object:
+        return gradient_marks([p for exchange in self._exchanges for p in exchange.parameters])
 
     def _await_all(self, loader: int) -> None:
         """Stay parked until every worker has finished this pass; then all draw the same conclusions from it."""
@@ -554,6 +554,11 @@ class Passes:
         self._board.presence[self._rank] = LEFT
         for loader in self._leases:
             self._settling.drain(loader)
+
+
+def gradient_marks(parameters: Sequence[nn.Parameter]) -> list[tuple[int, int]]:
+    """Something else whenever a backward pass has added to one of their gradients."""
+    return [(id(p.grad), p.grad._version) for p in parameters if p.grad is not None]
 
 
 def _is_free(ask: Callable[[], object]) -> bool:

@@ -23,6 +23,7 @@ import torch
 
 from paceline.engine import context as contexts
 from paceline.engine.context import Context
+from paceline.engine.deputy import deputize
 from paceline.engine.setup import Setup, decode_job
 from paceline.engine.worker import Worker
 from paceline.errors import PacelineError
@@ -30,6 +31,7 @@ from paceline.protocol import messages
 from paceline.transport import segment
 from paceline.transport.board import Aborted, Board
 from paceline.transport.channel import Channel, Closed
+from paceline.transport.keys import job_key
 from paceline.transport.lock import Lock
 
 _PR_SET_PDEATHSIG = 1
@@ -76,6 +78,11 @@ def main(role: str, rank: int, setup: bytes, descriptors: tuple[int, ...], paren
 def _work(context: Context, known: Setup, payload: int | None) -> None:
     torch.manual_seed(context.job.seed)  # a script that seeds nothing still starts alike on all workers
     try:
+        if known.door is not None:
+            assert payload is not None
+            _import_as_workers(known)
+            deputize(context, known.door, payload, None if known.door.insecure else job_key(os.environ))
+            return
         if known.call is not None:
             assert payload is not None
             _call(context.rank, known.call, payload)

@@ -15,6 +15,26 @@ class Script:
 
 
 @dataclass(frozen=True)
+class Elsewhere:
+    """Workers that run the script in processes that somebody else has started, perhaps on other hosts: each has a
+    deputy here (``engine/deputy.py``).
+
+    Deputies listen at ``host``, each at a port of its own: from ``port`` on, by rank, or any (0), and write it to
+    ``report``, a descriptor. ``job`` is what both ends of a link call it; ``starter`` the pid of the process that has
+    asked for all this.
+    """
+
+    path: Path
+    args: tuple[str, ...]
+    host: str
+    port: int
+    job: str
+    starter: int
+    report: int
+    insecure: bool = False
+
+
+@dataclass(frozen=True)
 class Call:
     """A function of the launching program, with its arguments, as that program's own process encoded them.
 

@@ -10,6 +10,16 @@ import msgspec
 from paceline.config import Job, parse_pace
 
 
+class Door(msgspec.Struct, frozen=True):
+    """Where deputies wait for the workers they stand for; see ``program.Elsewhere``."""
+
+    host: str
+    port: int
+    job: str
+    starter: int
+    insecure: bool
+
+
 class Setup(msgspec.Struct, frozen=True):
     """Of ``script`` and ``call`` one is set in a worker's. ``threads`` is for torch."""
 
@@ -20,6 +30,7 @@ class Setup(msgspec.Struct, frozen=True):
     args: tuple[str, ...] = ()
     call: dict[str, Any] | None = None
     resume: str = ""  # the checkpoint to go on from
+    door: Door | None = None  # workers are deputies
 
 
 def encode_job(job: Job) -> dict[str, Any]:

@@ -141,9 +141,7 @@ class Worker:
 
     def share_loader(self, loader: Any, count: Count | None) -> Any:
         """This worker's version of a loader. A collective where batches are leased or sent."""
-        index = self.passes.add_loader()
-        if self.context.job.assign == "lease":
-            self._share_leases(index)
+        index = self.add_loader()
         if self.context.job.data != "served" or self._board.workers == 1:
             return share(loader, index, self._part, self.passes, count)
         if self.rank:
@@ -157,6 +155,13 @@ class Worker:
         leases = self._leases.get(index)
         reader.accept({w: leases.of(w) if leases else None for w in range(1, self._board.workers)})
         return reader.in_turn(share(loader, index, self._part, self.passes, count, reader.orders))
+
+    def add_loader(self) -> int:
+        """The number of one more; a collective where its batches are leased."""
+        index = self.passes.add_loader()
+        if self.context.job.assign == "lease":
+            self._share_leases(index)
+        return index
 
     def _share_leases(self, loader: int) -> None:
         workers, resumed = self._board.workers, self._catching_up.resumed

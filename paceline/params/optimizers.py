@@ -68,8 +68,8 @@ def is_elementwise(optimizer_class: type) -> bool:
 
 def check(optimizer: optim.Optimizer, *, servers: int = 0) -> None:
     """Refuse what cannot be shared. Raises ConfigError."""
-    own = [name for name in vars(optimizer) if name not in _USUAL and not name.startswith("_")]
-    if servers and own and type(optimizer) not in ELEMENTWISE:
+    own = own_attributes(optimizer)
+    if servers and own:
         raise ConfigError(
             f"{type(optimizer).__name__} keeps {own[0]!r} in the object; a server has the class and param_groups only",
             fix="keep it in param_groups (the constructor's defaults), or use --servers 0",
@@ -86,6 +86,13 @@ def check(optimizer: optim.Optimizer, *, servers: int = 0) -> None:
             "cannot be exchanged once",
             fix="SGD, Adam, AdamW or another optimizer that steps once from given gradients",
         )
+
+
+def own_attributes(optimizer: optim.Optimizer) -> list[str]:
+    """What an optimizer of a class that torch does not have keeps beside its param_groups and state."""
+    if type(optimizer) in ELEMENTWISE:
+        return []
+    return [name for name in vars(optimizer) if name not in _USUAL and not name.startswith("_")]
 
 
 def takes_rows(optimizer: optim.Optimizer, parameter: torch.Tensor, group: Group) -> bool:

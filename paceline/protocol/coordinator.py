@@ -134,6 +134,9 @@ class Coordinator:
                     self._server_deaths.clear()
             case Came(role="worker", rank=rank, message=messages.Failed(kind="ScriptError") as failure):
                 return self._script_raised(rank, failure)
+            case Came(role="worker", rank=rank, message=messages.Failed(kind="WorkersLost") as failure):
+                self._raised[rank] = failure  # by the deputy of one elsewhere, which is about to end
+                return []
             case Came(role="worker", rank=rank, message=messages.Failed(kind="Poisoned") as failure):
                 self._outs[rank] = self._outs.get(rank, 0) + 1
                 self._raised[rank] = failure

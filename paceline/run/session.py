@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,14 @@ import torch
 from torch import nn, optim
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from paceline.config import Pace, Sync
+from paceline.config import Job, Pace, Sync
 from paceline.engine import context as contexts
 from paceline.engine import scaling
 from paceline.engine.context import Context
 from paceline.engine.exchange import Exchange
+from paceline.engine.remote import RemoteExchange, RemoteWorker
 from paceline.engine.worker import Worker
-from paceline.errors import ConfigError, HostError, UsageError
+from paceline.errors import ConfigError, UsageError
 from paceline.params.rows import parameters_with_rows
 from paceline.params.table import names_of
 from paceline.run.store import Store
@@ -34,9 +36,10 @@ from paceline.run.store import Store
 class Run:
     """A worker's run. Made by ``init``; there is one a process. ``worker`` is for the engine (None: alone)."""
 
-    def __init__(self, context: Context | None) -> None:
-        self._context = context
-        self.worker = Worker(context) if context is not None else None
+    def __init__(self, context: Context | None, elsewhere: RemoteWorker | None = None) -> None:
+        """``elsewhere``: this is a worker of a run whose home is another process."""
+        self._context: Context | RemoteWorker | None = context or elsewhere
+        self.worker: Worker | RemoteWorker | None = Worker(context) if context is not None else elsewhere
         self._models: list[nn.Module] = []
         self._wrapped: set[int] = set()
         self._copied: set[int] = set()
@@ -184,26 +187,41 @@ class Run:
 _current: Run | None = None
 
 
-def init() -> Run:
-    """This process's run: as one of its workers inside ``paceline run``, else alone. The same one at each call."""
+def init(**options: Any) -> Run:
+    """This process's run: as one of its workers inside ``paceline run`` or torchrun, else alone. The same one at each
+    call.
+
+    ``options`` are fields of ``paceline.Job`` (``pace="bounded:4"``, ``steps=1000``), for torchrun, where there is no
+    command line of ours; rank 0's count. Elsewhere they are checked and have no effect.
+    """
     global _current
+    _check_options(options)
     if contexts.importing_main:
         raise UsageError(
             "paceline.init() was called while a worker imported the main module",
             fix="put what the program does under: if __name__ == '__main__':",
         )
     if _current is None:
-        if contexts.current is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise HostError(
-                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but this release does not run under torchrun or SLURM",
-                fix="paceline run SCRIPT --workers N",
-            )
-        _current = Run(contexts.current)
+        if contexts.current is None and int(os.environ.get("WORLD_SIZE") or "1") > 1:
+            from paceline.run.torchrun import join
+
+            _current = Run(None, join(options))
+        else:
+            _current = Run(contexts.current)
         contexts.worker = _current.worker
     return _current
 
 
-def _replace_step(optimizer: optim.Optimizer, worker: Worker, index: int, exchange: Exchange) -> None:
+def _check_options(options: Mapping[str, Any]) -> None:
+    known = {field.name for field in fields(Job)} - {"name", "workers", "restarts"}
+    unknown = next((name for name in options if name not in known), None)
+    if unknown is not None:
+        raise UsageError(f"paceline.init got {unknown!r}; it takes: {', '.join(sorted(known))}")
+
+
+def _replace_step(
+    optimizer: optim.Optimizer, worker: Worker | RemoteWorker, index: int, exchange: Exchange | RemoteExchange
+) -> None:
     """Make ``optimizer.step()`` the exchange, for torch's schedulers and hooks the same method as before."""
     before = optimizer.step
     if exchange.inner is not None:
@@ -230,7 +248,7 @@ def _replace_step(optimizer: optim.Optimizer, worker: Worker, index: int, exchan
     optimizer.step = step  # type: ignore[method-assign]
 
 
-def _hold_at_end(scheduler: LRScheduler, worker: Worker) -> None:
+def _hold_at_end(scheduler: LRScheduler, worker: Worker | RemoteWorker) -> None:
     """A scheduler of a known length keeps its last rate: a fast worker may take more steps than its share."""
     before = scheduler.step
 

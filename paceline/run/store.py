@@ -12,6 +12,7 @@ import torch
 from torch import nn, optim
 
 from paceline.engine.exchange import Exchange
+from paceline.engine.remote import RemoteWorker
 from paceline.engine.worker import Worker
 from paceline.errors import ConfigError, UsageError
 from paceline.params.rows import check
@@ -27,7 +28,7 @@ class Store:
     """
 
     def __init__(
-        self, worker: Worker | None, named: Mapping[str, torch.Tensor], optimizer: MakeOptimizer | None
+        self, worker: Worker | RemoteWorker | None, named: Mapping[str, torch.Tensor], optimizer: MakeOptimizer | None
     ) -> None:
         if not named:
             raise UsageError("run.store needs at least one tensor: run.store(weights=torch.zeros(10))")

@@ -1,0 +1,88 @@
+"""Arrays that come over a link: where their pieces belong, and sending them in pieces."""
+
+from __future__ import annotations
+
+import queue
+from typing import Any
+
+import torch
+
+from paceline.params.packing import Tensors, pack, unpack
+from paceline.params.table import DTYPES, dtype_name
+from paceline.protocol.link import Patience
+from paceline.protocol.remote import Piece
+from paceline.transport.ends import Event
+from paceline.transport.link import Link
+
+# A host that is cut off, or a process that was killed, is lost within 8 s.
+PATIENCE = Patience(heartbeat_s=0.5, silence_s=3.0, give_up_s=5.0)
+_PIECE_BYTES = 2 * 2**20
+_MOST_BYTES = 2**38  # of one array; the peer has the job key, but may be of another mind about its own size
+
+
+class Mail:
+    """What has come over one link. ``events`` are taken by the thread that works; ``place`` is called by the link's."""
+
+    def __init__(self) -> None:
+        self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._places: dict[str, memoryview] = {}
+        self._boxes: dict[str, bytearray] = {}
+
+    def expect(self, what: str, tensor: torch.Tensor) -> None:
+        """From now on arrays of this name go straight into ``tensor``, which nobody may be using when they come."""
+        if tensor.numel():
+            self._places[what] = as_bytes(tensor)
+
+    def take(self, what: str, dtype: torch.dtype) -> torch.Tensor:
+        """An array that has come and was not expected, flat."""
+        data = self._boxes.pop(what, bytearray())
+        return torch.frombuffer(data, dtype=dtype) if data else torch.zeros(0, dtype=dtype)
+
+    def take_document(self, prefix: str, told: Any) -> Any:
+        """What ``send_document`` has sent. Empty for nothing."""
+        if not told:
+            return {}
+        document, described = told
+        tensors = {}
+        for place, (key, (dtype, shape)) in enumerate(described.items()):
+            tensors[key] = self.take(f"{prefix}/{place}", DTYPES[dtype]).view(shape)
+        return unpack(document, tensors)
+
+    def place(self, link: Link, message: Any, size_bytes: int) -> memoryview | None:
+        if not isinstance(message, Piece):
+            return None
+        home = self._places.get(message.what)
+        if home is None:
+            box = self._boxes.get(message.what)
+            if box is None or (message.start == 0 and len(box) != message.total):
+                if not 0 < message.total <= _MOST_BYTES:
+                    return None
+                box = self._boxes[message.what] = bytearray(message.total)
+            home = memoryview(box)
+        stop = message.start + size_bytes
+        return home[message.start : stop] if message.start >= 0 and stop <= len(home) == message.total else None
+
+
+def send(link: Link, what: str, tensor: torch.Tensor) -> None:
+    """Send a tensor, which must not be changed until the peer has answered. Raises LinkEnded."""
+    data = as_bytes(tensor)
+    for start in range(0, len(data), _PIECE_BYTES):
+        link.send(Piece(what, start, len(data)), data[start : start + _PIECE_BYTES])
+
+
+def send_document(link: Link, prefix: str, value: Any) -> Any:
+    """Send the tensors in ``value``, a dict of any nesting; what ``take_document`` must be told. Raises ConfigError."""
+    if not value:
+        return None
+    tensors: Tensors = {}
+    document = pack(value, tensors, prefix)
+    for place, tensor in enumerate(tensors.values()):
+        send(link, f"{prefix}/{place}", tensor.cpu())
+    return document, {key: (dtype_name(tensor.dtype, key), tuple(tensor.shape)) for key, tensor in tensors.items()}
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """The values of a tensor on the CPU, as they lie in memory; of one that is not contiguous a copy's."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    array: Any = flat.view(torch.uint8).numpy()
+    return memoryview(array) if flat.numel() else memoryview(b"")

@@ -1,0 +1,280 @@
+"""What a worker on another host and its deputy at home tell each other: one struct a message, no number reused.
+
+The worker asks, the deputy does it as the worker that it is on its host, and answers: one at a time. What needs no
+answer is a *note*, and travels with the next that is asked. Arrays come before what they belong to, in pieces.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from paceline.protocol.messages import Failed
+
+
+class _Said(msgspec.Struct, frozen=True, tag_field="t", array_like=True):
+    """Base of all: a msgpack array that begins with the tag."""
+
+
+class Piece(_Said, frozen=True, tag=1):
+    """...these bytes (the payload) belong at ``start`` of what is called ``what``, of ``total`` bytes."""
+
+    what: str
+    start: int
+    total: int
+
+
+# Notes: what the script did. The deputy does it in their order.
+
+
+class Fetched(_Said, frozen=True, tag=10):
+    """...the next of my batches of this loader is there."""
+
+    loader: int
+
+
+class Drawn(_Said, frozen=True, tag=11):
+    """...a batch of so many samples goes to the script."""
+
+    samples: int
+
+
+class Border(_Said, frozen=True, tag=12):
+    """...the script has done with a batch."""
+
+
+class Left(_Said, frozen=True, tag=13):
+    """...the script has left a pass early; ``marks`` as in Begin."""
+
+    loader: int
+    marks: int
+
+
+class Told(_Said, frozen=True, tag=14):
+    """...the script has logged this."""
+
+    loss: float | None
+    values: dict[str, float]
+
+
+class LocalStep(_Said, frozen=True, tag=15):
+    """...a step of my own within a period. ``bad``: the parameter whose gradient was not finite. ``brings``: what the
+    period has come to since it was brought last has come before this, for the parameters in ``mask``."""
+
+    exchange: int
+    void: bool
+    bad: int | None = None
+    brings: bool = False
+    mask: bytes = b""
+
+
+Note = Fetched | Drawn | Border | Left | Told | LocalStep
+
+
+# What is asked. Each docstring tells what the answer's value is.
+
+
+class Who(_Said, frozen=True, tag=30):
+    """...who am I to be? The job's fields, and the run's directory at home."""
+
+
+class Parameter(msgspec.Struct, frozen=True, array_like=True):
+    """One parameter of an optimizer; ``rows``: its gradients are sparse rows."""
+
+    name: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: str
+    group: int
+    rows: bool
+
+
+class WrapOptimizer(_Said, frozen=True, tag=31):
+    """...share this optimizer. ``spec`` is what I take its exchange to be; ``state`` is a document (params/packing.py).
+
+    Of worker 0 the values have come before. Answer: nothing; its newest values have come before.
+    """
+
+    optimizer: str
+    settings: bytes
+    parameters: list[Parameter]
+    state: Any
+    spec: bytes
+
+
+class CopyFirst(_Said, frozen=True, tag=32):
+    """...set these tensors to worker 0's, whose values have come before. Nothing; the values have come before."""
+
+    table: bytes
+
+
+class WrapBuffers(_Said, frozen=True, tag=33):
+    """...average these at the end of every pass. Nothing."""
+
+    table: bytes
+
+
+class WrapLoader(_Said, frozen=True, tag=34):
+    """...this is a loader. Its number."""
+
+
+class Barrier(_Said, frozen=True, tag=35):
+    """...I am here. Nothing, when all are."""
+
+
+class Begin(_Said, frozen=True, tag=36):
+    """...a pass begins; ``is_training``: the models are in training mode. ``marks`` is another number whenever a
+    backward pass has added to a gradient. (Is it a real one? how many batches to skip; are there leases?)"""
+
+    loader: int
+    length: int | None
+    is_training: bool
+    marks: int
+
+
+class DrawLease(_Said, frozen=True, tag=37):
+    """...draw me a batch. Its ordinal, or None."""
+
+    loader: int
+    total: int | None
+    at_least: int
+
+
+class DropLease(_Said, frozen=True, tag=38):
+    """...what I have drawn lies behind the stream's end. Nothing."""
+
+    loader: int
+
+
+class BeginLease(_Said, frozen=True, tag=39):
+    """...my oldest batch goes to the script. Is it still mine?"""
+
+    loader: int
+
+
+class More(_Said, frozen=True, tag=40):
+    """...none is left for me to draw. Have others given some back?"""
+
+    loader: int
+
+
+class End(_Said, frozen=True, tag=41):
+    """...the script has come to the pass's end. Nothing, when all have."""
+
+    loader: int
+    is_training: bool
+    marks: int
+
+
+class Step(_Said, frozen=True, tag=42):
+    """...step; the gradients of the parameters in ``mask`` have come before. ``rows``: which of them are sparse rows,
+    and whether these are unique. ``settings``: the hyper-parameters, if they have changed. Nothing."""
+
+    exchange: int
+    void: bool
+    mask: bytes
+    rows: dict[int, bool]
+    settings: bytes
+
+
+class Meet(_Said, frozen=True, tag=43):
+    """...a period of local steps may be over; its steps stand in the notes. Nothing."""
+
+    settings: dict[int, bytes]
+
+
+class Norm(_Said, frozen=True, tag=44):
+    """...what is the norm of the gradient of all? As in Step; ``chosen``: over which parameters. The norm."""
+
+    exchange: int
+    mask: bytes
+    rows: dict[int, bool]
+    chosen: bytes
+    order: float
+
+
+class Load(_Said, frozen=True, tag=45):
+    """...the script has loaded a checkpoint: parameters, whose values have come before, or this state. Nothing."""
+
+    exchange: int
+    parameters: bool
+    state: Any
+
+
+class ShowState(_Said, frozen=True, tag=46):
+    """...what does the optimizer keep? A document; its tensors have come before."""
+
+    exchange: int
+
+
+class Finish(_Said, frozen=True, tag=47):
+    """...my script has come to its end. Nothing."""
+
+
+class Broke(_Said, frozen=True, tag=48):
+    """...my script has raised. Nothing."""
+
+    failure: Failed
+
+
+Request = (
+    Who
+    | WrapOptimizer
+    | CopyFirst
+    | WrapBuffers
+    | WrapLoader
+    | Barrier
+    | Begin
+    | DrawLease
+    | DropLease
+    | BeginLease
+    | More
+    | End
+    | Step
+    | Meet
+    | Norm
+    | Load
+    | ShowState
+    | Finish
+    | Broke
+)
+
+
+class Ask(_Said, frozen=True, tag=2):
+    """...do this, after the notes. Answer: Answer, or Stop."""
+
+    notes: list[Note]
+    request: Request
+
+
+class Status(msgspec.Struct, frozen=True, array_like=True):
+    """Where the worker is now. ``epochs``: by loader; ``verdicts``: whether a push of a loader's batches counted, where
+    that is new; ``periods``: local steps not brought yet, by exchange; ``fresh``: exchanges whose newest values have
+    come before this, with the parameters of which only rows have; ``buffers``: so have the buffers."""
+
+    over: bool = False
+    holds: bool = False
+    step: int = 0
+    epochs: list[int] = []
+    verdicts: dict[int, bool] = {}
+    periods: list[int] = []
+    fresh: dict[int, list[int]] = {}
+    buffers: bool = False
+
+
+class Answer(_Said, frozen=True, tag=3):
+    """...it is done; or the script is to get this exception."""
+
+    status: Status
+    value: Any = None
+    failure: Failed | None = None
+
+
+class Stop(_Said, frozen=True, tag=4):
+    """...the run is being stopped. No answer."""
+
+    reason: str
+
+
+Any_ = Piece | Ask | Answer | Stop
