@@ -16,10 +16,9 @@ from paceline.cli.options import JobFlags, ShowFlags, resolve, switched
 from paceline.cli.run import train
 from paceline.config import Job, parse_pace
 from paceline.engine.front import run_local
-from paceline.engine.program import Elsewhere, Script
+from paceline.engine.program import Elsewhere, Order, Script
 from paceline.errors import ConfigError, PacelineError, UsageError
 from paceline.events import Record, Summary
-from paceline.run.torchrun import Order
 
 
 def main() -> NoReturn:

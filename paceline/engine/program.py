@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,22 @@ class Elsewhere:
     starter: int
     report: int
     insecure: bool = False
+
+
+@dataclass(frozen=True)
+class Order:
+    """What home is told by the process that starts it; as JSON on its standard input."""
+
+    script: str
+    args: list[str]
+    workers: int
+    options: dict[str, Any]  # of Job, as given to paceline.init
+    host: str
+    port: int
+    job: str
+    starter: int
+    report: int
+    insecure: bool
 
 
 @dataclass(frozen=True)

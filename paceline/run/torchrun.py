@@ -32,6 +32,7 @@ import msgspec
 
 from paceline.config import Pace
 from paceline.engine.mail import PATIENCE
+from paceline.engine.program import Order
 from paceline.engine.remote import STOPPED, Line, RemoteWorker
 from paceline.errors import ConfigError, HostError, PacelineError
 from paceline.protocol import messages, remote
@@ -56,21 +57,6 @@ class Place(msgspec.Struct, frozen=True):
     ports: list[int] = []
     key_file: str = ""
     failed: str = ""
-
-
-class Order(msgspec.Struct, frozen=True):
-    """What home is told by the process that starts it; as JSON on its standard input."""
-
-    script: str
-    args: list[str]
-    workers: int
-    options: dict[str, Any]  # of Job, as given to paceline.init
-    host: str
-    port: int
-    job: str
-    starter: int
-    report: int
-    insecure: bool
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,9 @@ class Ended:
 class Running:
     """A started command. Its stdout and stderr are read here, by the thread that asks."""
 
-    def __init__(self, command: Sequence[str], folder: Path, variables: dict[str, str]) -> None:
+    def __init__(
+        self, command: Sequence[str], folder: Path, variables: dict[str, str], timeout_s: float = TIMEOUT_S
+    ) -> None:
         self._folder = folder
         self._mark = f"{folder}:{time.monotonic_ns()}"
         environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200", _MARK: self._mark} | variables
@@ -92,7 +94,7 @@ class Running:
         assert self._process.stderr is not None
         self._texts = {self._process.stdout: b"", self._process.stderr: b""}
         self._open = set(self._texts)
-        self._deadline_s = time.monotonic() + TIMEOUT_S
+        self._timeout_s, self._deadline_s = timeout_s, time.monotonic() + timeout_s
 
     @property
     def pid(self) -> int:
@@ -159,7 +161,7 @@ class Running:
             poll.register(stream, select.POLLIN)
         ready = {fd for fd, _ in poll.poll(self._left_s() * 1000)}
         if not ready:
-            raise TimeoutError(f"nothing came for the rest of {TIMEOUT_S:g} s")
+            raise TimeoutError(f"nothing came for the rest of {self._timeout_s:g} s")
         for stream in [stream for stream in self._open if stream.fileno() in ready]:
             data = os.read(stream.fileno(), _CHUNK)
             self._texts[stream] += data
@@ -174,8 +176,8 @@ class Running:
 class Runner:
     """Starts Python in ``folder``, with paceline importable there."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, timeout_s: float = TIMEOUT_S) -> None:
+        self.folder, self._timeout_s = folder, timeout_s
         self._started: list[Running] = []
 
     def write(self, name: str, text: str) -> Path:
@@ -185,7 +187,7 @@ class Runner:
 
     def start(self, *arguments: str, **variables: str) -> Running:
         """``python ARGUMENTS`` with these environment variables."""
-        running = Running([sys.executable, *arguments], self.folder, variables)
+        running = Running([sys.executable, *arguments], self.folder, variables, self._timeout_s)
         self._started.append(running)
         return running
 

@@ -1,0 +1,173 @@
+"""Claims about workers that torchrun has started, on one host: that they train as paceline's own, and how they end."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+
+import pytest
+
+from tests.process.kills import COUNTING
+from tests.process.runner import Ended, Runner, Running
+
+pytestmark = pytest.mark.timeout(300)  # five processes import torch, one after the other
+
+# A step of two workers is one of a plain loop on their two batches, or on one that is twice as large.
+TRAIN = """
+import json
+import sys
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import paceline
+
+torch.set_default_dtype(torch.float64)
+run = paceline.init()
+torch.manual_seed(1)
+inputs = torch.randn(60, 8)
+wanted = inputs @ torch.randn(8, 1)
+model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1))
+optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+schedule = torch.optim.lr_scheduler.StepLR(optimizer, 5, 0.5)
+loader = DataLoader(TensorDataset(inputs, wanted), batch_size=8 // run.num_workers)
+model, optimizer, schedule, loader = run.wrap(model, optimizer, schedule, loader)
+for epoch in range(3):
+    for given, target in loader:
+        optimizer.zero_grad()
+        loss = ((model(given) - target) ** 2).mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        run.log(loss=loss)
+if run.is_main:
+    with open(sys.argv[1], "w") as file:
+        json.dump([p.detach().flatten().tolist() for p in model.parameters()], file)
+"""
+
+# Writes how often each sample was counted. With a second argument worker 1 dies in its third step of epoch 1.
+COUNT = """
+import json
+import os
+import signal
+import sys
+
+import torch
+from counting import Counting
+from torch.utils.data import DataLoader, TensorDataset
+
+import paceline
+
+samples, epochs = 64, 3
+run = paceline.init()
+counts = torch.nn.Parameter(torch.zeros(samples, dtype=torch.float64))
+optimizer = Counting([counts])
+loader = DataLoader(TensorDataset(torch.arange(samples)), batch_size=4, shuffle=True)
+optimizer, loader = run.wrap(optimizer, loader)
+for epoch in range(epochs):
+    steps = 0
+    for (numbers,) in loader:
+        counts.grad = torch.zeros_like(counts)
+        counts.grad[numbers] = 1.0
+        if len(sys.argv) > 1 and run.rank == 1 and (epoch, steps) == (1, 2):
+            os.kill(os.getpid(), signal.SIGKILL)
+        optimizer.step()
+        run.log(loss=float(steps))
+        steps += 1
+if run.is_main:
+    with open("counts.json", "w") as file:
+        json.dump(counts.detach().tolist(), file)
+"""
+
+FOREVER = """
+import torch
+import paceline
+
+run = paceline.init()
+weight = torch.nn.Parameter(torch.zeros(4))
+optimizer = run.wrap(torch.optim.SGD([weight], lr=0.1))
+for step in range(10**9):
+    weight.grad = torch.ones(4)
+    optimizer.step()
+    if step == 3 and run.rank == 0:
+        print("it trains", flush=True)
+"""
+
+
+def torchrun(runner: Runner, *arguments: str, **variables: str) -> Running:
+    """``torchrun --standalone --nproc-per-node 2 ARGUMENTS``."""
+    return runner.start("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments, **variables)
+
+
+def by_hand(runner: Runner, script: str, *arguments: str, **variables: str) -> list[Running]:
+    """The same without an agent, which would end all processes of its host as soon as one of them has died."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [runner.start(script, *arguments, RANK=str(rank), **place, **variables) for rank in range(2)]
+
+
+def counts(ended: Ended) -> list[float]:
+    return list(json.loads((ended.folder / "counts.json").read_text()))
+
+
+def test_two_workers_of_torchrun_are_one_process_on_the_whole_batch(runner: Runner) -> None:
+    runner.write("train.py", TRAIN)
+    ended = torchrun(runner, "train.py", "two.json").end()
+    assert ended.code == 0, ended.err
+    runner.python("train.py", "one.json")
+    two, one = (json.loads((runner.folder / name).read_text()) for name in ("two.json", "one.json"))
+    for a, b in zip(two, one, strict=True):
+        assert a == pytest.approx(b, rel=1e-12, abs=1e-12)
+    assert (ended.summary["status"], ended.summary["workers"], ended.summary["steps"]) == ("done", 2, 24)
+
+
+def test_a_killed_worker_ends_the_run_with_exit_code_5(runner: Runner) -> None:
+    runner.write("counting.py", COUNTING)
+    runner.write("count.py", COUNT)
+    ended = torchrun(runner, "count.py", "die").end()
+    assert ended.code != 0
+    assert (ended.summary["status"], ended.summary["exit_code"]) == ("failed", 5)
+    assert "is lost" in ended.summary["reason"]
+
+
+def test_the_others_go_on_where_that_many_are_enough(runner: Runner) -> None:
+    runner.write("counting.py", COUNTING)
+    runner.write("count.py", COUNT)
+    first, second = by_hand(runner, "count.py", "die", PACELINE_MIN_WORKERS="1", PACELINE_PACE="bounded:2")
+    assert second.end().code == -signal.SIGKILL
+    ended = first.end()
+    assert ended.code == 0, ended.err
+    assert ended.summary["pace"] == "bounded:2"
+    assert counts(ended) == [3.0] * 64
+    assert "worker 1 is lost" in ended.err + ended.out
+
+
+def test_control_c_ends_all_in_one_step(runner: Runner) -> None:
+    runner.write("forever.py", FOREVER)
+    running = torchrun(runner, "forever.py")
+    running.until("it trains")
+    running.signal(signal.SIGINT)
+    ended = running.end()
+    assert ended.code != 0
+    assert ended.summary["status"] == "interrupted"
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({"PACELINE_PACE": "fast"}, "pace 'fast' is not known"),
+        ({"PACELINE_INSECURE": "1", "PACELINE_JOB_KEY": "00" * 32}, "PACELINE_INSECURE is set, and a job key too"),
+    ],
+    ids=["pace", "key"],
+)
+def test_what_cannot_be_is_told_by_all(runner: Runner, variables: dict[str, str], told: str) -> None:
+    runner.write("forever.py", FOREVER)
+    first, second = by_hand(runner, "forever.py", **variables)
+    assert first.end().code != 0
+    assert second.end().code != 0
+    assert told in first.err
+    first.end()
