@@ -16,10 +16,11 @@ from cyclopts import App, CycloptsError, Parameter
 
 import paceline
 from paceline.cli.failure import misuse, report
-from paceline.cli.options import CONFIG, OPTIONS, SHOWN, TRUTHS, JobFlags, ShowFlags, flag, switched
+from paceline.cli.options import CONFIG, OPTIONS, SHOWN, SWITCHES, TRUTHS, JobFlags, ShowFlags, flag, switched
 from paceline.errors import Interrupted, PacelineError, UsageError
 
 VALUED = {flag(option) for option in OPTIONS if option not in TRUTHS} | {"--config"}
+BARE = {flag(option) for option in (*TRUTHS, *SWITCHES)}
 TRAINING = (["run"], ["demo"])  # the commands that take a script's arguments and print a run as JSON
 
 SCRIPT_ARGS = Parameter(
@@ -50,7 +51,9 @@ app.command(config)
 @app.command(
     usage="Usage: paceline run [OPTIONS] SCRIPT [ARGS]",
     help_epilogue="""\
-What follows SCRIPT is the script's own: options of paceline come before it.
+Options of paceline stand before SCRIPT. They may follow it where nothing else
+does: what is the script's own then comes after a --. Options that the script's
+text names are the script's.
 Each can also be set in the environment, as PACELINE_WORKERS=4, or in a
 --config file. A flag wins over the environment, and that over the file.
 
@@ -58,6 +61,7 @@ Examples:
   paceline run train.py
   paceline run --workers 4 --until-loss 0.1 train.py --lr 0.05
   paceline run --workers 4 --servers 2 --dry-run train.py
+  paceline run train.py --workers 4 -- --lr 0.05
   paceline run --config runs/20260131-0900-train-sync/config.toml""",
 )
 def run(
@@ -245,6 +249,7 @@ def main(tokens: Sequence[str] | None = None) -> NoReturn:
 def answer(tokens: list[str]) -> int:
     """The exit code of one command line, everything said that there is to say."""
     try:
+        tokens = brought_forward(tokens, _source_of)
         result = app(fenced(tokens), exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:
         failure: PacelineError = misuse(error)
@@ -271,6 +276,45 @@ def fenced(tokens: list[str]) -> list[str]:
             return [*tokens[:at], "--", *tokens[at:]]
         at += 2 if tokens[at] in VALUED else 1
     return tokens
+
+
+def brought_forward(tokens: list[str], source_of: Callable[[str], str]) -> list[str]:
+    """The tokens of ``run`` with options of ours that follow the script put before it.
+
+    They are taken for ours if nothing else follows, or nothing else before a ``--``, and the script's text, which
+    ``source_of`` reads, names none of them.
+    """
+    at = fenced(tokens).index("--") if tokens[:1] == ["run"] and "--" in fenced(tokens) else len(tokens)
+    if at >= len(tokens) or tokens[at] == "--":
+        return tokens
+    script, behind = tokens[at], tokens[at + 1 :]
+    cut = behind.index("--") if "--" in behind else len(behind)
+    names = _names(behind[:cut])
+    if not behind or names is None:
+        return tokens
+    source = source_of(script)
+    if any(name in source for name in names):
+        return tokens
+    return [*tokens[:at], *behind[:cut], "--", script, *behind[cut + 1 :]]
+
+
+def _names(tokens: list[str]) -> set[str] | None:
+    """The options that these are, with their values; None if anything else is among them."""
+    names, at = set(), 0
+    while at < len(tokens):
+        name, given, _ = tokens[at].partition("=")
+        if name not in VALUED | BARE:
+            return None
+        names.add(name)
+        at += 2 if name in VALUED and not given else 1
+    return names
+
+
+def _source_of(script: str) -> str:
+    try:
+        return Path(script).read_text(errors="replace")
+    except OSError:
+        return ""
 
 
 def _refusable(show: ShowFlags, command: Callable[[ShowFlags], int]) -> int:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import paceline
-from paceline.cli.main import VALUED, answer, fenced, main
+from paceline.cli.main import VALUED, answer, brought_forward, fenced, main
 
 COMMANDS = ("run", "demo", "doctor", "runs", "runs list", "runs show", "config", "config show")
 ROOT = Path(paceline.__file__).parent.parent
@@ -32,6 +32,28 @@ def test_a_fence_that_was_typed_stays_and_other_commands_have_none() -> None:
     assert fenced(["runs", "show", "a"]) == ["runs", "show", "a"]
     assert {"--workers", "--until-loss", "--run-dir", "--config"} < VALUED
     assert fenced(["run", "--staleness-damping", "train.py"]) == ["run", "--staleness-damping", "--", "train.py"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "understood"),
+    [
+        ("a.py --workers 4 --pace=async --json", "--workers 4 --pace=async --json -- a.py"),
+        ("--seed 3 a.py --workers 4 -- --lr 1 --seed 2", "--seed 3 --workers 4 -- a.py --lr 1 --seed 2"),
+        ("a.py -- --workers 4", "-- a.py --workers 4"),
+        ("a.py --staleness-damping", "--staleness-damping -- a.py"),
+        ("a.py --workers 4 --lr 1", "-- a.py --workers 4 --lr 1"),
+        ("a.py --workers 4 data", "-- a.py --workers 4 data"),
+        ("a.py --lr 1 -- --workers 4", "-- a.py --lr 1 -- --workers 4"),
+        ("reads_seed.py --workers 4 --seed 1", "-- reads_seed.py --workers 4 --seed 1"),
+        ("reads_seed.py --workers 4 -- --seed 1", "--workers 4 -- reads_seed.py --seed 1"),
+        ("-- a.py --workers 4", "-- a.py --workers 4"),
+        ("--workers 4 a.py", "--workers 4 -- a.py"),
+    ],
+)
+def test_options_may_follow_the_script_where_nothing_else_does(typed: str, understood: str) -> None:
+    texts = {"a.py": "", "reads_seed.py": 'parser.add_argument("--seed")'}
+    tokens = brought_forward(["run", *typed.split()], texts.__getitem__)
+    assert fenced(tokens) == ["run", *understood.split()]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
