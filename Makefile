@@ -34,6 +34,10 @@ test: $(READY) ## run the tests
 	  echo "installing Debian's strace: some tests of checkpoints kill at system calls with it, and skip without"; \
 	  $(APT_INSTALL) strace >/dev/null || echo "strace could not be installed"; \
 	fi
+	@if ! command -v ip >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "installing Debian's iproute2: some tests make two hosts of network namespaces with it, and skip without"; \
+	  $(APT_INSTALL) iproute2 >/dev/null || echo "iproute2 could not be installed"; \
+	fi
 	@$(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(ARGS)
 
 check: lint types test ## lint, types and tests: what must pass before a change lands

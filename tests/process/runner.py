@@ -187,7 +187,11 @@ class Runner:
 
     def start(self, *arguments: str, **variables: str) -> Running:
         """``python ARGUMENTS`` with these environment variables."""
-        running = Running([sys.executable, *arguments], self.folder, variables, self._timeout_s)
+        return self.start_in((), *arguments, **variables)
+
+    def start_in(self, place: Sequence[str], *arguments: str, **variables: str) -> Running:
+        """The same behind a command that starts it elsewhere: ``ip netns exec NAME``."""
+        running = Running([*place, sys.executable, *arguments], self.folder, variables, self._timeout_s)
         self._started.append(running)
         return running
 
