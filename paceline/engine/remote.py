@@ -13,7 +13,8 @@ import mmap
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -102,7 +103,7 @@ class RemoteWorker:
         groups = [g for g, group in enumerate(optimizer.param_groups) for _ in group["params"]]
         if self.rank == 0:
             for place, parameter in enumerate(exchange.parameters):
-                send(self._link, f"value/{place}", parameter.cpu())
+                self._line.put(self._link, f"value/{place}", parameter.cpu())
         state = {str(i): dict(optimizer.state[p]) for i, p in enumerate(exchange.parameters) if optimizer.state.get(p)}
         entries = exchange.spec.table.entries
         request = remote.WrapOptimizer(
@@ -112,7 +113,7 @@ class RemoteWorker:
                 remote.Parameter(e.name, e.shape, e.stride, e.dtype, g, id(p) in with_rows)
                 for e, g, p in zip(entries, groups, exchange.parameters, strict=True)
             ],
-            state=send_document(self._link, "state", state),
+            state=self._line.put_document(self._link, "state", state),
             spec=msgspec.msgpack.encode(exchange.spec),
         )
         self._exchanges.append(exchange)
@@ -145,7 +146,7 @@ class RemoteWorker:
         table = tabulate((name, 0, tensor) for name, tensor in tensors)
         if self.rank == 0:
             for place, (_, tensor) in enumerate(tensors):
-                send(self._link, f"copy/{place}", tensor.cpu())
+                self._line.put(self._link, f"copy/{place}", tensor.cpu())
         self._ask(remote.CopyFirst(msgspec.msgpack.encode(table)))
         self._take([tensor for _, tensor in tensors], "copied")
 
@@ -182,7 +183,7 @@ class RemoteWorker:
     def _send_gradients(self, one: RemoteExchange) -> tuple[bytes, dict[int, bool]]:
         one.replica.write_gradients()
         for what, tensor in one.gradients():
-            send(self._link, what, tensor)
+            self._line.put(self._link, what, tensor)
         return bytes(one.replica.slot.mask), one.unique_rows()
 
     def norm(self, exchange: Any, chosen: bytes, order: float) -> float:
@@ -196,7 +197,7 @@ class RemoteWorker:
         for exchange in self._exchanges:
             if any(id(parameter) in given for parameter in exchange.parameters):
                 for place, parameter in enumerate(exchange.parameters):
-                    send(self._link, f"value/{place}", parameter.cpu())
+                    self._line.put(self._link, f"value/{place}", parameter.cpu())
                 self._ask(remote.Load(exchange.index, True, None))
 
     def loaded_state(self, index: int) -> None:
@@ -206,7 +207,7 @@ class RemoteWorker:
             return
         optimizer = one.optimizer
         state = {str(i): dict(optimizer.state[p]) for i, p in enumerate(one.parameters) if optimizer.state.get(p)}
-        self._ask(remote.Load(index, False, send_document(self._link, "state", state)))
+        self._ask(remote.Load(index, False, self._line.put_document(self._link, "state", state)))
         if one.inner is None:
             optimizer.state.clear()
 
@@ -251,11 +252,8 @@ class RemoteWorker:
     def _ask(self, request: remote.Request) -> Any:
         """Blocks until the deputy has done it. Raises what the deputy's worker raised; ends the process if the run is
         being stopped, or home is lost."""
-        try:
-            self._send(request)
-        except LinkEnded as lost:
-            self._line.give_up(str(lost))
-        answer = self._line.answer(self._link)
+        self._send(request)
+        answer = self._line.answer()
         self._take_status(answer.status)
         if answer.failure is not None:
             _raise(answer.failure)
@@ -268,11 +266,12 @@ class RemoteWorker:
         if any(isinstance(note, remote.Left) for note in notes) or isinstance(request, remote.End):
             for index, tensors in enumerate(self._buffers):
                 for place, tensor in enumerate(tensors):
-                    send(self._link, f"buffers/{index}/{place}", tensor.cpu())
+                    self._line.put(self._link, f"buffers/{index}/{place}", tensor.cpu())
         for exchange in self._exchanges:
             if exchange.inner is not None:
                 self._bring(exchange, notes)
-        self._link.send(remote.Ask(notes, request))
+        with self._line.kept():
+            self._link.send(remote.Ask(notes, request))
 
     def _bring(self, one: RemoteExchange, notes: list[remote.Note]) -> None:
         """What local steps have come to goes with the last of them that counts: home may close the period."""
@@ -281,7 +280,7 @@ class RemoteWorker:
             if isinstance(note, remote.LocalStep) and note.exchange == one.index and not note.void and note.bad is None:
                 one.write_local()
                 for what, tensor in one.gradients():
-                    send(self._link, what, tensor)
+                    self._line.put(self._link, what, tensor)
                 notes[place] = msgspec.structs.replace(note, brings=True, mask=bytes(one.replica.slot.mask))
                 return
 
@@ -516,7 +515,23 @@ class Line:
             self._tell(event)
         self.mail.events.put(event)
 
-    def answer(self, link: Link) -> remote.Answer:
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Sending, within it, ends the process if home is lost."""
+        try:
+            yield
+        except LinkEnded as lost:
+            self.give_up(str(lost))
+
+    def put(self, link: Link, what: str, tensor: torch.Tensor) -> None:
+        with self.kept():
+            send(link, what, tensor)
+
+    def put_document(self, link: Link, prefix: str, value: Any) -> Any:
+        with self.kept():
+            return send_document(link, prefix, value)
+
+    def answer(self) -> remote.Answer:
         while True:
             match self.mail.events.get():
                 case Received(message=remote.Answer() as answer):

@@ -255,7 +255,7 @@ class _Life:
 
     def __init__(self, worker: RemoteWorker, home: _Home | None) -> None:
         self._worker, self._home = worker, home
-        self._interrupts = 0
+        self._interrupts, self._pid = 0, os.getpid()
 
     def begin(self) -> None:
         self._hook, sys.excepthook = sys.excepthook, self._raised
@@ -270,6 +270,7 @@ class _Life:
         if self._home is not None:
             self._home.interrupt()
         if self._interrupts > 1:
+            self._worker.is_over = True  # it may wait for an answer, which nobody will take now
             raise KeyboardInterrupt
 
     def _raised(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -288,6 +289,8 @@ class _Life:
             self._worker.broke(failure)
 
     def _end(self) -> None:
+        if os.getpid() != self._pid:
+            return  # a child that the script has forked
         code = 0
         try:
             self._worker.finish()

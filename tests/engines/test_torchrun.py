@@ -156,18 +156,10 @@ def test_control_c_ends_all_in_one_step(runner: Runner) -> None:
     assert ended.summary["status"] == "interrupted"
 
 
-@pytest.mark.parametrize(
-    ("variables", "told"),
-    [
-        ({"PACELINE_PACE": "fast"}, "pace 'fast' is not known"),
-        ({"PACELINE_INSECURE": "1", "PACELINE_JOB_KEY": "00" * 32}, "PACELINE_INSECURE is set, and a job key too"),
-    ],
-    ids=["pace", "key"],
-)
-def test_what_cannot_be_is_told_by_all(runner: Runner, variables: dict[str, str], told: str) -> None:
+def test_what_home_refuses_ends_all(runner: Runner) -> None:
     runner.write("forever.py", FOREVER)
-    first, second = by_hand(runner, "forever.py", **variables)
-    assert first.end().code != 0
-    assert second.end().code != 0
-    assert told in first.err
-    first.end()
+    first, second = by_hand(runner, "forever.py", PACELINE_PACE="fast")
+    ended, theirs = first.end(), second.end()
+    assert (ended.code, theirs.code) == (1, 1)
+    assert "pace 'fast' is not known" in ended.err
+    assert "home, beside rank 0, has not started: it ended with exit code 2" in theirs.err
