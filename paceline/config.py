@@ -147,8 +147,9 @@ def _number(pace: str, text: str) -> float:
 class Job:
     """One run, fully resolved.
 
-    ``workers`` and ``servers`` are counts of processes; with 0 servers the workers divide the
-    parameters among themselves. ``assign`` says how samples are dealt out (None: ``lease`` at paces ``bounded`` and
+    ``workers`` and ``servers`` are counts of processes at the start; with 0 servers the workers divide the
+    parameters among themselves. ``max_workers`` is how many workers there may ever be (``paceline scale``; None: see
+    ``places``). ``assign`` says how samples are dealt out (None: ``lease`` at paces ``bounded`` and
     ``async``, else ``round_robin``), ``data`` where they are: all on every worker (``shared``), each worker's own
     part with itself (``own``), all with worker 0, who sends the batches (``served``).
     ``staleness_damping`` divides the learning rate by max(1, staleness) (Zhang et al. 2016), ``compensate`` is the
@@ -160,7 +161,8 @@ class Job:
     wait for it; see ``engine/watch.py``.
     ``checkpoint_every`` is in steps (None: only at Ctrl-C); the ``keep`` newest checkpoints stay.
     ``threads`` is per process (None: cores // workers, at least 1).
-    ``steps`` counts rounds, or pushes of all workers divided by their number, so that every pace sees as many samples;
+    ``steps`` counts rounds, or pushes of all workers divided by their number at the start, so that every pace sees as
+    many samples;
     ``epochs`` passes over the training loader; ``until_loss`` and
     ``patience`` stop at convergence. ``runs`` is the folder in which run directories are made.
     """
@@ -168,6 +170,7 @@ class Job:
     name: str
     workers: int = 2
     servers: int = 0
+    max_workers: int | None = None
     pace: Pace = field(default_factory=Sync)
     assign: str | None = None
     data: str = "shared"
@@ -191,6 +194,8 @@ class Job:
         object.__setattr__(self, "runs", Path(self.runs))
         _within("workers", self.workers, 1, MAX_WORKERS)
         _within("servers", self.servers, 0, MAX_SERVERS)
+        if self.max_workers is not None:
+            _within("max-workers", self.max_workers, self.workers, MAX_WORKERS)
         _within("restarts", self.restarts, 0, _MAX)
         _within("keep", self.keep, 1, _MAX)
         if self.min_workers is not None:
@@ -204,6 +209,13 @@ class Job:
             raise UsageError("until-loss is nan; it must be a number")
         self._check_pace()
         self._check_data()
+
+    @property
+    def places(self) -> int:
+        """How many workers there may ever be: places are cheap, so some are kept free."""
+        if self.max_workers is not None:
+            return self.max_workers
+        return self.workers if self.data == "served" else min(max(2 * self.workers, 8), MAX_WORKERS)
 
     def _check_pace(self) -> None:
         pace = self.pace

@@ -54,7 +54,7 @@ def run_job(
     ``elsewhere``: each worker is a stub with a deputy, over a link.
     """
     job = Job(name="test", workers=workers, servers=servers, **options)
-    board_fd = Board.create(workers, servers)
+    board_fd = Board.create(workers, servers, places=(job.places, servers))
     board = Board(segment.attach(board_fd))
     events: list[tuple[str, int, Any]] = []
     arrived = threading.Condition()

@@ -61,7 +61,7 @@ def resolved(order: Order) -> Job:
     unknown = [name for name in given if name not in {field.name for field in fields(Job)}]
     if unknown:
         raise UsageError(f"paceline.init got {unknown[0]!r}, which is no option of a run")
-    values |= given | {"workers": order.workers, "restarts": 0}
+    values |= given | {"workers": order.workers, "max_workers": order.workers, "restarts": 0}
     job = Job(name=Path(order.script).stem, **values)
     if job.data == "served":
         raise ConfigError(

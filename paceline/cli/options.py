@@ -40,6 +40,9 @@ class JobFlags:
     servers: Annotated[
         str | None, _option("K", "processes that hold the parameters; 0: the workers do [default: 0]")
     ] = None
+    max_workers: Annotated[
+        str | None, _option("N", "room for so many, see paceline scale [default: twice as many, at least 8]")
+    ] = None
     pace: Annotated[str | None, _option("PACE", f"{', '.join(PACES)} [default: sync]")] = None
     assign: Annotated[
         str | None,

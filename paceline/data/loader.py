@@ -46,6 +46,9 @@ class Passes(Protocol):
     def skip(self, loader: int) -> int:
         """How many of this worker's batches of the pass have been trained on by a worker before it in its place."""
 
+    def deal(self, loader: int) -> tuple[int, int] | None:
+        """Which part of the pass is this worker's (-1: none), of how many; None if that never changes."""
+
     def fetching(self) -> None:
         """The first batch of a pass is about to be fetched; what is drawn at random from here on is its."""
 
@@ -106,13 +109,17 @@ class Batches(Protocol):
 
 @dataclass(frozen=True)
 class Part:
-    """Which part of every epoch is this worker's, where it is not drawn by lease."""
+    """Which part of an epoch is this worker's, where it is not drawn by lease: number ``rank`` of so many."""
 
     rank: int
     workers: int
     assign: str
     seed: int
     trained: tuple[Trained | None, ...] = ()  # by loader: what a resumed run had trained on in its epoch
+
+    def of(self, deal: tuple[int, int] | None) -> Part:
+        """The same for a pass that is dealt so; see ``Passes.deal``."""
+        return self if deal is None else replace(self, rank=deal[0], workers=deal[1])
 
     def left_of(self, loader: int, epoch: int) -> Trained | None:
         """What of this epoch need not be dealt any more."""
@@ -202,9 +209,10 @@ class SharedLoader(DataLoader[Any]):
             object.__setattr__(self, name, getattr(source, name))
 
     def __len__(self) -> int:
+        part = self._part.of(self._passes.deal(self._index))
         if self._plan is not None:
-            return self._plan.length(self._passes.epoch(self._index))
-        part = replace(self._part, assign="round_robin") if self._part.assign == "block" else self._part
+            return self._plan.length(self._passes.epoch(self._index), part)
+        part = replace(part, assign="round_robin") if part.assign == "block" else part
         return part.count(len(self._source), self._passes.epoch(self._index))
 
     def __iter__(self) -> Any:
@@ -212,13 +220,13 @@ class SharedLoader(DataLoader[Any]):
 
     def batches(self, leases: Leases | None, skip: int = 0, /) -> Iterator[tuple[Any, int]]:
         """This worker's batches of a pass, each with its samples; tells nobody."""
-        epoch = self._passes.epoch(self._index)
+        epoch, part = self._passes.epoch(self._index), self._part.of(self._passes.deal(self._index))
         if self._plan is None:
             self._passes.fetching()
-            batches = self._part.rest(self._index, epoch, super().__iter__(), None)
-            yield from islice(_streamed(batches, self._part, epoch, None, self._count, leases), skip, None)
+            batches = part.rest(self._index, epoch, super().__iter__(), None)
+            yield from islice(_streamed(batches, part, epoch, None, self._count, leases), skip, None)
             return
-        counts = self._plan.start(epoch, leases, skip, self._passes.fetching)
+        counts = self._plan.start(epoch, part, leases, skip, self._passes.fetching)
         for batch in super().__iter__():
             known = counts.popleft()
             if leases is None or leases.begin():
@@ -237,7 +245,8 @@ class SharedBatches:
         self._source, self._index, self._part, self._passes, self._count = source, index, part, passes, count
 
     def __len__(self) -> int:
-        return self._part.count(len(self._source), self._passes.epoch(self._index))  # type: ignore[arg-type]
+        part = self._part.of(self._passes.deal(self._index))
+        return part.count(len(self._source), self._passes.epoch(self._index))  # type: ignore[arg-type]
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -249,11 +258,11 @@ class SharedBatches:
 
     def batches(self, leases: Leases | None, skip: int = 0, /) -> Iterator[tuple[Any, int]]:
         """This worker's batches of a pass, each with its samples; tells nobody."""
-        epoch = self._passes.epoch(self._index)
+        epoch, part = self._passes.epoch(self._index), self._part.of(self._passes.deal(self._index))
         total = len(self._source) if isinstance(self._source, Sized) else None
         self._passes.fetching()
-        batches = self._part.rest(self._index, epoch, self._source, total)
-        return islice(_streamed(batches, self._part, epoch, total, self._count, leases), skip, None)
+        batches = part.rest(self._index, epoch, self._source, total)
+        return islice(_streamed(batches, part, epoch, total, self._count, leases), skip, None)
 
 
 def one_pass(loader: Any, index: int, passes: Passes, batches: Batches) -> Iterator[Any]:
@@ -348,18 +357,23 @@ class _Plan:
         self._orders: dict[int, Any] = {} if orders is None else orders  # epoch -> what the user's sampler drew
         self._source, self._part, self._epoch, self._index = source, part, 0, index
         self._counts: deque[int | None] = deque()
-        self._drawn: tuple[int, list[Any]] = (-1, [])
+        self._drawn: tuple[object, list[Any]] = (None, [])
         self._leases: Leases | None = None
         self._skip = 0
         self._before: Callable[[], None] = lambda: None
         self.by_batch_of_one = source.batch_sampler is None
 
     def start(
-        self, epoch: int, leases: Leases | None = None, skip: int = 0, before: Callable[[], None] = lambda: None
+        self,
+        epoch: int,
+        part: Part,
+        leases: Leases | None = None,
+        skip: int = 0,
+        before: Callable[[], None] = lambda: None,
     ) -> deque[int | None]:
-        """From now on ``iter`` gives this epoch, without the first ``skip`` batches; the sample counts of its batches
-        appear in the answer, in order. ``before`` is called before the first."""
-        self._epoch, self._leases, self._skip, self._before = epoch, leases, skip, before
+        """From now on ``iter`` gives this part of this epoch, without the first ``skip`` batches; the sample counts of
+        its batches appear in the answer, in order. ``before`` is called before the first."""
+        self._epoch, self._part, self._leases, self._skip, self._before = epoch, part, leases, skip, before
         self._counts = deque()
         return self._counts
 
@@ -371,15 +385,15 @@ class _Plan:
             yield batch
 
     def __len__(self) -> int:
-        return self.length(self._epoch)
+        return self.length(self._epoch, self._part)
 
-    def length(self, epoch: int) -> int:
-        """How many batches the worker has in this epoch, or at most has where they are dealt in turn."""
-        sampler, part = self._source.batch_sampler, self._part
+    def length(self, epoch: int, part: Part) -> int:
+        """How many batches the worker has in this part of an epoch, or at most has where they are dealt in turn."""
+        sampler = self._source.batch_sampler
         if part.assign == "round_robin":
             return part.count(len(self._source), epoch)
         if not self._is_plain(sampler):
-            return len(self._listed(epoch))
+            return len(self._listed(epoch, part))
         total = len(self._source.dataset)  # type: ignore[arg-type]
         held = part.count(total, epoch)
         return held // sampler.batch_size if sampler.drop_last else -(-held // sampler.batch_size)
@@ -396,12 +410,8 @@ class _Plan:
         if self._leases is not None:
             return islice(self._leased(self._leases, epoch), skip, None)
         if self._is_plain(sampler):
-            return self._cut(sampler, epoch, skip)
-        return iter(self._listed(epoch)[skip:])
-
-    def _owned(self, batches: int, epoch: int) -> list[int]:
-        """The ordinals of the worker's batches, of so many."""
-        return np.flatnonzero(self._part.mine(np.arange(batches), batches, epoch)).tolist()
+            return self._cut(sampler, epoch, self._part, skip)
+        return iter(self._listed(epoch, self._part)[skip:])
 
     def _leased(self, leases: Leases, epoch: int) -> Iterator[Any]:
         sampler, everything = self._source.batch_sampler, Part(0, 1, "round_robin", self._part.seed)
@@ -411,29 +421,29 @@ class _Plan:
             while (ordinal := leases.draw(total)) is not None:
                 yield _batch(order, sampler, ordinal)
             return
-        listed = _Plan(self._source, everything, self._orders, self._index)._listed(epoch)
+        listed = _Plan(self._source, everything, self._orders, self._index)._listed(epoch, everything)
         while (ordinal := leases.draw(len(listed))) is not None:
             yield listed[ordinal]
 
-    def _listed(self, epoch: int) -> list[Any]:
-        """The worker's batches by a sampler of the user's, drawn once an epoch: its length is known only then."""
-        if self._drawn[0] != epoch:
-            sampler, part = self._source.batch_sampler, self._part
+    def _listed(self, epoch: int, part: Part) -> list[Any]:
+        """A part's batches by a sampler of the user's, drawn once an epoch: its length is known only then."""
+        if self._drawn[0] != (epoch, part.rank, part.workers):
+            sampler = self._source.batch_sampler
             if type(sampler) is BatchSampler:
-                batches = list(self._cut(sampler, epoch))
+                batches = list(self._cut(sampler, epoch, part))
             else:
                 drawn = self._draw(self._source.sampler if sampler is None else sampler, epoch)
                 drawn = list(part.rest(self._index, epoch, drawn, len(drawn)))
-                batches = [drawn[ordinal] for ordinal in self._owned(len(drawn), epoch)]
-            self._drawn = (epoch, batches)
+                batches = [drawn[ordinal] for ordinal in _owned(part, len(drawn), epoch)]
+            self._drawn = ((epoch, part.rank, part.workers), batches)
         return self._drawn[1]
 
-    def _cut(self, sampler: BatchSampler, epoch: int, skip: int = 0) -> Iterator[Any]:
-        """Batches as ``sampler`` cuts them: of the worker's own samples, or whole ones of the global order; without the
+    def _cut(self, sampler: BatchSampler, epoch: int, part: Part, skip: int = 0) -> Iterator[Any]:
+        """Batches as ``sampler`` cuts them: of the part's own samples, or whole ones of the global order; without the
         first ``skip``."""
-        order, part = self._rest(self._order(sampler.sampler, epoch), sampler, epoch), self._part
+        order = self._rest(self._order(sampler.sampler, epoch), sampler, epoch)
         if part.assign == "round_robin" or not isinstance(order, np.ndarray):
-            ordinals = self._owned(_count_batches(sampler, len(order)), epoch)
+            ordinals = _owned(part, _count_batches(sampler, len(order)), epoch)
             return (_batch(order, sampler, ordinal) for ordinal in ordinals[skip:])
         total = len(self._source.dataset)  # type: ignore[arg-type]
         held = order[part.mine(order, total, epoch)].tolist()
@@ -471,6 +481,11 @@ class _Plan:
                 del self._orders[old]
             self._orders[epoch] = drawn
         return list(self._orders[epoch])
+
+
+def _owned(part: Part, batches: int, epoch: int) -> list[int]:
+    """The ordinals of a part's batches, of so many."""
+    return np.flatnonzero(part.mine(np.arange(batches), batches, epoch)).tolist()
 
 
 def _count_batches(sampler: BatchSampler, samples: int) -> int:

@@ -22,6 +22,11 @@ def size_bytes(table: Table, workers: int) -> int:
     return page_up(workers * _COPIES * 8) + workers * _COPIES * page_up(max(table.offsets_bytes()[""], 1))
 
 
+def by_place(table: Table, workers: int) -> tuple[tuple[int, int, int], ...]:
+    """Which ranges of it belong to single workers."""
+    return ((page_up(workers * _COPIES * 8), _COPIES * page_up(max(table.offsets_bytes()[""], 1)), workers),)
+
+
 class Buffers:
     """The buffers ``tensors``, described by ``table``, of all workers in ``memory``."""
 
@@ -43,6 +48,11 @@ class Buffers:
         with torch.no_grad():
             for view, tensor in zip(self._views[place], self._tensors, strict=True):
                 view.copy_(tensor)
+
+    def forget(self) -> None:
+        """What lies here is of a worker that has left."""
+        for number in range(_COPIES):
+            self._weights[self._place(number, self._rank)] = 0.0
 
     def average(self, number: int, members: Sequence[int]) -> None:
         """Set the buffers to the mean of those of ``members``, who have all written; the same on all workers."""

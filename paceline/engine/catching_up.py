@@ -2,7 +2,7 @@
 
 A newcomer takes the place of a worker that has died: it runs the script from the top, and each pass that its place has
 behind it has one batch, of which nothing stays (docs/decisions/0009). So does a worker of a run that is resumed, and
-with it all others.
+with it all others. One that comes to a place that was LEFT has behind it what all others have (docs/decisions/0012).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from paceline.engine.context import Context
 from paceline.engine.exchange import Exchange
 from paceline.engine.snapshot import Resumed
+from paceline.protocol.rounds import LEFT
 from paceline.transport.board import COLLECTIVES
 
 _EVALUATED, _TRAINED = 1, 2  # what a pass counts as that is caught up with
@@ -25,9 +26,10 @@ class CatchingUp:
         self.resumed = Resumed(context.resume) if context.resume is not None and not is_newcomer else None
         self.joined = not is_newcomer and self.resumed is None  # do the others count with this worker?
         self._behind: dict[int, int] = {}  # loader -> passes that are left to catch up with
-        if not self.joined:
+        self._done: dict[int, int] = {}  # loader -> passes caught up with
+        if not self.joined and not self.look_again():
             passes = {loader: self._board.passes(loader)[self._rank] for loader in range(COLLECTIVES)}
-            self._behind = {loader: count for loader, count in passes.items() if count}
+            self._behind = {} if self.is_fresh else {loader: count for loader, count in passes.items() if count}
         self._ghosts: dict[int, int] = {}  # loaders whose pass in progress is one to catch up with -> what it counts as
         self._with_ghost = False  # is the batch in hand one that only keeps the script from finding a pass empty?
         self.joined_in: int | None = None  # the loader in whose pass it has joined, while that lasts
@@ -41,6 +43,33 @@ class CatchingUp:
     def is_behind(self) -> bool:
         """Has this process still to catch up with what the worker before it in its place had done?"""
         return bool(self._behind)
+
+    @property
+    def is_fresh(self) -> bool:
+        """Does this process come to a place that was LEFT? Then nobody waits for it until it joins."""
+        return not self.joined and self.resumed is None and self._board.gone[self._rank] == LEFT
+
+    def look_again(self) -> bool:
+        """Is this process behind? The others get on while one that nobody waits for catches up."""
+        if self.is_fresh:
+            others, done = self.others, self._done
+            behind = {loader: self.passes_of(others, loader) - done.get(loader, 0) for loader in range(COLLECTIVES)}
+            self._behind = {loader: count for loader, count in behind.items() if count > 0}
+        return bool(self._behind)
+
+    def passes_of_others(self, loader: int) -> int:
+        """The pass that the hindmost of the others is in; all of them where they have left."""
+        return self.passes_of(self.others, loader)
+
+    def passes_of(self, workers: Sequence[int], loader: int) -> int:
+        passes = self._board.passes(loader)
+        return min(passes[worker] for worker in workers) if workers else max(passes)
+
+    @property
+    def others(self) -> list[int]:
+        """Those who have not left."""
+        board = self._board
+        return [worker for worker in range(board.width) if worker != self._rank and board.gone[worker] != LEFT]
 
     @property
     def is_muted(self) -> bool:
@@ -63,6 +92,7 @@ class CatchingUp:
         counts = self._ghosts.pop(loader, None)
         if counts:
             self._behind[loader] -= 1
+            self._done[loader] = self._done.get(loader, 0) + 1
             if not self._behind[loader]:
                 del self._behind[loader]
             self.last = loader
@@ -73,8 +103,8 @@ class CatchingUp:
         if self.resumed is not None:
             return bool(self.resumed.state["loaders"][loader]["trained"])
         board = self._board
-        number = board.passes(loader)[self._rank]
-        return any(board.look(loader, number, worker)[2] for worker in range(board.workers))
+        number = self.passes_of_others(loader) if self.is_fresh else board.passes(loader)[self._rank]
+        return any(board.look(loader, number, worker)[2] for worker in range(board.width))
 
     def needs_ghost(self, *, is_first: bool, is_new: bool) -> bool:
         """No batch was left, and ``is_first``: none came before. Is a ghost to keep the script from an empty pass?"""

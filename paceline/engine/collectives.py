@@ -14,6 +14,7 @@ import torch
 
 from paceline.engine.arrivals import Close
 from paceline.engine.context import Context
+from paceline.engine.ending import Leave
 from paceline.engine.exchange import Exchange, compare
 from paceline.engine.snapshot import Resumed
 from paceline.errors import ConfigError
@@ -23,7 +24,7 @@ from paceline.protocol.rounds import LEFT, NOT_PARKED, Waiting
 from paceline.transport import segment
 from paceline.transport.board import COLLECTIVES, Aborted
 from paceline.transport.channel import Closed
-from paceline.transport.slots import ExchangeMemory, carve_vectors, size_bytes
+from paceline.transport.slots import ExchangeMemory, by_place, carve_vectors, size_bytes
 
 
 class Collectives:
@@ -34,15 +35,21 @@ class Collectives:
         self._lock = context.lock
         self.number = 0
         self.before: Callable[[], None] = lambda: None  # called by who comes to one
+        self.departed = False  # has this worker left, so that it takes part in none any more?
         self.takes_part = not context.board.deaths[context.rank]  # a newcomer, from when it has caught up
 
-    def ask(self, kind: str, spec: bytes, size: int, what: str) -> tuple[Any, bytes]:
-        """Ask the launcher for memory that all workers get; (mapping, worker 0's spec)."""
+    def ask(
+        self, kind: str, spec: bytes, size: int, what: str, by_place: tuple[tuple[int, int, int], ...] = ()
+    ) -> tuple[Any, bytes]:
+        """Ask the launcher for memory that all workers get; (mapping, worker 0's spec). ``by_place``: which ranges
+        of it belong to single workers."""
+        if self.departed:
+            raise Leave
         self.before()
         self.number += 1
         done = self._board.passes(COLLECTIVES)
         done[self._rank] = max(done[self._rank], self.number)
-        self._channel.send(messages.Wrap(self.number, kind, spec, size, what))
+        self._channel.send(messages.Wrap(self.number, kind, spec, size, what, by_place))
         # To be here is to be at the end of a pass of all: nobody in a round must wait for this worker. A newcomer comes
         # to what the others have behind them, and they do not count with it yet.
         if self.takes_part:
@@ -106,7 +113,7 @@ class Collectives:
         """
         spec = exchange.spec
         what = f"{type(exchange.optimizer).__name__} over {spec.table.values} parameters"
-        memory, first = self.ask("exchange", msgspec.msgpack.encode(spec), size_bytes(spec), what)
+        memory, first = self.ask("exchange", msgspec.msgpack.encode(spec), size_bytes(spec), what, by_place(spec))
         compare(spec, first, self._rank)
         exchange.attach(ExchangeMemory(memory, spec), self.number, account)
         attached()  # from here on the dead are to be buried in it, also while this worker waits below

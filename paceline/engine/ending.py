@@ -23,6 +23,10 @@ _IDLE_STEPS, _IDLE_S = 1000, 10.0  # a script that goes on this long after the e
 _TRAINING, _DONE, _INTERRUPTED = 0, 1, 2  # cells of the board's column "ended"
 
 
+class Leave(SystemExit):
+    """Ends the script of a worker that was asked to leave, between two steps. ``finally`` and exit functions run."""
+
+
 class Ending:
     """What a worker knows of the end of training."""
 
@@ -32,6 +36,7 @@ class Ending:
         self._exchanges, self._progress, self._saving, self._pace = exchanges, progress, saving, job.pace
         self._stopping = Stopping(job.steps, job.epochs, job.until_loss, job.patience)
         self._ended = _TRAINING
+        self.departed = False  # has this worker left before the others?
         self._owes_interrupt = False  # the script has still to be told
         self._ended_s, self._idle_steps = 0.0, 0
 
@@ -69,7 +74,10 @@ class Ending:
         reason = self._stopping.after_round(progress.steps if isinstance(self._pace, Local) else number)
         look = reason is None and self._stopping.needs_loss and number % max(1, CHECK_ROUNDS // every) == 0
         # Whoever is out of data has not seen this round: then nobody looks, so that all count the same looks.
-        if look and all(w in contributors or self._board.gone[w] for w in range(self._board.workers)):
+        # Nor has a newcomer, whether it has joined by now or not.
+        if look and all(
+            w in contributors or self._board.gone[w] or not rounds.counts(w, number) for w in range(self._board.width)
+        ):
             total, samples = rounds.losses(number, contributors)
             progress.look = (0.0, 0.0)
             reason = self._look_once(number, total, samples)
@@ -106,13 +114,13 @@ class Ending:
 
     def account(self, entry: Entry) -> None:
         """A push is appended, and counts: add up what came with it, and end training where that is due."""
-        accounts, a_step = self._board.accounts, self._progress.pushes_a_step
+        accounts, progress, a_step = self._board.accounts, self._progress, self._progress.pushes_a_step
         for loss, samples, steps in self._exchanges[0].told(entry.members):
             accounts.loss_sum += loss
             accounts.samples += samples
             accounts.steps += steps
         alone = isinstance(self._pace, Quorum)
-        reason = self._stopping.after_round(entry.version if alone else int(accounts.steps) // self._board.workers)
+        reason = self._stopping.after_round(entry.version if alone else int(accounts.steps) // progress.workers)
         if entry.version % a_step == 0:
             step = entry.version // a_step
             self._saving.after(entry.version, step - 1, step, shares=True)
@@ -126,7 +134,7 @@ class Ending:
         if board.decided[loader] >= number:
             return
         board.decided[loader] = number
-        looks = [board.look(loader, number, w) for w in range(board.workers) if board.passes(loader)[w] >= number]
+        looks = [board.look(loader, number, w) for w in range(board.width) if board.passes(loader)[w] >= number]
         if not sum(look[2] for look in looks) or max(board.ended):
             return
         for exchange in self._exchanges:
@@ -160,6 +168,10 @@ class Ending:
             self._board.wake_all()
 
     # --- this worker's own end ---
+
+    def depart(self) -> None:
+        """Training is over for this worker, and for no other."""
+        self.departed, self._ended, self._ended_s = True, _DONE, time.monotonic()
 
     def end(self, reason: str) -> None:
         """Training is over for this worker."""

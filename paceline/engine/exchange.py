@@ -140,7 +140,7 @@ class Exchange:
     @property
     def _pushes_a_step(self) -> int:
         """Versions count the pushes of all."""
-        return self.spec.workers if self.spec.parts and not isinstance(self._pace, Quorum) else 1
+        return self._context.job.workers if self.spec.parts and not isinstance(self._pace, Quorum) else 1
 
     def go_on_from(self, numbers: dict[str, int]) -> None:
         """Worker 0, before anybody has pushed: the run goes on from here."""
@@ -392,8 +392,9 @@ def describe(
         settings=encoded,
         settings_bytes=4 * len(encoded) + 4096,
         state=items,
-        workers=job.workers,
+        workers=job.places,
         servers=job.servers,
+        shares=job.servers or job.workers,
         parts=_parts(job, sum(e.size for e in table.entries if not e.row))
         if isinstance(pace, Quorum | Bounded | Async)
         else 0,

@@ -105,7 +105,8 @@ class _Front:
             self._keep(messages.Hold("payload"), program.report)
 
     def _make_board(self, resume: Loaded | None) -> None:
-        fd = Board.create(self._job.workers, self._job.servers)
+        job = self._job
+        fd = Board.create(job.workers, job.servers, places=(job.places, job.servers))
         self._keep(messages.Hold("board"), fd)
         setup = msgspec.msgpack.encode(self._setup)
         self._begin = messages.Begin(setup, str(self._directory), list(self._argv), os.getpid())

@@ -21,23 +21,27 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
 import msgspec
 
-from paceline import errors, events
+from paceline import config_file, errors, events
 from paceline.engine.checkpoints import Checkpoints
+from paceline.engine.control import Control
 from paceline.engine.diary import LONG_BYTES, NAME, Diary, Entry
 from paceline.engine.metrics import Merger, seconds_a_step
 from paceline.engine.recorder import Recorder
 from paceline.engine.saver import PARTS, Saver
 from paceline.engine.setup import Setup, decode_job
 from paceline.engine.watch import StepTimes, Watch, Whose
+from paceline.engine.wishes import Wishes
 from paceline.protocol import messages
 from paceline.protocol.coordinator import (
     Abort,
     Allocate,
+    AskToLeave,
     Came,
     Coordinator,
     Died,
@@ -46,8 +50,10 @@ from paceline.protocol.coordinator import (
     Give,
     GiveUp,
     Interrupted,
+    Open,
     Replace,
     Tell,
+    Wished,
     how_ended,
 )
 from paceline.protocol.rounds import LEFT
@@ -102,6 +108,8 @@ class _Launcher:
         # Who has data that nobody else has, or reads it for all, cannot be replaced.
         restarts = 0 if job.data == "served" else job.restarts
         self._coordinator = Coordinator(job.workers, job.servers, restarts=restarts, min_workers=job.min_workers)
+        self._wishes = Wishes(job, self._coordinator, elsewhere=setup.door is not None)
+        self._control = Control(recorder.directory)
         self._memories: dict[int, tuple[messages.Memory, int]] = {}  # what newcomers get, by number
         self._started_s = self._diary.entries[0].time_s if again else time.monotonic() - recorder.offset_s
         self._entry_s = 0.0
@@ -173,6 +181,7 @@ class _Launcher:
         while self._alive or self._expected:
             self._turn()
         self._saver.close()
+        self._control.close()
         summary, failure = self._conclude()
         self._diary.close()
         self._front.send(messages.Outcome(msgspec.json.encode(summary), failure))
@@ -238,6 +247,13 @@ class _Launcher:
         _forget(peeked[len(frames) :])
         return peeked[: len(frames)]
 
+    def _write_config(self) -> None:
+        """As the run is now, so that ``paceline resume`` goes on with as many workers as it had last."""
+        setup = msgspec.msgpack.decode(self._setup, type=Setup)
+        job = replace(self._job, workers=self._coordinator.wanted)
+        text = config_file.dump(job, setup.script or None, setup.args)
+        (self._recorder.directory / "config.toml").write_text(text)
+
     # --- starting ---
 
     def _fork_all(self) -> None:
@@ -269,6 +285,7 @@ class _Launcher:
         if self._saver.saved > self._dropped:
             self._dropped = self._saver.saved
             self._front.send(messages.Drop(self._dropped))
+        self._control.turn(self._answer)
         self._recorder.flush()
         self._show_output()
         self._look_after()
@@ -354,19 +371,29 @@ class _Launcher:
             case messages.Forked(role=whose, rank=its, pid=pid):
                 self._forked(whose, its, pid, descriptors)
             case messages.Exited(role=whose, rank=its, pid=pid, status=status):
-                self._exited(whose, its, pid, status, left=whose == "worker" and its in entry.left)
+                self._exited(whose, its, pid, status, left=self._has_left(entry, whose, its))
             case messages.Steps(rows=rows):
                 self._merger.add(rows, rank)
                 self._steps.add(seconds_a_step(rows))
                 self._coordinator.handle(Came(role, rank, message))
             case messages.Logged(step=step, values=values):
                 self._merger.log(step, values)
+            case messages.Scale():
+                self._scale(message)
+            case messages.Joined():
+                self._saver.joined(rank)
+                self._obey(self._coordinator.handle(Came(role, rank, message)))
             case messages.Pass(number=number, steps=steps):
+                self._wishes.epoch = number + 1
                 self._record(events.Epoch(self._entry_s, number + 1, steps))
             case messages.Interrupt(times=times):
                 self._interrupted(times)
             case _:
                 self._obey(self._coordinator.handle(Came(role, rank, message)))
+
+    def _has_left(self, entry: Entry, role: str, rank: int) -> bool:
+        """Was it finished with the script when it ended? One that has not joined looks as if it were."""
+        return role == "worker" and rank in entry.left and rank not in self._coordinator.coming
 
     def _take_part(self, rank: int, part: messages.Part, descriptors: tuple[int, ...]) -> None:
         """Of a checkpoint. The front has it until the checkpoint is written."""
@@ -422,8 +449,8 @@ class _Launcher:
     def _obey(self, effects: Sequence[Effect]) -> None:
         for effect in effects:
             match effect:
-                case Allocate(request=request, servers=servers):
-                    self._allocate(request, servers)
+                case Allocate(request=request, servers=servers, workers=workers):
+                    self._allocate(request, servers, workers)
                 case Give(rank=rank, number=number):
                     memory, fd = self._memories[number]
                     self._send("worker", rank, memory, (fd,))
@@ -434,8 +461,19 @@ class _Launcher:
                     self._tell_death(rank, for_good=False)
                     self._expected += 1
                     self._fork("worker", rank)
+                case Open(rank=rank):
+                    self._died[rank] += 1  # to the others it is as if one had
+                    if not self._silent:
+                        self._board.open_place(rank, max(self._memories, default=0), deaths=self._died[rank])
+                    self._expected += 1
+                    self._fork("worker", rank)
+                case AskToLeave(rank=rank):
+                    if not self._silent:
+                        self._board.ask_to_leave(rank)
                 case GiveUp(rank=rank):
                     self._tell_death(rank, for_good=True)
+                    if not self._silent:
+                        self._board.want(self._coordinator.wanted)
                 case Tell(kind=kind, text=text, role=role, rank=rank):
                     self._record(events.Notice(self._entry_s, kind, text, role, rank))
                 case Abort(role=role, rank=rank, failure=failure):
@@ -446,6 +484,39 @@ class _Launcher:
                     if not self._silent:
                         self._board.wake_all()
 
+    def _answer(self, question: messages.Any) -> messages.Any:
+        """To a user, see engine/control.py."""
+        if not isinstance(question, messages.Scale):
+            return messages.Scaled(kind="UsageError", what=f"a run does not answer {type(question).__name__}")
+        if self._recorder.info.status != "running" or self._failure is not None:
+            return messages.Scaled(kind="UsageError", what="the run is just beginning, or ending", fix="try again")
+        answer = self._wishes.answer(question)
+        if answer.kind or question.workers is None:
+            return answer
+        try:
+            for rank in range(self._coordinator.wanted, question.workers):
+                for memory, fd in self._memories.values():
+                    segment.reserve_place(fd, f"worker {rank}", memory.by_place, rank)
+        except errors.HostError as error:
+            return messages.Scaled(kind="HostError", what=error.what, why=error.why, fix=error.fix)
+        self._note("launcher", 0, encode(question))
+        return answer
+
+    def _scale(self, wish: messages.Scale) -> None:
+        """Of a wish that is not refused."""
+        assert wish.workers is not None
+        for text in self._wishes.answer(wish).told:
+            self._record(events.Notice(self._entry_s, "scale", text))
+        threads = self._job.threads or max(1, len(os.sched_getaffinity(0)) // wish.workers)
+        setup = msgspec.msgpack.decode(self._setup, type=Setup)
+        self._setup = msgspec.msgpack.encode(msgspec.structs.replace(setup, threads=threads))
+        if not self._silent:
+            self._board.want(wish.workers)
+        self._obey(self._coordinator.handle(Wished(wish.workers)))
+        self._recorder.info.workers = wish.workers
+        self._write_info()
+        self._write_config()
+
     def _tell_death(self, rank: int, *, for_good: bool) -> None:
         self._died[rank] += 1
         self._merger.lost(rank)
@@ -453,14 +524,14 @@ class _Launcher:
             self._lock.try_to_mend()
             self._board.tell_death(rank, for_good=for_good, deaths=self._died[rank])
 
-    def _allocate(self, request: messages.Wrap, servers: bool) -> None:
+    def _allocate(self, request: messages.Wrap, servers: bool, workers: Sequence[int]) -> None:
         if self._silent:
             return
         if request.number not in self._memories:
-            memory = messages.Memory(request.number, request.size_bytes, request.kind, request.spec)
+            memory = messages.Memory(request.number, request.size_bytes, request.kind, request.spec, request.by_place)
             hold = messages.Hold("memory", number=request.number, about=msgspec.msgpack.encode(memory))
             try:
-                fd = segment.create(request.what, request.size_bytes)
+                fd = segment.create(request.what, request.size_bytes, request.by_place, self._board.width)
                 self._take_over(hold, fd)
             except errors.HostError as error:
                 failure = messages.Failed("HostError", error.what, error.why, error.fix)
@@ -469,10 +540,14 @@ class _Launcher:
             self._front.send(hold, (fd,))
         memory, fd = self._memories[request.number]
         # Servers first: they are ready when the first push comes.
-        self._send_all(("server", "worker") if servers else ("worker",), memory, (fd,))
+        if servers:
+            self._send_all(("server",), memory, (fd,))
+        for rank in workers:
+            self._send("worker", rank, memory, (fd,))
         if request.kind == "exchange":
             optimizer, _, rest = request.what.partition(" over ")
-            self._record(events.Wrapped(self._entry_s, int(rest.split()[0]), request.size_bytes, optimizer))
+            size_bytes = os.fstat(fd).st_blocks * 512  # what nobody has been given is not there
+            self._record(events.Wrapped(self._entry_s, int(rest.split()[0]), size_bytes, optimizer))
 
     def _send(self, role: str, rank: int, message: messages.Any, descriptors: tuple[int, ...] = ()) -> None:
         channel = None if self._silent else self._channels.get((role, rank))
@@ -513,9 +588,9 @@ class _Launcher:
 
     def _hangs(self, role: str, rank: int) -> bool:
         """Do others wait, and this one not for them?"""
-        member = rank if role == "worker" else self._job.workers + rank
+        member = rank if role == "worker" else self._board.workers + rank
         asleep = self._board.asleep
-        return not asleep[member] and any(asleep[w] for w in range(self._job.workers))
+        return not asleep[member] and any(asleep[w] for w in range(self._board.width))
 
     def _in_hand(self, role: str, rank: int) -> int:
         return self._board.in_hand[rank] if role == "worker" else 0

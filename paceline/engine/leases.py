@@ -32,6 +32,7 @@ class Leases:
         return Leases(self._memory, self._segment, self._lock, rank, self._workers, self._tell)
 
     def open(self, epoch: int, gone: Sequence[int] | memoryview[int]) -> None:
+        """The first batches of the epoch are for those who are not ``gone``, one each."""
         with self._lock:
             present = [worker for worker in range(len(gone)) if not gone[worker]]
             self._ledger.open(epoch, self._rank, present)

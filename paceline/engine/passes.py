@@ -19,7 +19,7 @@ from paceline.engine.buffers import Buffers
 from paceline.engine.catching_up import CatchingUp
 from paceline.engine.collectives import Collectives
 from paceline.engine.context import Context
-from paceline.engine.ending import Ending
+from paceline.engine.ending import Ending, Leave
 from paceline.engine.exchange import Exchange
 from paceline.engine.handover import Handover
 from paceline.engine.keeping import load_random_states
@@ -86,6 +86,8 @@ class Passes:
         self._evaluating: dict[int, tuple[int, object]] = {}  # loader -> samples and gradients at that time
         self._training_loaders: set[int] = set()
         self._continued: set[int] = set()  # loaders whose pass this process has not begun
+        self._deals: dict[int, tuple[int, int] | None] = {}  # loader -> see `deal`, in its pass in progress
+        self._open: set[int] = set()  # loaders of which this worker has a part in a pass in progress
         # Loaders whose pass the script left early, and the gradients at that time; until that is told.
         self._leaving: list[tuple[int, object]] = []
         self._left: set[int] = set()  # loaders whose last pass it was, and its end is not waited for yet
@@ -118,6 +120,45 @@ class Passes:
     def skip(self, loader: int) -> int:
         return self._places[loader][1]
 
+    def deal(self, loader: int) -> tuple[int, int] | None:
+        return self._deals[loader] if loader in self._deals else self._deal_to(self._sharers(leaving=True))
+
+    def _sharers(self, *, leaving: bool) -> tuple[int, ...]:
+        """Who shares a pass that begins now; with ``leaving`` also who is here, but has been asked to leave.
+
+        Who is just gone because its script is over takes its part along: so who has which batches does not depend on
+        how fast one is.
+        """
+        board = self._board
+        return tuple(
+            worker
+            for worker in range(board.width)
+            if (worker == self._rank and leaving)
+            or (
+                not (board.coming[worker] or board.given_up[worker])
+                and (not board.leaving[worker] or (leaving and board.gone[worker] != LEFT))
+            )
+        )
+
+    def _deal_to(self, sharers: Sequence[int]) -> tuple[int, int] | None:
+        if self._context.job.data != "shared":  # each has all of its own, or worker 0 reads and nobody comes or leaves
+            return None
+        return (sharers.index(self._rank) if self._rank in sharers else -1, len(sharers))
+
+    def _settle_deal(self, loader: int, number: int) -> bool:
+        """Who shares this pass is settled by the first to begin it. An evaluation is each worker's own business. Has
+        this worker a part?"""
+        board, sharers = self._board, None
+        trains = self._is_training() and (loader in self._training_loaders or not self._training_loaders)
+        if trains and loader not in self._leases:
+            with self._lock:
+                sharers = board.sharers(loader, number)
+                if sharers is None:
+                    sharers = self._sharers(leaving=False) or self._sharers(leaving=True)
+                    board.settle_sharers(loader, number, sharers)
+        deal = self._deals[loader] = self._deal_to(self._sharers(leaving=True) if sharers is None else sharers)
+        return deal is None or deal[0] >= 0
+
     def fetching(self) -> None:
         self._catching_up.fetching()
         self._answer()
@@ -137,6 +178,8 @@ class Passes:
             self._heard = self._board.alarms
             self._is_asked = True
             self._answer()
+        if self._board.leaving[self._rank] and not self._ending.over and (self._leases or not self.count):
+            self.depart()
 
     def _answer(self) -> None:
         """Tell newcomers what they ask, as soon as this worker's script is what it is to be."""
@@ -150,7 +193,11 @@ class Passes:
 
     def needs_ghost(self, loader: int) -> bool:
         is_new = loader == self._catching_up.joined_in or loader in self._continued
-        return self._catching_up.needs_ghost(is_first=loader not in self._drawn_from, is_new=is_new)
+        needs = self._catching_up.needs_ghost(is_first=loader not in self._drawn_from, is_new=is_new)
+        deal = self.deal(loader)
+        if needs and deal is not None and deal[0] < 0:
+            self._deals[loader] = (self._rank % deal[1], deal[1])  # any batch will do
+        return needs
 
     def tell_returned(self, loader: int, count: int) -> None:
         """Under the run's lock: so many batches of the loader have come back by now."""
@@ -221,17 +268,22 @@ class Passes:
         return self._ending.over
 
     def begin(self, loader: int, length: int | None) -> bool:
+        if self._ending.departed:
+            return False
         self.tell_left()
         self._ending.raise_if_interrupted()
         catching_up, progress = self._catching_up, self._progress
         first = False
         if not catching_up.joined:
-            if catching_up.is_behind:
-                catching_up.begin(loader, self._is_training())
-                return False
             first = self._is_training()
+            if (
+                catching_up.look_again()
+                or (not first and catching_up.is_fresh)
+                or (first and not self.join(in_pass=True))
+            ):
+                catching_up.begin(loader, first)
+                return False
             if first:
-                self.join(in_pass=True)
                 catching_up.joined_in = loader
             elif catching_up.resumed is None:
                 self.join()  # an evaluation, of which it may have nothing to read, and then waits with the others
@@ -259,11 +311,17 @@ class Passes:
             self._progress.epoch = number + 1
             if self._rank == 0 and tell:
                 self._context.channel.send(messages.Pass(loader, number, length))
+        has_part = self._settle_deal(loader, number)
+        if self._is_training():
+            keeps = has_part and loader not in self._leases and self._context.job.data == "shared"
+            if self._board.leaving[self._rank] and not (keeps or self._open):
+                self.depart()
+            (self._open.add if has_part else self._open.discard)(loader)
         done = self._done_before(loader, number)
         leases = self._leases.get(loader)
-        if done or (self._board.deaths[self._rank] and leases is not None and leases.committed):
+        if done or not has_part or (self._board.deaths[self._rank] and leases is not None and leases.committed):
             self._training_loaders.add(loader)
-        (self._continued.add if done else self._continued.discard)(loader)
+        (self._continued.add if done or not has_part else self._continued.discard)(loader)
         self._places[loader] = (key_of(loader, number), done)
         self._read_before[loader] = self._reading
 
@@ -277,7 +335,7 @@ class Passes:
     def end(self, loader: int) -> None:
         self.tell_left()
         self._progress.put_down()
-        if self._caught_up(loader):
+        if self._ending.departed or self._caught_up(loader):
             return
         self._lay_ghost()
         self._ending.raise_if_interrupted()
@@ -291,7 +349,7 @@ class Passes:
 
     def leave(self, loader: int) -> None:
         self._progress.put_down()
-        if self._caught_up(loader) or self._ending.is_interrupted:
+        if self._ending.departed or self._caught_up(loader) or self._ending.is_interrupted:
             return
         self._lay_ghost()
         self._leaving.append((loader, self.marks()))
@@ -299,7 +357,7 @@ class Passes:
     def tell_left(self) -> None:
         """The script goes on, so the passes that it left early are over. Called where it next comes to this package:
         an exception that ends it closes its loops in the same way, and then another is to go on in that pass."""
-        while self._leaving:
+        while self._leaving and not self._ending.departed:
             loader, marks = self._leaving.pop(0)
             if self._finish(loader, marks):
                 self._left.add(loader)
@@ -322,6 +380,8 @@ class Passes:
         (``protocol/rounds.py``).
         """
         board, progress = self._board, self._progress
+        self._open.discard(loader)
+        self._deals.pop(loader, None)
         steps = progress.own_steps - self._starts[loader]
         if steps:
             self._close_periods()
@@ -379,7 +439,7 @@ class Passes:
         if place & EMPTY:
             self._context.ring()  # it may have gone on although the barrier is shut
         # Who is gone has not finished it; what it had logged before is of an older pass.
-        looked = [w for w in range(board.workers) if board.passes(loader)[w] >= number]
+        looked = [w for w in range(board.width) if board.passes(loader)[w] >= number]
         looks = [board.look(loader, number, worker) for worker in looked]
         trained = any(look[2] for look in looks)
         for exchange in self._exchanges:
@@ -443,17 +503,19 @@ class Passes:
                 self._settling.settle()
             self._context.ring()
 
-    def join(self, *, in_pass: bool = False) -> None:
+    def join(self, *, in_pass: bool = False) -> bool:
         """This process has caught up: from here on the others count with it. ``in_pass``: it is about to begin a pass
-        that it trains on."""
+        that it trains on. False if the others have got on meanwhile, and it is behind again."""
         board, rank, catching_up = self._board, self._rank, self._catching_up
-        resumed = catching_up.resumed
+        resumed, is_fresh = catching_up.resumed, catching_up.is_fresh
         # The worker before it may have died at the end of a pass that the others are still in.
-        ended = catching_up.last if resumed is None else None
+        ended = catching_up.last if resumed is None and not is_fresh else None
         while True:
             with self._lock:
                 self._settling.settle()
                 if board.settled[rank] == board.deaths[rank]:
+                    if is_fresh and not self._take_place():
+                        return False
                     if ended is not None:
                         board.parked[rank] = self._parked_at(ended)
                     if resumed is None:
@@ -468,20 +530,22 @@ class Passes:
             exchange.catch_up()
         catching_up.forget_gradients()
         self._context.ring()
+        if is_fresh:
+            self._context.channel.send(messages.Joined(self._progress.passes + 1))
         if ended is not None:
             if ended in self._training_loaders:
                 self._progress.passes -= 1
             self._await_all(ended)
         if resumed is not None:
             self._take_up(resumed)
-            return
+            return True
         for exchange in self._exchanges:
             exchange.join()
         if board.owes:
             self.hear()
         self._count_local_steps()
         if self._progress.passes:
-            present = [w for w in range(board.workers) if board.gone[w] != LEFT]
+            present = [w for w in range(board.width) if board.gone[w] != LEFT]
             for one in self.buffers:
                 one.average(self._progress.passes, present)
         if self._ending.others:
@@ -494,6 +558,47 @@ class Passes:
             exchange.await_slower()
         self._progress.start_clock()
         self._ending.follow()
+        return True
+
+    def _take_place(self) -> bool:
+        """Under the run's lock: come to a place that was LEFT, in the pass that the hindmost of the others is in. False
+        if that is a later one than this process has come to."""
+        board, rank, catching_up = self._board, self._rank, self._catching_up
+        if catching_up.look_again():
+            return False
+        if not catching_up.others:  # their scripts are over, and servers have gone with them
+            self._ending.depart()
+            self._collectives.departed = True
+            return False
+        for loader in range(self.count):
+            number = catching_up.passes_of_others(loader)
+            for look in (board.look(loader, number, rank), board.look(loader, number + 1, rank)):
+                look[0] = look[1] = look[2] = 0.0  # of whoever had the place before
+            board.passes(loader)[rank] = number
+        for one in self.buffers:
+            one.forget()
+        board.coming[rank] = 0
+        board.count_join()
+        return True
+
+    def depart(self) -> None:
+        """This worker was asked to leave, and stands between two steps. Raises Leave, if anybody goes on."""
+        board = self._board
+        staying = (board.gone[w] != LEFT and not board.leaving[w] for w in range(board.width))
+        if not self._catching_up.joined or not any(staying):
+            return
+        self._close_periods()
+        self._progress.close_row()
+        self._progress.flush()
+        self._saving.at_border()
+        self._collectives.departed = True
+        self._ending.depart()
+        with self._lock:
+            for leases in self._leases.values():
+                leases.bury(self._rank)
+            self.forgo()
+        self._context.ring()
+        raise Leave
 
     def _take_over(self, *, later: bool) -> None:
         """Keep what the others' scripts keep; ``later``: as soon as the script gets a batch."""
@@ -531,7 +636,7 @@ class Passes:
     def position(self, number: int) -> dict[str, Any]:
         """Under the run's lock: how far all are into their data, of what counts up to round ``number``."""
         if self._progress.in_rounds:
-            for worker in range(self._board.workers):
+            for worker in range(self._board.width):
                 self._settling.settle_place(worker, self._exchanges[0].place_in(worker, number))
         return position.tell(self._context, self.count, self._leases, self._training_loaders)
 

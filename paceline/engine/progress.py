@@ -24,8 +24,10 @@ class Progress:
         self._channel, self._exchanges, self._pace = context.channel, exchanges, context.job.pace
         self._board, self._rank = context.board, context.rank
         self.in_rounds = isinstance(self._pace, Sync | Local)
-        # How many rounds, or versions of the log, a step of all is.
-        self.pushes_a_step = 1 if self.in_rounds or isinstance(self._pace, Quorum) else context.board.workers
+        # How many rounds, or versions of the log, a step of all is. It stands for as many samples after workers have
+        # come or left.
+        self.workers = context.job.workers
+        self.pushes_a_step = 1 if self.in_rounds or isinstance(self._pace, Quorum) else self.workers
         self.samples = self.batches = 0  # drawn so far
         self.batch_samples = 1
         self.own_steps = 0
@@ -42,7 +44,7 @@ class Progress:
 
     @property
     def step_number(self) -> int:
-        """Rounds, or pushes of all divided by the number of workers, or local steps."""
+        """Rounds, or pushes of all divided by the number of workers at the start, or local steps."""
         if not self._exchanges:
             return 0
         first = self._exchanges[0]

@@ -72,6 +72,11 @@ class RemoteWorker:
         self.saving = _Saving()
 
     @property
+    def num_workers(self) -> int:
+        """How many the run was started with."""
+        return self.job.workers
+
+    @property
     def exchanges(self) -> Sequence[RemoteExchange]:
         return self._exchanges
 
@@ -427,6 +432,9 @@ class RemotePasses:
 
     def skip(self, loader: int) -> int:
         return self._skips[loader]
+
+    def deal(self, loader: int) -> None:
+        """Nobody comes, and who is lost takes its part along."""
 
     def fetching(self) -> None:
         """Only newcomers have something to do here."""

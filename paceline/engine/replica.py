@@ -46,7 +46,7 @@ class Replica:
         self._home = [view(entry, home[entry.vector]) for entry in entries]
         self._on_device = sorted({p.device for p in self.parameters if p.device.type == "cuda"}, key=str)
         if self._on_device:
-            memory.pin()
+            memory.pin(rank)
         self._places: list[tuple[nn.Parameter, int]] = []
         self._settings: optimizers.Settings | None = None
         self._mask = bytes(len(entries))

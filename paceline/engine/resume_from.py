@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from paceline.config import Job, Local, Quorum, Sync
+from paceline.engine.position import dealt_alike, key_of
 from paceline.transport.board import Board
 
 
@@ -17,18 +18,18 @@ def last_key(state: dict[str, Any], job: Job) -> int:
 
 def fill_board(state: dict[str, Any], board: Board, job: Job) -> None:
     """Passes that lie behind, how far each worker is into its own, and what the stop rules have found."""
-    same = (state["workers"], state["assign"]) == (board.workers, job.assign)
     for loader, known in enumerate(state["loaders"]):
-        # Where data are dealt otherwise than then all are in the first pass that is not over, whose rest is dealt anew.
-        passes = known["passes"] if same else [min(known["passes"])] * board.workers
-        for worker in range(board.workers):
-            board.passes(loader)[worker] = passes[worker]
-            if same and known["done"][worker]:
-                board.places[2 * worker] = (loader + 1) << 32 | passes[worker]
+        passes = known["passes"]
+        # Where data are dealt otherwise than then, the rest of the pass is dealt anew.
+        alike = dealt_alike(state, known, job)
+        for worker in range(job.workers):
+            board.passes(loader)[worker] = passes
+            if alike and known["done"][worker]:
+                board.places[2 * worker] = key_of(loader, passes)
                 board.places[2 * worker + 1] = known["done"][worker]
-        board.decided[loader] = min(known["decided"], min(passes))
+        board.decided[loader] = min(known["decided"], passes)
         board.evaluated[loader] = known["evaluated"]
-        board.drained[loader] = min(passes)
+        board.drained[loader] = passes
     board.accounts.restore(state["accounts"])
-    board.accounts.steps = float(state["step"] * board.workers)
+    board.accounts.steps = float(state["step"] * job.workers)
     board.journal.commit()

@@ -59,7 +59,7 @@ class Rounds:
         pushed = time.monotonic()
         if self._servers:
             board.wait(lambda: reached(number, memory.stepped, self._servers))
-            contributors = tuple(w for w, slot in enumerate(memory.slots) if slot.pushed_in(number))
+            contributors = tuple(w for w in range(board.width) if memory.slots[w].pushed_in(number))
             closed = stepped = pushed  # all the time until the servers are done is waiting
         else:
             contributors = board.wait(lambda: close_round(number, memory.pushed, board, memory.since)).contributors
@@ -224,6 +224,10 @@ class Rounds:
         steps = before + max(self._memory.slots[worker].steps(number) for worker in contributors)
         self._memory.clocks[self._rank] = steps
         return steps
+
+    def counts(self, worker: int, number: int) -> bool:
+        """Does the process that is this worker now count in round ``number``, if it is there?"""
+        return self._memory.since[worker] <= number
 
     def asked_to_stop(self, number: int, contributors: tuple[int, ...]) -> bool:
         return any(self._memory.slots[worker].stop(number) for worker in contributors)

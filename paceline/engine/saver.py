@@ -63,6 +63,10 @@ class Saver:
             gathered.missing.discard(rank)
         self._finish()
 
+    def joined(self, rank: int) -> None:
+        """A worker has been added: it has a part in checkpoints that are begun from now on."""
+        self._present.add(rank)
+
     def lost(self, rank: int, *, finished: bool = False) -> None:
         """A worker has died, or has come to its end: its part is not waited for."""
         if finished:

@@ -50,10 +50,6 @@ def serve(context: Context) -> None:
                 os.close(descriptor)
             continue
         answer = board.wait(lambda: _next(board, served, member, channel.fileno()))
-        if answer is None:
-            with board.waiting():
-                channel.receive()  # the launcher says when the run is over
-            return
         match answer:
             case (_Served() as which, int(number), tuple(contributors)):
                 _step(board, which, number, contributors, member)
@@ -73,9 +69,9 @@ _Round: TypeAlias = tuple[_Served, int, tuple[int, ...]]
 _Turn: TypeAlias = tuple[_Served, int, Entry]
 
 
-def _next(board: Board, served: list[_Served], member: int, channel: int) -> _Round | _Turn | str | Waiting | None:
-    """A round that is closed, a part and the entry whose turn it is there, "message" if one has come, None when
-    everyone is gone, or whom to wait for."""
+def _next(board: Board, served: list[_Served], member: int, channel: int) -> _Round | _Turn | str | Waiting:
+    """A round that is closed, a part and the entry whose turn it is there, "message" if one has come, or whom to wait
+    for. When everyone is gone that is the launcher, who says that the run is over: somebody may still be added."""
     waiting: Waiting | None = None
     for one in served:
         answer = _next_entry(one, member) if one.spec.parts else _next_round(board, one, member)
@@ -83,13 +79,13 @@ def _next(board: Board, served: list[_Served], member: int, channel: int) -> _Ro
             waiting = waiting or answer
         elif answer is not None:
             return answer
-    if waiting is not None:
-        return None if next_to_act(board) is None else waiting  # nobody is left to close it
-    if _arrived(channel):
-        return "message"
     awaited = next_to_act(board)
+    if (waiting is None or awaited is None) and _arrived(channel):
+        return "message"
     if awaited is None:
-        return None
+        return Waiting(board.common, "all workers are gone")
+    if waiting is not None:
+        return waiting
     through_log = any(one.spec.parts for one in served)
     return Waiting(board.common if through_log else awaited, "there is nothing to step")
 
@@ -101,6 +97,8 @@ def _next_round(board: Board, one: _Served, member: int) -> _Round | Waiting | N
     if board.published < one.published_as:
         return Waiting(board.common, "nobody has shared the model")
     closed = close_round(number, one.memory.pushed, board, one.memory.since)
+    if one.memory.stepped[member] >= number:  # it was empty, and who found that has pushed the next
+        return _next_round(board, one, member)
     return (one, number, closed.contributors) if isinstance(closed, Closed) else closed
 
 

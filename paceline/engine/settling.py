@@ -33,7 +33,7 @@ class Settling:
     def bury(self) -> list[int]:
         """Let those who have died count in no exchange; who of them is not settled yet."""
         board = self._board
-        dead = [w for w in range(board.workers) if board.settled[w] < board.deaths[w]]
+        dead = [w for w in range(board.width) if board.settled[w] < board.deaths[w]]
         for worker in dead:
             for exchange in (*self._exchanges, *self._stores):
                 exchange.bury(worker, board.deaths[worker])
@@ -61,7 +61,7 @@ class Settling:
             board.settled[worker] = board.deaths[worker]
             if board.gone[worker] != LEFT:
                 board.presence[worker] = AWAY
-        lost = [w for w in range(board.workers) if board.given_up[w] and board.gone[w] == AWAY]
+        lost = [w for w in range(board.width) if board.given_up[w] and board.gone[w] == AWAY]
         for worker in lost:
             board.presence[worker] = LEFT
         for loader in self._leases if dead or lost else ():

@@ -115,7 +115,9 @@ class Resumed:
     def own(self, rank: int) -> tuple[dict[str, Any], Tensors, bool] | None:
         """What worker ``rank`` had of its own, or another where there is none (then the last is False); None if
         nobody's is there."""
-        there = [r for r in range(self.state["workers"]) if f"worker-{r}" in self._loaded.documents]
+        there = sorted(
+            int(name.removeprefix("worker-")) for name in self._loaded.documents if name.startswith("worker-")
+        )
         if not there:
             return None
         whose = rank if rank in there else there[rank % len(there)]

@@ -28,7 +28,7 @@ class Strikes:
         board.strikes[self._rank] = told
         if exchange.was_finite:
             return
-        present = [w for w in range(board.workers) if w != self._rank and board.gone[w] == PRESENT]
+        present = [w for w in range(board.width) if w != self._rank and board.gone[w] == PRESENT]
         what = f"worker {self._rank}: the gradient of step {step} was not finite and was dropped; {exchange.not_finite}"
         match judge(marks, [board.strikes[worker] for worker in present]):
             case Verdict.GO_ON:

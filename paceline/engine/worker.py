@@ -16,9 +16,8 @@ from torch import nn, optim
 
 from paceline.config import Async, Local, Sync
 from paceline.data.loader import Count, Part, share
-from paceline.engine import clipping
+from paceline.engine import buffers, clipping
 from paceline.engine.buffers import Buffers
-from paceline.engine.buffers import size_bytes as buffers_bytes
 from paceline.engine.catching_up import CatchingUp
 from paceline.engine.collectives import Collectives
 from paceline.engine.context import Context
@@ -93,6 +92,11 @@ class Worker:
         return self.progress.step_number
 
     @property
+    def num_workers(self) -> int:
+        """How many the run is to have."""
+        return self._board.wanted
+
+    @property
     def is_behind(self) -> bool:
         """Has this process still to catch up with what the worker before it in its place had done?"""
         return self._catching_up.is_behind
@@ -135,14 +139,15 @@ class Worker:
         """From now on these tensors are made equal at the end of every pass that was trained on. A collective."""
         table = tabulate((name, 0, tensor) for name, tensor in tensors)
         workers = self._board.workers
-        size = buffers_bytes(table, workers)
-        memory, _ = self.collectives.ask("buffers", b"", size, f"{len(tensors)} buffers")
+        size = buffers.size_bytes(table, workers)
+        places = buffers.by_place(table, workers)
+        memory, _ = self.collectives.ask("buffers", b"", size, f"{len(tensors)} buffers", places)
         self.passes.buffers.append(Buffers(memory, table, [t for _, t in tensors], self.rank, workers))
 
     def share_loader(self, loader: Any, count: Count | None) -> Any:
         """This worker's version of a loader. A collective where batches are leased or sent."""
         index = self.add_loader()
-        if self.context.job.data != "served" or self._board.workers == 1:
+        if self.context.job.data != "served" or self.context.job.workers == 1:
             return share(loader, index, self._part, self.passes, count)
         if self.rank:
             _, path = self.collectives.ask("served", b"", 1, f"the batches of loader {index}")
@@ -153,7 +158,7 @@ class Worker:
         self._readers.append(reader)
         self.collectives.ask("served", reader.path.encode(), 1, f"the batches of loader {index}")
         leases = self._leases.get(index)
-        reader.accept({w: leases.of(w) if leases else None for w in range(1, self._board.workers)})
+        reader.accept({w: leases.of(w) if leases else None for w in range(1, self.context.job.workers)})
         return reader.in_turn(share(loader, index, self._part, self.passes, count, reader.orders))
 
     def add_loader(self) -> int:
@@ -228,9 +233,7 @@ class Worker:
         """Is what the script does training? A newcomer joins where it first is."""
         if self._catching_up.is_muted or self._catching_up.is_behind:
             return False
-        if not self._catching_up.joined:
-            self.passes.join()
-        return True
+        return self._catching_up.joined or self.passes.join()
 
     def _weight(self, index: int) -> float:
         """Samples since this optimizer's last step."""

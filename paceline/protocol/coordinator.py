@@ -32,19 +32,27 @@ class Died:
 
 
 @dataclass(frozen=True, slots=True)
+class Wished:
+    """A user wishes for so many workers; there is room for them."""
+
+    workers: int
+
+
+@dataclass(frozen=True, slots=True)
 class Interrupted:
     """The user has asked for the run's end: who dies from here on is not replaced."""
 
 
-Event = Came | Died | Interrupted
+Event = Came | Died | Wished | Interrupted
 
 
 @dataclass(frozen=True, slots=True)
 class Allocate:
-    """Make a segment and send it as Memory to all workers, and to the servers if ``servers``."""
+    """Make a segment and send it as Memory to these workers, and to the servers if ``servers``."""
 
     request: messages.Wrap
     servers: bool
+    workers: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +69,20 @@ class Replace:
 
     rank: int
     role: str = "worker"
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """Start a worker at a place that nobody has, or that one has left."""
+
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class AskToLeave:
+    """Let this worker leave when it can."""
+
+    rank: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,19 +116,23 @@ class Done:
     """All workers have finished; servers may end."""
 
 
-Effect = Allocate | Give | Replace | GiveUp | Abort | Tell | Done
+Effect = Allocate | Give | Replace | Open | AskToLeave | GiveUp | Abort | Tell | Done
 
 
 class Coordinator:
     """Follows ``workers`` and ``servers`` from their start to their end.
 
     A worker that dies is replaced, unless it has died ``restarts`` times more since it last got on; then the others go
-    on without it, if they are ``min_workers``, else the run fails.
+    on without it, if they are ``min_workers`` (None: as many as are wanted), else the run fails. One that has been
+    added and has not joined yet is not missed.
     """
 
     def __init__(self, workers: int, servers: int, *, restarts: int = 0, min_workers: int | None = None) -> None:
-        self._workers, self._servers = workers, servers
-        self._restarts, self._min_workers = restarts, workers if min_workers is None else min_workers
+        self._workers, self._servers = set(range(workers)), servers  # ranks that have a process, or have had the last
+        self.wanted = workers
+        self.coming: set[int] = set()  # of those that were added: who has not joined yet
+        self._leaving: set[int] = set()  # who was asked to leave
+        self._restarts, self._min_workers = restarts, min_workers
         self._deaths: dict[int, int] = {}  # of a worker since it last got on
         self._outs: dict[int, int] = {}  # of a worker whose gradients were not finite; getting on is no excuse for them
         self._server_deaths: dict[int, int] = {}  # since any worker last got on
@@ -132,6 +158,11 @@ class Coordinator:
                 if self._gets_on(rank):
                     self._deaths.pop(rank, None)
                     self._server_deaths.clear()
+            case Came(role="worker", rank=rank, message=messages.Joined(epoch=epoch)):
+                self.coming.discard(rank)
+                return [Tell("join", f"worker {rank} trains with the others, from epoch {epoch} on", "worker", rank)]
+            case Came(role="worker", rank=rank, message=messages.Failed() as failure) if rank in self.coming:
+                self._raised[rank], self._deaths[rank] = failure, self._restarts  # what it finds wrong stays so
             case Came(role="worker", rank=rank, message=messages.Failed(kind="ScriptError") as failure):
                 return self._script_raised(rank, failure)
             case Came(role="worker", rank=rank, message=messages.Failed(kind="WorkersLost") as failure):
@@ -147,12 +178,16 @@ class Coordinator:
                 if rank in self._finished:
                     return []
                 self._finished.add(rank)
+                if rank in self._leaving:
+                    return self._allocate_all()
                 return [Tell("leave", f"worker {rank} has finished", "worker", rank), *self._check_stuck()]
             case Came(role="worker", message=messages.Ended(reason=reason)) if not self.reason:
                 self.reason = reason
                 return [Tell("stop", f"training is over: {reason}")]
             case Died(role=role, rank=rank, pid=pid, status=status):
                 return self._died(role, rank, pid, status)
+            case Wished(workers=workers):
+                return self._scale(workers)
             case Interrupted():
                 self._interrupted = True
         return []
@@ -169,21 +204,27 @@ class Coordinator:
 
     def _allocate(self, number: int) -> list[Effect]:
         asked = self._asked[number]
-        if len(asked) < self._workers - len(self._lost):
+        if self._workers - self._lost - (self._finished & self._leaving) - asked.keys():
             return self._check_stuck()
         del self._asked[number]
         first = self._given[number] = asked[min(asked)]
         for other, its in sorted(asked.items()):
             if its.kind != first.kind:
                 return self._fail("worker", other, _not_alike(other, its, first))
-        return [Allocate(first, servers=first.kind == "exchange" and self._servers > 0)]
+        servers = first.kind == "exchange" and self._servers > 0
+        return [Allocate(first, servers=servers, workers=tuple(sorted(asked)))]
+
+    def _allocate_all(self) -> list[Effect]:
+        """Somebody is not waited for any more."""
+        return [effect for number in sorted(self._asked) for effect in self._allocate(number)]
 
     def _check_stuck(self) -> list[Effect]:
         """Somebody waits in a wrap for a worker whose script is already over: say so instead of hanging."""
-        if not self._asked or not self._finished:
+        finished = self._finished - self._leaving
+        if not self._asked or not finished:
             return []
         number, asked = min(self._asked.items())
-        waiting, missing = min(asked), min(self._finished)
+        waiting, missing = min(asked), min(finished)
         failure = messages.Failed(
             "ConfigError",
             f"worker {missing} ended without the run.wrap that worker {waiting} waits in "
@@ -221,8 +262,11 @@ class Coordinator:
         if max(deaths, self._outs.get(rank, 0)) <= self._restarts and not self._interrupted:
             return [Tell("died", f"{what}; another takes its place", "worker", rank), Replace(rank)]
         self._lost.add(rank)
-        left = self._workers - len(self._lost)
-        if left < max(self._min_workers, 1) and not self._interrupted:
+        left = len(self._workers - self._lost - self._leaving)
+        if rank in self.coming:
+            self.coming.discard(rank)
+            self.wanted -= 1
+        elif left < (self.wanted if self._min_workers is None else self._min_workers) and not self._interrupted:
             if deaths > 1 and failure.kind != "Poisoned":
                 failure = msgspec.structs.replace(
                     failure, why=f"the {_ordinal(deaths)} time without getting on in between"
@@ -231,23 +275,71 @@ class Coordinator:
         self._ended_workers.add(rank)
         others = f"; the other{f' {left} go' if left > 1 else ' goes'} on without it" if left else ""
         effects: list[Effect] = [Tell("died", what + others, "worker", rank), GiveUp(rank)]
-        for number in sorted(self._asked):
-            effects += self._allocate(number)
-        if len(self._ended_workers) == self._workers:
+        effects += self._allocate_all()
+        if self._ended_workers >= self._workers:
             effects.append(Done())
         return effects
 
+    # --- scaling ---
+
+    def refusal(self, workers: int) -> messages.Failed | None:
+        """Why there cannot be so many workers now, if there cannot. Whether there is room for them others know."""
+        if self._failed or self._interrupted or self.reason or self._finished - self._leaving:
+            return messages.Failed("UsageError", "the run is coming to its end", "training is over")
+        if workers < 1:
+            return messages.Failed("UsageError", f"workers is {workers}; it must be 1 or more")
+        if self._min_workers is not None and workers < self._min_workers:
+            what = f"workers is {workers}; the run was started with --min-workers {self._min_workers}"
+            return messages.Failed("UsageError", what, fix=f"{self._min_workers} or more")
+        return None
+
+    def _scale(self, workers: int) -> list[Effect]:
+        """To be asked only where there is no ``refusal``. Highest places leave first: worker 0 stays."""
+        self.wanted = workers
+        effects: list[Effect] = []
+        for rank in range(workers):
+            if rank not in self._workers - self._lost:
+                effects += self._open(rank)
+        for rank in sorted(self._workers - self._lost - self._leaving, reverse=True):
+            if rank >= workers:
+                self._leaving.add(rank)
+                effects.append(AskToLeave(rank))
+        return effects
+
+    def _open(self, rank: int) -> list[Effect]:
+        self._workers.add(rank)
+        for known in (self._lost, self._ended_workers, self._finished, self._leaving):
+            known.discard(rank)
+        for told in (self._deaths, self._told, self._raised):
+            told.pop(rank, None)
+        self.coming.add(rank)
+        return [Open(rank)]
+
+    def _has_left(self, rank: int) -> list[Effect]:
+        """It was asked to, and its process has ended; it may have been wished for again since."""
+        for known in (self._workers, self._lost, self._ended_workers, self._finished, self._leaving, self.coming):
+            known.discard(rank)
+        number = len(self._workers - self._lost)
+        text = f"worker {rank} has left; {number} {'goes' if number == 1 else 'go'} on"
+        effects: list[Effect] = [Tell("leave", text, "worker", rank)]
+        comes_again = rank < self.wanted and not (self.reason or self._failed or self._finished - self._leaving)
+        effects += self._open(rank) if comes_again else self._allocate_all()
+        return [*effects, Done()] if self._ended_workers >= self._workers else effects
+
     def _died(self, role: str, rank: int, pid: int, status: int) -> list[Effect]:
-        clean = rank in self._finished if role == "worker" else len(self._ended_workers) == self._workers
+        clean = rank in self._finished if role == "worker" else self._ended_workers >= self._workers
         if role == "worker" and not clean and not self._failed:
             raised = self._raised.pop(rank, None)
             what = f"worker {rank} (pid {pid}) {how_ended(status)}" if raised is None else raised.what
             lost = messages.Failed("WorkersLost", what, _guess(status), f"its last output is in logs/worker-{rank}.log")
             return self._replace(rank, what, raised or lost)
         if role == "worker":
+            self.coming.discard(rank)
             self._ended_workers.add(rank)
+        if clean and rank in self._leaving and role == "worker" and status in (0, -9):
+            return self._has_left(rank)
         if clean and (status == 0 or (role == "worker" and status == -9)):  # its script was over when it was killed
-            done = role == "worker" and len(self._ended_workers) == self._workers
+            done = role == "worker" and self._ended_workers >= self._workers
             if not done:
                 return []
             return [Done()] if self._wraps else [Tell("warning", _NEVER_WRAPPED), Done()]

@@ -17,7 +17,8 @@ class Wrap(Message, frozen=True, tag=1):
     """...I am about to share these tensors (collective number ``number``); give me the memory.
 
     ``kind`` is "exchange" (an optimizer's parameters) or "copy" (tensors equalised from worker 0).
-    ``spec`` describes tensors and optimizer, the same bytes from every worker. Answer: Memory, or Stop.
+    ``spec`` describes tensors and optimizer, the same bytes from every worker. ``by_place``: which ranges of the memory
+    have a part for every place (transport/segment.py). Answer: Memory, or Stop.
     """
 
     number: int
@@ -25,6 +26,7 @@ class Wrap(Message, frozen=True, tag=1):
     spec: bytes
     size_bytes: int
     what: str
+    by_place: tuple[tuple[int, int, int], ...] = ()
 
 
 class Memory(Message, frozen=True, tag=2):
@@ -34,6 +36,7 @@ class Memory(Message, frozen=True, tag=2):
     size_bytes: int
     kind: str = ""
     spec: bytes = b""
+    by_place: tuple[tuple[int, int, int], ...] = ()
 
 
 class Steps(Message, frozen=True, tag=3):
@@ -127,6 +130,28 @@ class Part(Message, frozen=True, tag=14):
     number: int
     step: int
     layout: bytes
+
+
+class Joined(Message, frozen=True, tag=40):
+    """...I have come to a place that nobody had, and train from here on, in epoch ``epoch``. No answer."""
+
+    epoch: int
+
+
+class Scale(Message, frozen=True, tag=41):
+    """...user of this host, let the run have so many workers (None: as it has). Answer: Scaled."""
+
+    workers: int | None = None
+
+
+class Scaled(Message, frozen=True, tag=42):
+    """...so it shall be: ``told``, a sentence each; or, if ``failure`` has a kind as Failed has, why not. No answer."""
+
+    told: tuple[str, ...] = ()
+    kind: str = ""
+    what: str = ""
+    why: str = ""
+    fix: str = ""
 
 
 class Alarm(Message, frozen=True, tag=15):
@@ -238,4 +263,7 @@ Any = (
     | Letter
     | Kept
     | Drop
+    | Joined
+    | Scale
+    | Scaled
 )

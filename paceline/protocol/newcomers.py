@@ -34,6 +34,9 @@ class Board(Protocol):
     def answers(self) -> Sequence[int]: ...
 
     @property
+    def width(self) -> int: ...
+
+    @property
     def common(self) -> int: ...
 
 
@@ -45,7 +48,7 @@ def answer_to(newcomer: int, board: Board, collectives: int) -> bool | Waiting:
     """
     if board.answers[newcomer] == board.asks[newcomer]:
         return True
-    for worker in range(len(board.gone)):
+    for worker in range(board.width):
         trains = board.gone[worker] == PRESENT and not board.ended[worker]
         trains = trains and board.deaths[worker] == board.settled[worker]
         asks = board.asks[worker] != board.answers[worker]  # or is to
@@ -57,4 +60,4 @@ def answer_to(newcomer: int, board: Board, collectives: int) -> bool | Waiting:
 
 def asking(board: Board) -> list[int]:
     """The newcomers that wait for an answer."""
-    return [w for w in range(len(board.asks)) if board.asks[w] != board.answers[w] and not board.asks[w] & 1]
+    return [w for w in range(board.width) if board.asks[w] != board.answers[w] and not board.asks[w] & 1]

@@ -17,6 +17,10 @@ The laws
      where only the dead had pushed it and nobody alive can, by whoever finds that out, under the lock. The ends of
      passes wait for who is away, rounds do not. A newcomer takes its place, *since* a round that nobody had pushed when
      it came, and pushes when the one before is over.
+  7. A worker that comes to a place that was LEFT catches up while it is LEFT, so that nobody waits for it. It joins
+     under the run's lock, in the pass that the hindmost of the others is in, and counts in rounds as any newcomer does.
+     So it shuts no end of a pass that was open at one moment; who finds one open looks whether anybody has joined
+     meanwhile.
 
 Why all who ask get the same contributors, each at its own time: r is seen closed only if at one moment everybody who
 has not pushed it was gone, or parked and not free to go on. From that moment until r is over nobody can free them: to
@@ -69,6 +73,14 @@ class Board(Protocol):
     def drained(self) -> Column: ...
 
     @property
+    def width(self) -> int:
+        """Only the first so many places have ever had a worker."""
+
+    @property
+    def joins(self) -> int:
+        """How often a worker has come to a place that was LEFT."""
+
+    @property
     def common(self) -> int:
         """The place, behind the members', that stands for a change of anybody's."""
 
@@ -100,7 +112,7 @@ def close_round(
     """
     contributors = []
     missing = []
-    for worker in range(len(pushed)):
+    for worker in range(board.width):
         if pushed[worker] >= number:
             contributors.append(worker)
         elif since[worker] <= (number if of_round is None else of_round) or _is_dying(worker, board, since):
@@ -112,7 +124,7 @@ def close_round(
     for worker, then, now in zip(missing, before, _places(missing, board), strict=True):
         if then != now:
             return Waiting(_told_by(worker, board), f"worker {worker} has not pushed round {number}")
-    for worker in range(len(pushed)):  # who was seen to be out, or dead, may have pushed before that
+    for worker in range(board.width):  # who was seen to be out, or dead, may have pushed before that
         if worker not in contributors and pushed[worker] >= number:
             return Waiting(worker, f"worker {worker} has just pushed round {number}")
     return Closed(tuple(contributors))
@@ -173,7 +185,7 @@ def more_at_tail(worker: int, board: Board) -> bool | Waiting:
 
 def is_drained(loader: int, number: int, arriving: int | None, board: Board) -> bool:
     """Under the run's lock: is pass ``number`` drained? ``arriving`` is a worker that is about to park at its tail."""
-    present = [worker for worker in range(len(board.gone)) if not board.gone[worker]]
+    present = [worker for worker in range(board.width) if not board.gone[worker]]
     passes = board.passes(loader)
     at_tail = [w for w in present if w == arriving or board.parked[w] == loader + 1 + TAIL]
     return (
@@ -188,7 +200,7 @@ def _first_if_all_stand(board: Board) -> int | None:
 
     One alone, and the same for all who ask, since the others are excused from rounds until it has done something.
     """
-    everybody = range(len(board.gone))
+    everybody = range(board.width)
     if any(board.gone[worker] == AWAY for worker in everybody):
         return None  # another is to come in its place, and does not stand
     places = _places(everybody, board)
@@ -215,7 +227,7 @@ def quorum_met(count: int, offered: Sequence[int], board: Board) -> Closed | Wai
     """
     if len(offered) >= count:
         return Closed(tuple(offered))
-    for worker in range(len(board.gone)):
+    for worker in range(board.width):
         if worker not in offered and not is_out(worker, board):
             return Waiting(worker, f"{len(offered)} of {count} pushes are there, worker {worker}'s is not")
     return Closed(tuple(offered))
@@ -226,7 +238,7 @@ def within_bound(worker: int, staleness: int, clocks: Column, board: Board) -> W
 
     A clock counts the steps a worker has finished (Ho et al. 2013). Who is out of data or gone holds nobody back.
     """
-    for other in range(len(clocks)):
+    for other in range(board.width):
         if clocks[worker] - clocks[other] > staleness and not is_out(other, board):
             return Waiting(_told_by(other, board), f"worker {other} is {clocks[worker] - clocks[other]} steps behind")
     return None
@@ -240,7 +252,10 @@ def is_out(worker: int, board: Board) -> bool:
 def next_to_act(board: Board) -> int | None:
     """A worker without whose next word no round can begin, or ``common`` if they all stand; None when all are gone.
     For servers with nothing to do."""
-    present = [worker for worker in range(len(board.gone)) if board.gone[worker] != LEFT]
+    joins = board.joins
+    present = [worker for worker in range(board.width) if board.gone[worker] != LEFT]
+    if not present and joins != board.joins:
+        return next_to_act(board)
     for worker in present:
         if not _excused(worker, board):
             return _told_by(worker, board)
@@ -340,8 +355,11 @@ def barrier_open(loader: int, number: int, board: Board) -> bool:
 def holding(loader: int, number: int, board: Board) -> Waiting | None:
     """The first worker that keeps the end of pass ``number`` shut, or None when it is open."""
     passes = board.passes(loader)
-    for worker in range(len(passes)):
-        # gone is read last: a worker that finishes its pass and leaves between the two reads counts as done.
-        if passes[worker] < number and board.gone[worker] != LEFT:
-            return Waiting(worker, f"worker {worker} has not finished its part of the data")
-    return None
+    while True:
+        joins = board.joins
+        for worker in range(board.width):
+            # gone is read last: a worker that finishes its pass and leaves between the two reads counts as done.
+            if passes[worker] < number and board.gone[worker] != LEFT:
+                return Waiting(worker, f"worker {worker} has not finished its part of the data")
+        if board.joins == joins:
+            return None

@@ -53,7 +53,8 @@ class Run:
 
     @property
     def num_workers(self) -> int:
-        return self._context.job.workers if self._context else 1
+        """How many workers the run is to have; ``paceline scale`` changes it."""
+        return self.worker.num_workers if self.worker else 1
 
     @property
     def is_main(self) -> bool:
@@ -172,7 +173,8 @@ class Run:
         fresh_ids = {id(tensor) for _, tensor in fresh}
         buffers = [(name, buffer) for name, buffer in model.named_buffers() if id(buffer) in fresh_ids]
         self.worker.saving.keeper.add_buffers(buffers)
-        if buffers and self.num_workers > 1:
+        assert self._context is not None
+        if buffers and self._context.job.places > 1:
             self.worker.average_buffers(buffers)
         worker = self.worker
         model.register_load_state_dict_post_hook(lambda *_: worker.loaded(model.parameters()))

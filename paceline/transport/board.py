@@ -2,8 +2,12 @@
 
 Every cell has one writer and is an aligned 8-byte word, so a store is never seen half done. Behind the
 columns of ``protocol/rounds.py`` it holds, for every member, a count of its changes: the word others sleep
-on. Members are the workers by rank, then the servers. The launcher writes ``abort``, ``interrupt``, ``deaths`` and
-``given_up``. Columns with many writers are written under the run's lock, through its journal.
+on. Members are the workers by rank, then the servers. The launcher writes ``abort``, ``interrupt``, ``deaths``,
+``given_up``, ``leaving``, ``width`` and what is wanted. Columns with many writers are written under the run's lock,
+through its journal.
+
+There is a place for every worker and server that there may ever be. A worker's place that nobody has had is LEFT, and
+lies at or behind ``width``, so that nobody looks at it.
 """
 
 from __future__ import annotations
@@ -11,11 +15,11 @@ from __future__ import annotations
 import math
 import mmap
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-from paceline.protocol.rounds import Waiting
+from paceline.protocol.rounds import LEFT, Waiting
 from paceline.transport import futex, segment
 from paceline.transport.journal import WORDS as JOURNAL_WORDS
 from paceline.transport.journal import Journal, Watched
@@ -24,6 +28,7 @@ MAGIC = 0x31304C4341504C43
 MAX_LOADERS = 1024  # some scripts make and wrap a loader for every epoch
 COLLECTIVES = MAX_LOADERS - 1  # stands for a loader: its passes are what all workers have called together, as run.wrap
 _LINE = 8  # words in a cache line: members' change counts do not share one
+_SPINS = 40
 _WAIT_S = 0.5  # a sleeper looks for an abort at least this often, whoever forgot to wake it
 
 T = TypeVar("T")
@@ -102,6 +107,9 @@ class Board:
         self.places = watched("places", workers * 2)  # see Worker._settle_place
         self.deaths = self._words[offsets["deaths"] : offsets["deaths"] + workers]
         self.given_up = self._words[offsets["given_up"] : offsets["given_up"] + workers]
+        self.leaving = self._words[offsets["leaving"] : offsets["leaving"] + workers]  # who is asked to leave
+        self.coming = watched("coming", workers)  # who has come to a place that was LEFT, and has not joined yet
+        self._coming = offsets["coming"]
         # What newcomers ask of the others, each in its own place, and what they have been told: protocol/newcomers.py.
         self.asks = self._words[offsets["asks"] : offsets["asks"] + workers]
         self.answers = watched("answers", workers)
@@ -132,17 +140,21 @@ class Board:
         self.evaluated = self._words[offsets["evaluated"] : offsets["evaluated"] + MAX_LOADERS]
         self.decided = watched("decided", MAX_LOADERS)
         self.returned, self.drained = watched("returned", MAX_LOADERS), watched("drained", MAX_LOADERS)
-        # Sleeping costs a wake-up of 10 to 50 microseconds; looking again for a while costs a core. It pays
-        # only where every process has a core of its own.
-        self._spins = 40 if self.members <= len(os.sched_getaffinity(0)) else 0
+        self._shares = watched("shares", MAX_LOADERS * _shares_words(workers))
+        self._cores = len(os.sched_getaffinity(0))
 
     @staticmethod
-    def create(workers: int, servers: int) -> int:
-        """A descriptor of a fresh board for this many processes. Raises HostError."""
-        fd = segment.create("the board", _offsets(workers, servers)["end"] * 8)
+    def create(workers: int, servers: int, *, places: tuple[int, int] | None = None) -> int:
+        """A descriptor of a fresh board for so many processes, with ``places`` for so many. Raises HostError."""
+        most, most_servers = places or (workers, servers)
+        offsets = _offsets(most, most_servers)
+        fd = segment.create("the board", offsets["end"] * 8)
         with segment.attach(fd) as memory:
             words = memoryview(memory).cast("Q")
-            words[1], words[2], words[0] = workers, servers, MAGIC
+            for worker in range(workers, most):
+                words[offsets["gone"] + worker] = LEFT
+            words[13], words[10], words[12] = workers, workers, servers
+            words[1], words[2], words[0] = most, most_servers, MAGIC
             words.release()
         return fd
 
@@ -189,6 +201,25 @@ class Board:
     def owes(self, value: bool) -> None:
         self._words[8] = value
 
+    @property
+    def width(self) -> int:
+        """Of the workers' places only the first ``width`` have ever had a worker; it only rises."""
+        return self._words[13]
+
+    @property
+    def wanted(self) -> int:
+        """How many workers the run is to have now."""
+        return self._words[10]
+
+    @property
+    def joins(self) -> int:
+        """How often a worker has come to a place that was LEFT."""
+        return self._words[11]
+
+    def count_join(self) -> None:
+        """Under the run's lock."""
+        self._words[11] += 1
+
     def belongs_to(self, member: int) -> None:
         """From now on it is told when this process of the member's waits."""
         self._asleep += member - self.members
@@ -212,6 +243,25 @@ class Board:
 
     def passes(self, loader: int) -> memoryview[int]:
         return self._passes[loader]
+
+    def sharers(self, loader: int, number: int) -> tuple[int, ...] | None:
+        """Whom the batches of pass ``number`` are dealt to, lowest rank first; None before that is settled."""
+        size = _shares_words(self.workers)
+        start = loader * size
+        if self._shares[start] != number + 1:
+            return None
+        masks = [self._shares[start + 1 + place] for place in range(size - 1)]
+        return tuple(worker for worker in range(self.workers) if masks[worker // 64] >> worker % 64 & 1)
+
+    def settle_sharers(self, loader: int, number: int, workers: Sequence[int]) -> None:
+        """Under the run's lock: the batches of pass ``number`` are dealt to these."""
+        size = _shares_words(self.workers)
+        start, masks = loader * size, [0] * (size - 1)
+        for worker in workers:
+            masks[worker // 64] |= 1 << worker % 64
+        for place, mask in enumerate(masks):
+            self._shares[start + 1 + place] = mask
+        self._shares[start] = number + 1
 
     def look(self, loader: int, number: int, worker: int) -> memoryview[float]:
         """[sum of loss times samples, sum of samples, steps] of a worker's pass ``number``; two fit."""
@@ -242,6 +292,29 @@ class Board:
         self.ring(worker)  # the dead do not
         self.wake_all()
 
+    def open_place(self, worker: int, collectives: int, *, deaths: int | None = None) -> None:
+        """The launcher: a worker is about to come to a place that nobody has. So many collectives' memory is given out.
+
+        To the others it is as if one had just died there, the place's ``deaths``-th; it joins as any newcomer does
+        (docs/decisions/0012).
+        """
+        self.passes(COLLECTIVES)[worker] = collectives
+        self._words[self._coming + worker] = 1
+        self.leaving[worker] = 0
+        self.given_up[worker] = 0
+        self.deaths[worker] = self.deaths[worker] + 1 if deaths is None else deaths
+        self._words[13] = max(self._words[13], worker + 1)
+        self._words[6] += 1
+        self.wake_all()
+
+    def ask_to_leave(self, worker: int) -> None:
+        """The launcher: this worker is to leave when it can."""
+        self.leaving[worker] = 1
+
+    def want(self, workers: int) -> None:
+        """The launcher: how many workers the run is to have."""
+        self._words[10] = workers
+
     def set_interrupt(self) -> None:
         self._words[4] = 1
 
@@ -255,7 +328,9 @@ class Board:
         Raises Aborted when the run is being stopped.
         """
         answer = ask()
-        spins = self._spins
+        # Sleeping costs a wake-up of 10 to 50 microseconds; looking again for a while costs a core. It pays only where
+        # every process has a core of its own.
+        spins = _SPINS if self._words[10] + self._words[12] <= self._cores else 0
         while isinstance(answer, Waiting):
             if self._words[3]:
                 raise Aborted(answer.reason)
@@ -280,6 +355,11 @@ class Board:
         return answer
 
 
+def _shares_words(workers: int) -> int:
+    """Of a loader: 1 + a pass, and a set of workers."""
+    return 1 + -(-workers // 64)
+
+
 def _offsets(workers: int, servers: int) -> dict[str, int]:
     """Where each column begins, in words."""
     place, offsets = 2 * _LINE, {}
@@ -297,8 +377,11 @@ def _offsets(workers: int, servers: int) -> dict[str, int]:
         "accounts": _LINE,
         "deaths": workers,
         "given_up": workers,
+        "leaving": workers,
+        "coming": workers,
         "settled": workers,
         "places": workers * 2,
+        "shares": MAX_LOADERS * _shares_words(workers),
         "asleep": workers + servers + 1,
         "in_hand": workers,
         "longest_ns": workers,

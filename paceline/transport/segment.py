@@ -9,9 +9,15 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from paceline.errors import HostError
+
+# Ranges of a segment that have a part for every place: (where the first begins, bytes of each, how many). The parts of
+# places that nobody has had are not reserved.
+Stripes: TypeAlias = "Sequence[tuple[int, int, int]]"
 
 PAGE = 4096
 
@@ -20,34 +26,59 @@ def page_up(size_bytes: int) -> int:
     return -(-size_bytes // PAGE) * PAGE
 
 
-def create(name: str, size_bytes: int) -> int:
-    """A descriptor of a new zeroed segment, its memory reserved.
+def create(name: str, size_bytes: int, by_place: Stripes = (), places: int = 0) -> int:
+    """A descriptor of a new zeroed segment, its memory reserved; of ``by_place`` that of the first ``places``.
 
     Reserving first turns "out of memory" into an error with a sentence; without it the first touch past
     what the host has would be a SIGBUS. Raises HostError.
     """
     import fcntl  # not everywhere that a script runs alone
 
-    free = available_bytes()
+    fd = os.memfd_create(f"paceline-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        whole = page_up(max(size_bytes, 1))
+        _reserve(fd, name, in_use(whole, by_place, places), whole)
+    except HostError:
+        os.close(fd)
+        raise
+    # Cut short under others it would be a SIGBUS in all of them.
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    return fd
+
+
+def reserve_place(fd: int, name: str, by_place: Stripes, place: int) -> None:
+    """Reserve what belongs to one more place. Raises HostError."""
+    _reserve(fd, name, [(start + place * each, start + (place + 1) * each) for start, each, _ in by_place])
+
+
+def in_use(size_bytes: int, by_place: Stripes, places: int) -> list[tuple[int, int]]:
+    """The ranges ``[start, stop)`` of a segment but for the places from ``places`` on."""
+    ranges, before = [], 0
+    for start, each, count in sorted(by_place):
+        ranges.append((before, start + min(places, count) * each))
+        before = start + count * each
+    return [(start, stop) for start, stop in (*ranges, (before, size_bytes)) if start < stop]
+
+
+def _reserve(fd: int, name: str, ranges: Sequence[tuple[int, int]], whole: int = 0) -> None:
+    size_bytes, free = sum(stop - start for start, stop in ranges), available_bytes()
     if size_bytes > free:
         raise HostError(
             f"{name} needs {_mb(size_bytes)} of shared memory; this machine has {_mb(free)} left",
             why="parameters and optimizer state are kept once, gradients once per worker",
             fix="fewer workers, a smaller model, or an optimizer with less state",
         )
-    fd = os.memfd_create(f"paceline-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
-        os.posix_fallocate(fd, 0, page_up(max(size_bytes, 1)))
+        if whole:
+            os.ftruncate(fd, whole)
+        for start, stop in ranges:
+            os.posix_fallocate(fd, start, stop - start)
     except OSError as error:
-        os.close(fd)
         raise HostError(
             f"{name} needs {_mb(size_bytes)} of shared memory, which could not be reserved: {error.strerror}",
             why="a memory limit of this container or user",
             fix="raise the limit, or use fewer workers or a smaller model",
         ) from None
-    # Cut short under others it would be a SIGBUS in all of them.
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-    return fd
 
 
 def attach(fd: int) -> mmap.mmap:

@@ -3,7 +3,7 @@
     words   pushed[worker], stepped[member]: the round each has pushed, and has stepped its share of; asked[worker],
             answered[worker]: the same for norms; loads[0]: checkpoints loaded over what is here; since[worker]: the
             first round, or entry of the log, that the process counts in which is this worker now; attached[worker]:
-            how many have been this worker before it
+            how many have been this worker before it. ``workers`` is how many places there are, most of them unused
     undo    an area for each who steps (of each part, where there are parts): params/undo.py
     log     where there are parts (paces quorum, bounded, async): the log (protocol/log.py), applied[part], and
             clocks[worker], steps each has finished
@@ -49,8 +49,9 @@ class Spec(msgspec.Struct, frozen=True):
     """All that must be equal in every process of an exchange; its bytes are compared and sent to servers.
 
     ``settings`` is the groups' hyper-parameters as they are stepped, encoded; a slot has room for
-    ``settings_bytes`` of them. ``whole``: parameters are never cut. ``parts``: into how many the parameters are cut
-    for good; 0 where each round cuts them anew. ``damping`` and ``compensate`` are what is done about stale gradients
+    ``settings_bytes`` of them. ``whole``: parameters are never cut. ``workers``: places for so many. ``shares``: what
+    the grid is made for, who steps at the start. ``parts``: into how many the parameters are cut for good; 0 where each
+    round cuts them anew. ``damping`` and ``compensate`` are what is done about stale gradients
     (engine/applier.py).
     """
 
@@ -65,6 +66,7 @@ class Spec(msgspec.Struct, frozen=True):
     parts: int = 0
     damping: bool = False
     compensate: float = 0.0
+    shares: int = 0
 
     @property
     def seats(self) -> int:
@@ -77,7 +79,14 @@ class Spec(msgspec.Struct, frozen=True):
         entries = self.table.entries
         sizes, grains = [entry.size for entry in entries], [entry.grain for entry in entries]
         tables = {param for param, entry in enumerate(entries) if entry.row}
-        return grid(sizes, self.seats, most=BLOCK_VALUES, whole=self.whole, grains=grains, tables=tables)
+        return grid(
+            sizes,
+            self.parts or self.shares or self.seats,
+            most=BLOCK_VALUES,
+            whole=self.whole,
+            grains=grains,
+            tables=tables,
+        )
 
     def cut(self, parts: int) -> tuple[tuple[Piece, ...], ...]:
         """The blocks as shares."""
@@ -116,6 +125,13 @@ class _Offsets:
 def size_bytes(spec: Spec) -> int:
     """How large the segment of this exchange must be."""
     return max(_Offsets(spec).end, PAGE)
+
+
+def by_place(spec: Spec) -> tuple[tuple[int, int, int], ...]:
+    """Which ranges of it belong to single workers."""
+    offsets = _Offsets(spec)
+    slots = (offsets.slots, offsets.slot_bytes, spec.workers)
+    return (slots,) if spec.parts or spec.servers else (slots, (offsets.undo, offsets.undo_bytes, spec.workers))
 
 
 class Slot:
@@ -223,7 +239,7 @@ class ExchangeMemory:
     def __init__(self, memory: mmap.mmap, spec: Spec) -> None:
         offsets = _Offsets(spec)
         assert len(memory) >= offsets.end, "the segment is smaller than its spec"
-        self._memory, self._pinned = memory, False
+        self._memory, self._offsets, self._pinned = memory, offsets, False
         words = memoryview(memory)[: offsets.log].cast("Q")
         self.pushed = words[: spec.workers]
         members = spec.workers + spec.servers
@@ -267,11 +283,16 @@ class ExchangeMemory:
             kept = journal.watch(segment, self._log_at, self._log_at + size)
             self.log = log.Log(self.log.words, len(self.slots), kept)
 
-    def pin(self) -> None:
-        """Lock the memory for CUDA, so that copies from and to a GPU need no staging and can be queued."""
+    def pin(self, rank: int) -> None:
+        """Lock what a worker copies from and to for CUDA, so that copies from and to a GPU need no staging and can be
+        queued: the parameters, and its own slot."""
         if not self._pinned:
             self._pinned = True
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address(self._memory), len(self._memory), 0))
+            offsets, start = self._offsets, address(self._memory)
+            own = offsets.slots + rank * offsets.slot_bytes
+            for first, stop in ((offsets.params, offsets.slots), (own, own + offsets.slot_bytes)):
+                if stop > first:
+                    torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(start + first, stop - first, 0))
 
 
 def carve_vectors(memory: mmap.mmap, start: int, sizes: dict[str, int]) -> dict[str, torch.Tensor]:

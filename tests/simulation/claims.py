@@ -31,6 +31,7 @@ class Claims:
         self.read_batches: list[Batch] = []
         self.in_hand: list[Batch] = []  # of those that were killed, or whose script was over, and no step was taken
         self.given_up: set[int] = set()
+        self.dealt: dict[int, set[Batch]] = {}  # to a worker, where they are not leased
         self.stepping: set[str] = set()  # names of tasks
         self.kills = 0
         self.met: Counter[str] = Counter()  # what was there to be seen
@@ -123,7 +124,7 @@ class Claims:
             return
         if board.raw("settled")[rank] < board.raw("deaths")[rank]:
             return  # a newcomer draws the consequences of the death of its own predecessor
-        loader, workers = parked_at(before), range(self._plan.workers)
+        loader, workers = parked_at(before), range(self._plan.places)
         passes, gone, parked = self._passes(loader), board.raw("gone"), board.raw("parked")
         if before & TAIL:
             drained = board.raw("drained")[loader] > passes[rank]
@@ -144,12 +145,12 @@ class Claims:
         assert not board.raw("returned")[loader], f"pass {now} is drained while batches lie on the table"
         for worker, (gone, parked) in enumerate(zip(board.raw("gone"), board.raw("parked"), strict=False)):
             at_tail = parked == loader + 1 + TAIL or self._task == f"worker {worker}"
-            there = worker >= self._plan.workers or gone or passes[worker] + at_tail >= now
+            there = worker >= self._plan.places or gone or passes[worker] + at_tail >= now
             assert there, f"pass {now} is drained while worker {worker} is in it"
 
     def _passes(self, loader: int) -> list[int]:
-        first = self._host.board.place("passes")[0] + loader * self._plan.workers
-        return [self._host.board.stored.get(first + worker, 0) for worker in range(self._plan.workers)]
+        first = self._host.board.place("passes")[0] + loader * self._plan.places
+        return [self._host.board.stored.get(first + worker, 0) for worker in range(self._plan.places)]
 
     def read(self, rank: int, batch: Batch) -> None:
         self.read_batches.append(batch)
@@ -246,10 +247,7 @@ class Claims:
     def _due(self) -> list[Batch]:
         """Every batch that somebody who is not given up may read."""
         plan = self._plan
-        due = []
-        for number, count in enumerate(plan.batches):
-            for ordinal in range(count):
-                if not plan.leased and plan.owners[number][ordinal] in self.given_up:
-                    continue  # nobody else may read it
-                due.append((number, ordinal))
-        return due
+        if self.given_up and not plan.leased:
+            taken = set().union(*(self.dealt.get(rank, set()) for rank in self.given_up))  # nobody else may read it
+            return [batch for rank in self.dealt for batch in self.dealt[rank] - taken]
+        return [(number, ordinal) for number, count in enumerate(plan.batches) for ordinal in range(count)]

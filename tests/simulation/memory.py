@@ -15,7 +15,8 @@ from paceline.data.ledger import words_needed as ledger_words
 from paceline.engine.leases import Leases
 from paceline.params.undo import HEADER_WORDS, Undo
 from paceline.protocol import log
-from paceline.transport.board import COLLECTIVES, Accounts, Board, _offsets
+from paceline.protocol.rounds import LEFT
+from paceline.transport.board import COLLECTIVES, Accounts, Board, _offsets, _shares_words
 from paceline.transport.journal import WORDS as JOURNAL_WORDS
 from paceline.transport.journal import Journal, Watched
 from paceline.transport.slots import Slot
@@ -115,7 +116,8 @@ class Cells(MutableSequence[Any]):
 class Host:
     """The memory of one run, before any process has mapped it."""
 
-    def __init__(self, scheduler: Scheduler, workers: int, servers: int, parts: int) -> None:
+    def __init__(self, scheduler: Scheduler, begin: int, workers: int, servers: int, parts: int) -> None:
+        """``begin`` workers, with places for ``workers``."""
         self.scheduler, self.workers, self.servers, self.parts = scheduler, workers, servers, parts
         offsets = _offsets(workers, servers)
         names = sorted((name for name in offsets if name != "end"), key=lambda name: offsets[name])
@@ -124,6 +126,8 @@ class Host:
         columns |= {name: stop - offsets[name] for name, stop in zip(names, stops, strict=True)}
         self.board = Segment(scheduler, columns)
         self.over = False  # has the launcher told the servers so?
+        self.board.stored |= {13: begin, 10: begin, 12: servers}
+        self.board.stored |= {offsets["gone"] + place: LEFT for place in range(begin, workers)}
         self.board_floats = Segment(scheduler, columns)
         members, seats = workers + servers, parts or servers or workers
         self.exchange = Segment(
@@ -175,6 +179,8 @@ class SimulatedBoard(Board):
         self.deaths, self.given_up = column("deaths"), column("given_up")
         self.asks, self.answers = column("asks"), watched("answers", host.workers)
         self.on_alarm = lambda ask: None
+        self.leaving, self.coming, self._coming = column("leaving"), watched("coming", host.workers), offsets["coming"]
+        self._shares = watched("shares", LOADERS * _shares_words(host.workers))
         self._heard = 0
         self._asleep = offsets["asleep"] + self.members
         self.in_hand, self.longest_ns = column("in_hand").private(), column("longest_ns").private()
@@ -193,7 +199,7 @@ class SimulatedBoard(Board):
         self.decided = watched("decided", LOADERS)
         self.returned, self.drained = watched("returned", LOADERS), watched("drained", LOADERS)
         self.drained._memory.on_write = host.on_drain  # type: ignore[attr-defined]
-        self._spins = 0
+        self._cores = 0
 
     def may_sleep_through(self, host: Host, task: Task) -> bool:
         """A sleeper looks again within half a second. Does it have to? For the simulation: no turn."""

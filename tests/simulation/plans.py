@@ -43,6 +43,11 @@ class Plan:
     most_kills: int
     gives_up: float  # how often nobody takes the place of one that has died
     weights: tuple[int, ...]  # how fast each worker is
+    places: int  # how many workers there may be
+    wishes: tuple[tuple[int, int], ...]  # turns to wait, then so many workers are wished for
+
+    def script(self, rank: int) -> Script:
+        return self.scripts[rank % self.workers]
 
     @property
     def trains_on_all(self) -> bool:
@@ -106,8 +111,24 @@ def draw(random_: random.Random, world: str) -> Plan:
         most_kills=random_.choice((1, 2, 6)),
         gives_up=random_.choice((0.0, 0.0, 0.5)),
         weights=tuple(random_.choice((1, 1, 1, 20)) for _ in range(workers)),
+        places=workers,
+        wishes=(),
     )
-    return _without_what_is_known(plan)
+    return _without_what_is_known(_with_wishes(plan, random_))
+
+
+def _with_wishes(plan: Plan, random_: random.Random) -> Plan:
+    """In a third of the plans workers are added and leave; nothing else differs from what the seed had drawn."""
+    if random_.random() < 2 / 3:
+        return plan
+    places = plan.workers + random_.randint(0, 2)
+    least = plan.pace.count if isinstance(plan.pace, Quorum) else 1
+    wishes = tuple(
+        (int(random_.expovariate(1 / 150)), random_.randint(least, places)) for _ in range(random_.randint(1, 4))
+    )
+    # A gradient that waits for its step when a worker leaves is gone with it.
+    scripts = tuple(replace(script, accumulate=(1,) * len(plan.batches)) for script in plan.scripts)
+    return replace(plan, places=places, wishes=wishes, scripts=scripts)
 
 
 def _without_what_is_known(plan: Plan) -> Plan:
@@ -115,11 +136,11 @@ def _without_what_is_known(plan: Plan) -> Plan:
         plan = replace(plan, streamed=False)
     if isinstance(plan.pace, Quorum) and not known.QUORUMS_EVALUATE_WITHIN_PASSES:
         plan = replace(plan, evaluates_every=None)
-    if plan.kill_every is not None:
+    if plan.kill_every is not None or plan.wishes:
         plan = _without_what_newcomers_cannot(plan)
     if plan.leased and not known.FEWER_LEASES_THAN_WORKERS:
-        owners = tuple(one if len(one) >= plan.workers else tuple(range(plan.workers)) for one in plan.owners)
-        plan = replace(plan, batches=tuple(map(len, owners)), owners=owners, to_evaluate=plan.workers)
+        owners = tuple(one if len(one) >= plan.places else tuple(range(plan.places)) for one in plan.owners)
+        plan = replace(plan, batches=tuple(map(len, owners)), owners=owners, to_evaluate=plan.places)
     return plan
 
 

@@ -25,6 +25,7 @@ from paceline.engine import exchange as exchange_module
 from paceline.engine import handover, server
 from paceline.engine.applier import Applier
 from paceline.engine.context import Context
+from paceline.engine.ending import Leave
 from paceline.engine.exchange import Exchange
 from paceline.engine.shards import Shards
 from paceline.engine.stepper import Stepper
@@ -65,7 +66,8 @@ class Life:
         board = SimulatedBoard(host)
         lock: Any = SimulatedLock(host.scheduler, board.journal)
         channel: Any = SimpleNamespace(send=self._send, receive=self._receive)
-        job = Job("simulated", plan.workers, plan.servers, plan.pace, "lease" if plan.leased else "round_robin")
+        assign = "lease" if plan.leased else "round_robin"
+        job = Job("simulated", plan.workers, plan.servers, plan.places, pace=plan.pace, assign=assign)
         context = Context(job, "worker", rank, Path(), channel, board, lock)
         worker = Worker(context)
         model: Any = SimpleNamespace(training=True)
@@ -78,8 +80,12 @@ class Life:
                 self._ask(worker, board)
                 tell = partial(worker.passes.tell_returned, loader)
                 worker._leases[loader] = SimulatedLeases(host, loader, board.journal, lock, rank, tell)
-        loaders = [Loader(index, worker, plan, rank) for index in range(LOADERS)]
-        Played(self._plan, self._claims, rank, worker, exchange, loaders, model).play(plan.scripts[rank])
+        loaders = [Loader(index, worker, plan, rank, self._claims) for index in range(LOADERS)]
+        try:
+            Played(self._plan, self._claims, rank, worker, exchange, loaders, model).play(plan.script(rank))
+        except Leave:
+            self._claims.leave(rank)
+            self._claims.met["left when asked to"] += 1
         worker.finish()
 
     def _open(self, worker: Worker, exchange: SimulatedExchange, board: SimulatedBoard) -> None:
@@ -182,7 +188,7 @@ class Played:
             self._claims.norm(self._rank, self._exchange.number + 1, self._worker.norm(self._exchange, b"\1", 1.0))
         before = dict(self._exchange.memory.slots[self._rank].copy)
         self._worker.exchange(0)
-        if self._worker.progress.batch_dropped:
+        if self._worker.progress.batch_dropped and not self._worker._catching_up.is_muted:
             after = self._exchange.memory.slots[self._rank].copy
             assert after != before, f"a push of worker {self._rank} is dropped though it is not late"
         self._claims.step(self._rank)
@@ -202,9 +208,9 @@ class Played:
 class Loader:
     """A wrapped loader, as ``data/loader.py`` makes one of a DataLoader with processes that draw ahead."""
 
-    def __init__(self, index: int, worker: Worker, plan: Plan, rank: int) -> None:
+    def __init__(self, index: int, worker: Worker, plan: Plan, rank: int, claims: Claims) -> None:
         self._index, self._worker, self._plan, self._rank = index, worker, plan, rank
-        self._ahead = plan.scripts[rank].ahead
+        self._claims, self._ahead = claims, plan.script(rank).ahead
 
     def __len__(self) -> int:
         return 1
@@ -221,8 +227,13 @@ class Loader:
         total = plan.batches[planned] if train else plan.to_evaluate
         named = [(number if train else -1, ordinal) for ordinal in range(total)]
         if leases is None:
-            owners = plan.owners[planned] if train else [ordinal % plan.workers for ordinal in range(total)]
-            mine = [batch for batch, owner in zip(named, owners, strict=True) if owner == self._rank]
+            deal = self._worker.passes.deal(self._index)
+            assert deal is not None
+            which, many = deal
+            owners = plan.owners[planned] if train else range(total)
+            mine = [batch for batch, owner in zip(named, owners, strict=True) if owner % many == which]
+            if train and not self._worker.passes.over and not self._worker._catching_up.is_muted:
+                self._claims.dealt.setdefault(self._rank, set()).update(mine)
             yield from ((batch, 1) for batch in mine[skip:])
         elif plan.streamed:
             yield from _streamed(named, Part(0, 1, "round_robin", 0), number, None, lambda _: 1, leases)
@@ -280,7 +291,7 @@ class SimulatedExchange(Exchange):
         self._stepped_by: Any = SimpleNamespace() if isinstance(self._pace, Local) else self.optimizer
         self.memory: Any = SimulatedMemory(host)
         job = context.job
-        spec = SimpleNamespace(workers=job.workers, servers=job.servers, parts=host.parts, damping=False, compensate=0)
+        spec = SimpleNamespace(workers=job.places, servers=job.servers, parts=host.parts, damping=False, compensate=0)
         self.spec: Any = spec
         self.inner = None
         self.was_finite = True
@@ -452,16 +463,16 @@ def serve(host: Host, plan: Plan, claims: Claims, rank: int, channel: int) -> No
     """engine/server.py's ``serve`` with one exchange, which is there from the beginning."""
     board, memory = SimulatedBoard(host), SimulatedMemory(host)
     spec: Any = SimpleNamespace(
-        workers=plan.workers, servers=plan.servers, parts=host.parts, damping=False, compensate=0
+        workers=plan.places, servers=plan.servers, parts=host.parts, damping=False, compensate=0
     )
     shards = SimulatedShards(claims, spec, memory, type(None), {})
     stepper, applier = RecordingStepper(claims, shards, memory), RecordingApplier(claims, spec, shards, memory)
     parts = range(rank, host.parts, plan.servers)
     one: Any = SimpleNamespace(spec=spec, memory=memory, published_as=1, stepper=stepper, applier=applier, parts=parts)
-    member = plan.workers + rank
+    member = plan.places + rank
     while True:
         answer: Any = board.wait(lambda: server._next(board, [one], member, channel))
-        if answer is None or answer == "message":
+        if answer == "message":
             return
         _, number, what = answer
         if isinstance(what, tuple):

@@ -8,7 +8,21 @@ from collections import Counter
 from collections.abc import Callable
 
 from paceline.protocol import messages
-from paceline.protocol.coordinator import Abort, Allocate, Came, Coordinator, Died, Done, Event, Give, GiveUp, Replace
+from paceline.protocol.coordinator import (
+    Abort,
+    Allocate,
+    AskToLeave,
+    Came,
+    Coordinator,
+    Died,
+    Done,
+    Event,
+    Give,
+    GiveUp,
+    Open,
+    Replace,
+    Wished,
+)
 from paceline.protocol.rounds import LEFT
 from paceline.transport.channel import Channel
 from tests.simulation import known, plans
@@ -27,11 +41,12 @@ class World:
         random_ = random.Random(f"{world} {seed}")
         self.plan = plan = plans.draw(random_, world)
         self.scheduler = Scheduler(random_, trace)
-        self.host = Host(self.scheduler, plan.workers, plan.servers, plan.parts)
+        self.host = Host(self.scheduler, plan.workers, plan.places, plan.servers, plan.parts)
         self.claims = Claims(self.host, plan)
         self._random, self._trace = random_, trace
-        self._lives: list[Life] = []  # by rank, the newest
-        self._tasks: list[Task] = []
+        self._lives: dict[int, Life] = {}  # by rank, the newest
+        self._tasks: dict[int, Task] = {}
+        self._opened = 0
         self._inbox: list[Event] = []
         self.late_looks = 0
         if trace:
@@ -49,6 +64,8 @@ class World:
                 for rank in range(plan.workers):
                     self._start_worker(rank)
                 scheduler.start("launcher", lambda: self._launch(mine))
+                if plan.wishes:
+                    scheduler.start("user", self._wish)
                 self._plan_kill()
                 scheduler.run()
         finally:
@@ -72,12 +89,14 @@ class World:
             life.run()
             self._tell(Died("worker", rank, 0, 0))
 
-        task = self.scheduler.start(f"worker {rank}", live, self.plan.weights[rank])
-        if rank < len(self._lives):
-            self._lives[rank], self._tasks[rank] = life, task
-        else:
-            self._lives.append(life)
-            self._tasks.append(task)
+        weight = self.plan.weights[rank % self.plan.workers]
+        self._lives[rank], self._tasks[rank] = life, self.scheduler.start(f"worker {rank}", live, weight)
+
+    def _wish(self) -> None:
+        for turns, workers in self.plan.wishes:
+            for _ in range(turns):
+                self.scheduler.turn()
+            self._tell(Wished(workers))
 
     def _tell(self, event: Event) -> None:
         self._inbox.append(event)
@@ -92,7 +111,7 @@ class World:
             board.journal.map(100 + loader, segment.words)
         lock = SimulatedLock(self.scheduler, board.journal)
         coordinator = Coordinator(self.plan.workers, self.plan.servers, restarts=0, min_workers=1)
-        over = False
+        over, given = False, 0
         while not over:
             while not self._inbox:
                 self.scheduler.sleep(_INBOX)
@@ -106,15 +125,27 @@ class World:
                 coordinator._restarts = 0 if self._gives_up(event.rank) else _RESTARTS
             if isinstance(event, Died):
                 lock.try_to_mend()  # it may have been killed while it was leaving
-            left = isinstance(event, Died) and board.gone[event.rank] == LEFT
+            if isinstance(event, Wished):
+                if coordinator.refusal(event.workers) is not None:
+                    continue
+                board.want(event.workers)
+            left = isinstance(event, Died) and event.rank not in coordinator.coming and board.gone[event.rank] == LEFT
             if left:
                 board.wake_all()
             told = coordinator.handle(Came("worker", event.rank, messages.Finished())) if left else []
             for effect in (*told, *coordinator.handle(event)):
                 match effect:
-                    case Allocate(request=request):
-                        for rank in range(self.plan.workers):
+                    case Allocate(request=request, workers=workers):
+                        given = request.number
+                        for rank in workers:
                             self._give(rank, request.number)
+                    case Open(rank=rank):
+                        self._opened += 1
+                        self.claims.met["added"] += 1
+                        board.open_place(rank, given)
+                        self._start_worker(rank)
+                    case AskToLeave(rank=rank):
+                        board.ask_to_leave(rank)
                     case Give(rank=rank, number=number):
                         self._give(rank, number)
                     case Replace(rank=rank):
@@ -140,7 +171,9 @@ class World:
         self.scheduler.wake(f"worker {rank}'s channel")
 
     def _gives_up(self, rank: int) -> bool:
-        others = set(range(self.plan.workers)) - {rank} - self.claims.given_up
+        others = set(self._lives) - {rank} - self.claims.given_up
+        coming, leaving = self.host.board.raw("coming"), self.host.board.raw("leaving")
+        others = {other for other in others if not (coming[other] or leaving[other])}
         if not known.LAST_IS_GIVEN_UP:
             others = {other for other in others if self._is_alive(other)}
         if rank == 0 and not self.host.board.stored.get(5) and not known.FIRST_IS_GIVEN_UP_EARLY:
@@ -157,7 +190,7 @@ class World:
 
     def _kill(self) -> None:
         """Kill one worker, or several; they may be asleep, in the midst of a step, or under the lock."""
-        alive = [rank for rank in range(self.plan.workers) if self._is_alive(rank)]
+        alive = [rank for rank in sorted(self._lives) if self._is_alive(rank)]
         current = [rank for rank in alive if self._tasks[rank] is self.scheduler.current]
         if alive:
             number = 1 if self._random.random() < 0.8 else self._random.randint(1, len(alive))
@@ -185,7 +218,7 @@ class World:
         self.late_looks += 1
         asleep = [task for task in self.scheduler.asleep if task in self.host.boards]
         asleep = [task for task in asleep if self.host.boards[task].may_sleep_through(self.host, task)]
-        if self.late_looks > _LATE_LOOKS * self.claims.kills + self.plan.servers:
+        if self.late_looks > _LATE_LOOKS * (self.claims.kills + self._opened) + self.plan.servers:
             return False
         for task in asleep:
             self.scheduler.rouse(task)

@@ -36,6 +36,7 @@ def test_every_option_can_stand_in_the_environment() -> None:
     texts = {
         "workers": "3",
         "servers": "1",
+        "max_workers": "9",
         "pace": "bounded:4",
         "assign": "hash",
         "data": "served",
@@ -64,6 +65,7 @@ def test_every_option_can_stand_in_the_environment() -> None:
         "train",
         workers=3,
         servers=1,
+        max_workers=9,
         pace=Bounded(4),
         assign="hash",
         data="served",

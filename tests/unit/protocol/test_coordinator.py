@@ -10,6 +10,7 @@ from paceline.protocol import messages
 from paceline.protocol.coordinator import (
     Abort,
     Allocate,
+    AskToLeave,
     Came,
     Coordinator,
     Died,
@@ -19,8 +20,10 @@ from paceline.protocol.coordinator import (
     Give,
     GiveUp,
     Interrupted,
+    Open,
     Replace,
     Tell,
+    Wished,
 )
 
 SAID = messages.Failed("ScriptError", "worker 1 raised ValueError: no", traceback="Traceback ...")
@@ -60,7 +63,9 @@ def test_memory_is_given_once_when_the_last_worker_asks(order: tuple[int, ...]) 
     coordinator = Coordinator(3, 0)
     assert effects(coordinator, *(wrap(rank) for rank in order[:2])) == []
     (given_,) = coordinator.handle(wrap(order[2]))
-    assert given_ == Allocate(messages.Wrap(1, "exchange", b"spec of 0", 100, "SGD over 7 parameters"), servers=False)
+    assert given_ == Allocate(
+        messages.Wrap(1, "exchange", b"spec of 0", 100, "SGD over 7 parameters"), servers=False, workers=(0, 1, 2)
+    )
 
 
 @pytest.mark.parametrize(
@@ -78,9 +83,9 @@ def test_one_worker_gets_its_memory_at_once() -> None:
 
 def test_collectives_of_different_numbers_are_kept_apart() -> None:
     coordinator = Coordinator(2, 0)
-    assert effects(coordinator, wrap(0, 1), wrap(1, 1)) == [Allocate(wrap(0, 1).message, servers=False)]
+    assert effects(coordinator, wrap(0, 1), wrap(1, 1)) == [Allocate(wrap(0, 1).message, False, (0, 1))]
     assert coordinator.handle(wrap(1, 2)) == []
-    assert coordinator.handle(wrap(0, 2)) == [Allocate(wrap(0, 2).message, servers=False)]
+    assert coordinator.handle(wrap(0, 2)) == [Allocate(wrap(0, 2).message, False, (0, 1))]
 
 
 def test_kinds_that_differ_abort_and_name_the_worker() -> None:
@@ -241,14 +246,14 @@ def test_a_newcomer_gets_the_memory_that_the_others_have() -> None:
     coordinator = Coordinator(2, 0, restarts=1)
     effects(coordinator, wrap(0), wrap(1), wrap(0, 2, "copy"), died(1, -9))
     assert coordinator.handle(wrap(1)) == [Give(1, 1)]
-    assert coordinator.handle(wrap(1, 2, "copy")) == [Allocate(wrap(0, 2, "copy").message, servers=False)]
+    assert coordinator.handle(wrap(1, 2, "copy")) == [Allocate(wrap(0, 2, "copy").message, False, (0, 1))]
 
 
 def test_what_the_dead_had_asked_for_is_asked_for_again() -> None:
     coordinator = Coordinator(2, 0, restarts=1)
     assert effects(coordinator, wrap(1), died(1, -9))[-1] == Replace(1)
     assert coordinator.handle(wrap(0)) == []
-    assert coordinator.handle(wrap(1)) == [Allocate(wrap(0).message, servers=False)]
+    assert coordinator.handle(wrap(1)) == [Allocate(wrap(0).message, False, (0, 1))]
 
 
 def test_a_newcomer_that_wraps_something_else_aborts() -> None:
@@ -265,14 +270,14 @@ def test_the_others_go_on_while_they_are_enough() -> None:
     assert given_up == GiveUp(3)
     assert GiveUp(2) in coordinator.handle(died(2, -9))
     assert coordinator.handle(wrap(0)) == []
-    assert coordinator.handle(wrap(1)) == [Allocate(wrap(0).message, servers=False)]
+    assert coordinator.handle(wrap(1)) == [Allocate(wrap(0).message, False, (0, 1))]
     assert aborts(coordinator.handle(died(1, -9)))
 
 
 def test_a_wrap_waits_no_more_for_who_is_given_up() -> None:
     coordinator = Coordinator(3, 0, min_workers=1)
     found = effects(coordinator, wrap(1), wrap(2), died(0, -9))
-    assert found[1:] == [GiveUp(0), Allocate(wrap(1).message, servers=False)]
+    assert found[1:] == [GiveUp(0), Allocate(wrap(1).message, False, (1, 2))]
 
 
 def test_the_run_is_done_when_those_that_are_left_have_ended() -> None:
@@ -300,7 +305,7 @@ def test_what_a_script_raises_at_its_start_is_told_at_once() -> None:
 
 def test_nobody_is_replaced_once_the_user_has_asked_for_the_end() -> None:
     coordinator = Coordinator(2, 0, restarts=3)
-    assert effects(coordinator, wrap(0), wrap(1), Interrupted()) == [Allocate(wrap(0).message, servers=False)]
+    assert effects(coordinator, wrap(0), wrap(1), Interrupted()) == [Allocate(wrap(0).message, False, (0, 1))]
     assert coordinator.handle(died(1, -9))[1:] == [GiveUp(1)]
     assert coordinator.handle(died(0, -9))[1:] == [GiveUp(0), Done()]
 
@@ -343,3 +348,73 @@ def test_who_is_out_for_its_gradients_is_replaced_as_often_as_one_that_dies_whet
 
 def test_who_is_out_and_not_replaced_is_given_up_where_enough_are_left() -> None:
     assert effects(Coordinator(2, 0, min_workers=1), *out(1))[-1] == GiveUp(1)
+
+
+# --- workers that are added, and leave ---
+
+
+def joined(rank: int) -> Came:
+    return Came("worker", rank, messages.Joined(1))
+
+
+def test_added_workers_come_to_the_lowest_places_and_the_highest_leave() -> None:
+    coordinator = Coordinator(2, 0)
+    effects(coordinator, wrap(0), wrap(1))
+    assert coordinator.handle(Wished(4)) == [Open(2), Open(3)]
+    assert coordinator.coming == {2, 3}
+    assert coordinator.handle(wrap(2)) == [Give(2, 1)]
+    effects(coordinator, joined(2), joined(3))
+    assert coordinator.handle(Wished(1)) == [AskToLeave(3), AskToLeave(2), AskToLeave(1)]
+
+
+def test_a_wrap_waits_for_who_is_added_and_not_for_who_leaves() -> None:
+    coordinator = Coordinator(2, 0)
+    effects(coordinator, wrap(0), wrap(1), Wished(3), wrap(2))
+    assert effects(coordinator, wrap(0, 2), wrap(1, 2)) == []
+    assert coordinator.handle(wrap(2, 2)) == [Allocate(wrap(0, 2).message, False, (0, 1, 2))]
+    effects(coordinator, joined(2), Wished(1), wrap(0, 3), finished(2))
+    assert coordinator.handle(finished(1)) == [Allocate(wrap(0, 3).message, False, (0,))]
+
+
+def test_who_has_left_when_asked_to_is_no_loss_and_may_come_again() -> None:
+    coordinator = Coordinator(2, 0, restarts=0)
+    effects(coordinator, wrap(0), wrap(1), Wished(1), finished(1))
+    assert coordinator.handle(died(1)) == [Tell("leave", "worker 1 has left; 1 goes on", "worker", 1)]
+    assert coordinator.handle(Wished(2)) == [Open(1)]
+    effects(coordinator, Wished(1), Wished(2), finished(1))
+    assert coordinator.handle(died(1))[-1] == Open(1)
+
+
+def test_who_dies_while_it_is_asked_to_leave_is_replaced() -> None:
+    coordinator = Coordinator(2, 0, restarts=1)
+    effects(coordinator, wrap(0), wrap(1), Wished(1))
+    assert coordinator.handle(died(1, -9))[-1] == Replace(1)
+
+
+def test_one_that_is_added_and_cannot_start_is_no_end_of_the_run() -> None:
+    coordinator = Coordinator(1, 0, restarts=3)
+    effects(coordinator, wrap(0), Wished(2), Came("worker", 1, SAID))
+    found = coordinator.handle(died(1, 1))
+    assert found[-1] == GiveUp(1)
+    assert not aborts(found)
+    assert coordinator.wanted == 1
+
+
+@pytest.mark.parametrize(
+    ("events", "workers", "why"),
+    [
+        ([], 0, "workers is 0"),
+        ([], 1, "--min-workers 2"),
+        ([finished(1)], 3, "coming to its end"),
+        ([Interrupted()], 3, "coming to its end"),
+        ([Came("worker", 0, messages.Ended("2 epochs"))], 3, "coming to its end"),
+        ([], 2, ""),
+        ([], 5, ""),
+    ],
+)
+def test_what_cannot_be_wished_for(events: list[Event], workers: int, why: str) -> None:
+    coordinator = Coordinator(2, 0, min_workers=2)
+    effects(coordinator, wrap(0), wrap(1), *events)
+    refused = coordinator.refusal(workers)
+    assert (refused is None) == (not why)
+    assert refused is None or why in refused.what

@@ -41,6 +41,11 @@ class Lists:
     returned: list[int] = field(default_factory=lambda: [0, 0])
     drained: list[int] = field(default_factory=lambda: [0, 0])
     common: int = 9
+    joins: int = 0
+
+    @property
+    def width(self) -> int:
+        return len(self.gone)
 
     def passes(self, loader: int) -> list[int]:
         return self.finished.get(loader, [0] * len(self.gone))

@@ -18,8 +18,8 @@ from paceline.transport.frame import MAGIC, MAX_LENGTH, VERSION, Decoder, FrameE
 
 # The numbers are the protocol: a message that is renumbered or whose fields move breaks older peers unseen.
 WIRE: list[tuple[Any, list[Any]]] = [
-    (messages.Wrap(1, "copy", b"s", 7, "w"), [1, 1, "copy", b"s", 7, "w"]),
-    (messages.Memory(1, 7, "copy", b"s"), [2, 1, 7, "copy", b"s"]),
+    (messages.Wrap(1, "copy", b"s", 7, "w"), [1, 1, "copy", b"s", 7, "w", []]),
+    (messages.Memory(1, 7, "copy", b"s"), [2, 1, 7, "copy", b"s", []]),
     (messages.Steps(b"r"), [3, b"r"]),
     (messages.Logged(4, {"a": 0.5}), [4, 4, {"a": 0.5}]),
     (messages.Pass(0, 1, None), [5, 0, 1, None]),
@@ -42,6 +42,9 @@ WIRE: list[tuple[Any, list[Any]]] = [
     (messages.Outcome(b"s", messages.Failed("K", "w")), [35, b"s", [7, "K", "w", "", "", ""]]),
     (messages.Letter(70_000), [36, 70_000]),
     (messages.Drop(7), [37, 7]),
+    (messages.Joined(2), [40, 2]),
+    (messages.Scale(4), [41, 4]),
+    (messages.Scaled(("t",), "K", "w", "y", "f"), [42, ["t"], "K", "w", "y", "f"]),
 ]
 EXAMPLES = [message for message, _ in WIRE]
 

@@ -121,3 +121,31 @@ def test_what_is_left_is_what_host_and_container_leave(
     files = FILES | changed
     monkeypatch.setattr(segment, "_read", lambda path: files.get(path, ""))
     assert segment.available_bytes() == expected
+
+
+@pytest.mark.parametrize(
+    ("stripes", "places", "ranges"),
+    [
+        ((), 0, [(0, 100)]),
+        (((40, 10, 4),), 0, [(0, 40), (80, 100)]),
+        (((40, 10, 4),), 2, [(0, 60), (80, 100)]),
+        (((40, 10, 6),), 6, [(0, 100)]),
+        (((40, 10, 6),), 9, [(0, 100)]),
+        (((60, 10, 4), (20, 10, 3)), 1, [(0, 30), (50, 70)]),
+    ],
+)
+def test_what_belongs_to_places_that_nobody_has_is_not_in_use(
+    stripes: tuple[tuple[int, int, int], ...], places: int, ranges: list[tuple[int, int]]
+) -> None:
+    assert segment.in_use(100, stripes, places) == ranges
+
+
+def test_a_place_takes_memory_when_it_is_opened() -> None:
+    fd = segment.create("test", 64 * PAGE, [(16 * PAGE, 8 * PAGE, 6)], places=2)
+    try:
+        assert os.fstat(fd).st_size == 64 * PAGE
+        assert os.fstat(fd).st_blocks * 512 == 32 * PAGE
+        segment.reserve_place(fd, "test", [(16 * PAGE, 8 * PAGE, 6)], 2)
+        assert os.fstat(fd).st_blocks * 512 == 40 * PAGE
+    finally:
+        os.close(fd)
