@@ -8,7 +8,7 @@ from paceline.protocol.messages import Failed, Scale, Scaled
 
 
 class Wishes:
-    """Of the run of ``job``; ``elsewhere``: somebody else has started its workers. ``epoch``: that of worker 0, from 1."""
+    """Of the run of ``job``. ``elsewhere``: somebody else started its workers; ``epoch``: the one worker 0 is in."""
 
     def __init__(self, job: Job, coordinator: Coordinator, *, elsewhere: bool) -> None:
         self._job, self._coordinator, self._elsewhere = job, coordinator, elsewhere
