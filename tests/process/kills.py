@@ -42,7 +42,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import paceline
 
 samples, epochs, kills = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-chance, seed, launchers = float(sys.argv[4]), sys.argv[5], sys.argv[6] == "launchers"
+chance, seed, launchers = float(sys.argv[4]), sys.argv[5], sys.argv[6:] == ["launchers"]
 luck = random.Random(f"{seed} {os.getpid()}")
 
 
