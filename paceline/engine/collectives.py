@@ -138,7 +138,8 @@ class Collectives:
             first = next(w for w, gone in enumerate(board.gone) if gone != LEFT and not board.given_up[w])
             return False if first == self._rank else Waiting(board.common, f"worker {first} has not shared its model")
 
-        return board.wait(ask)
+        answer = ask()
+        return board.wait(ask) if isinstance(answer, Waiting) else answer
 
     def _publish(self) -> None:
         with self._lock:
