@@ -136,8 +136,8 @@ class _Deputy:
             try:
                 self._link.send(answer)
             except LinkEnded as lost:
-                raise self._lost(str(lost)) from None
-        self._link.flush()
+                if not self._finished:
+                    raise self._lost(str(lost)) from None
 
     def _next(self) -> remote.Ask:
         with self._context.board.waiting():  # so that nobody takes it for stuck: it is the worker that computes
@@ -237,8 +237,8 @@ class _Deputy:
                 worker.collectives.barrier()
             case remote.Begin():
                 return self._begin(request)
-            case remote.DrawLease(loader=loader, total=total, at_least=at_least):
-                return self._leases[loader].draw(total, at_least)
+            case remote.DrawLease():
+                return self._draw(request)
             case remote.DropLease(loader=loader):
                 self._leases[loader].drop()
             case remote.BeginLease(loader=loader):
@@ -324,6 +324,13 @@ class _Deputy:
         if leases is not None:
             self._leases[loader] = leases
         return is_real, passes.skip(loader) if is_real else 0, leases is not None
+
+    def _draw(self, request: remote.DrawLease) -> int | None:
+        leases = self._leases[request.loader]
+        while True:
+            ordinal = leases.draw(request.total, request.at_least)
+            if ordinal is None or not request.begins or leases.begin():
+                return ordinal
 
     def _look_at(self, marks: int, *, is_training: bool) -> None:
         self._marks = marks

@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 import msgspec
 import torch
 from torch import nn, optim
+from torch.utils.data import DataLoader, IterableDataset
 
 from paceline import errors
 from paceline.config import Job, Local, Quorum, Sync
@@ -57,7 +58,6 @@ class RemoteWorker:
         self._notes: list[remote.Note] = []
         self._exchanges: list[RemoteExchange] = []
         self._buffers: list[list[torch.Tensor]] = []
-        self._loaders = 0
         self.is_over = False  # has it said that it has finished, or failed?
         self.passes = RemotePasses(self)
         told = self._ask(remote.Who())
@@ -143,7 +143,7 @@ class RemoteWorker:
     def share_loader(self, loader: Any, count: Count | None) -> Any:
         """As ``Worker.share_loader``."""
         index = self._ask(remote.WrapLoader())
-        self._loaders += 1
+        self.passes.add(index, draws_ahead=_draws_ahead(loader))
         return share(loader, index, self._part, self.passes, count)
 
     def copy_from_first(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
@@ -235,6 +235,7 @@ class RemoteWorker:
     def finish(self) -> None:
         """The script has come to its end."""
         if not self.is_over:
+            self._line.is_leaving = True
             self._ask(remote.Finish())
             self._leave()
 
@@ -242,6 +243,7 @@ class RemoteWorker:
         """The script has raised this."""
         if not self.is_over:
             self._notes = []
+            self._line.is_leaving = True
             self._ask(remote.Broke(failure))
             self._leave()
 
@@ -403,9 +405,15 @@ class RemotePasses:
         self.models: list[nn.Module] = []
         self._epochs: list[int] = []
         self._skips: dict[int, int] = {}
+        self._draw_ahead: set[int] = set()
         self._leased: dict[int, bool] = {}
         self._verdicts: dict[int, bool] = {}
         self._marks: tuple[int, object] = (0, None)
+
+    def add(self, loader: int, *, draws_ahead: bool) -> None:
+        """One more loader. ``draws_ahead``: batches that it has drawn need not go to the script."""
+        if draws_ahead:
+            self._draw_ahead.add(loader)
 
     def take(self, status: remote.Status) -> None:
         """What an answer tells of passes."""
@@ -452,7 +460,9 @@ class RemotePasses:
         self._worker.note(remote.Drawn(samples))
 
     def leases(self, loader: int) -> _Leases | None:
-        return _Leases(self._worker, loader) if self._leased[loader] else None
+        if not self._leased[loader]:
+            return None
+        return _Leases(self._worker, loader, draws_ahead=loader in self._draw_ahead)
 
     def more(self, loader: int) -> bool:
         return bool(self._worker.ask(remote.More(loader)))
@@ -478,20 +488,27 @@ class RemotePasses:
 
 
 class _Leases:
-    """A ``data.loader.Leases``. Each call is a round trip: whose a batch still is, is known at home alone."""
+    """A ``data.loader.Leases``. Each call is a round trip: whose a batch still is, is known at home alone. Where what is
+    drawn is the next that the script gets, it is begun with that."""
 
-    def __init__(self, worker: RemoteWorker, loader: int) -> None:
-        self._worker, self._loader = worker, loader
+    def __init__(self, worker: RemoteWorker, loader: int, *, draws_ahead: bool) -> None:
+        self._worker, self._loader, self._draws_ahead = worker, loader, draws_ahead
 
     def draw(self, total: int | None, at_least: int = 0) -> int | None:
-        ordinal: int | None = self._worker.ask(remote.DrawLease(self._loader, total, at_least))
+        request = remote.DrawLease(self._loader, total, at_least, not self._draws_ahead)
+        ordinal: int | None = self._worker.ask(request)
         return ordinal
 
     def drop(self) -> None:
         self._worker.ask(remote.DropLease(self._loader))
 
     def begin(self) -> bool:
-        return bool(self._worker.ask(remote.BeginLease(self._loader)))
+        return not self._draws_ahead or bool(self._worker.ask(remote.BeginLease(self._loader)))
+
+
+def _draws_ahead(loader: Any) -> bool:
+    """Does it draw batches before the script asks for them, or that may not be there? A plain loader does neither."""
+    return not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or loader.num_workers > 0
 
 
 class _Collectives:
@@ -514,11 +531,14 @@ class Line:
 
     def __init__(self, rank: int) -> None:
         self._rank, self.mail, self.is_over = rank, Mail(), False
+        self.is_leaving = False  # the next answer is the last
         self._said = threading.Lock()
 
     def sink(self, event: Event) -> None:
         """Tell of the end at once, and end a process that does not come to hear it."""
         is_stop = isinstance(event, Received) and isinstance(event.message, remote.Stop)
+        if self.is_leaving and isinstance(event, Received) and isinstance(event.message, remote.Answer):
+            self.is_over = True  # the deputy hangs up now
         if not self.is_over and (is_stop or isinstance(event, Ended)):
             self._tell(event)
         self.mail.events.put(event)

@@ -134,11 +134,12 @@ class Begin(_Said, frozen=True, tag=36):
 
 
 class DrawLease(_Said, frozen=True, tag=37):
-    """...draw me a batch. Its ordinal, or None."""
+    """...draw me a batch; ``begins``: it goes to the script next, so begin it too. Its ordinal, or None."""
 
     loader: int
     total: int | None
     at_least: int
+    begins: bool
 
 
 class DropLease(_Said, frozen=True, tag=38):

@@ -118,6 +118,7 @@ def test_two_workers_of_torchrun_are_one_process_on_the_whole_batch(runner: Runn
     runner.write("train.py", TRAIN)
     ended = torchrun(runner, "train.py", "two.json").end()
     assert ended.code == 0, ended.err
+    assert "paceline: worker" not in ended.err  # nobody was told to stop, or has lost home
     runner.python("train.py", "one.json")
     two, one = (json.loads((runner.folder / name).read_text()) for name in ("two.json", "one.json"))
     for a, b in zip(two, one, strict=True):

@@ -93,11 +93,13 @@ class Counting(optim.Optimizer):
                     parameter.data.add_((parameter.grad != 0).to(parameter.dtype))
 
 
-def count(run: Any) -> list[float]:
+def count(run: Any, kind: str = "plain") -> list[float]:
     counts = nn.Parameter(torch.zeros(SAMPLES, dtype=torch.float64))
     optimizer = Counting([counts])
-    loader = DataLoader(TensorDataset(torch.arange(SAMPLES)), batch_size=4, shuffle=True)
-    optimizer, loader = run.wrap(optimizer, loader)
+    batches: Any = DataLoader(TensorDataset(torch.arange(SAMPLES)), batch_size=4, shuffle=True)
+    if kind == "stream":
+        batches = [(torch.arange(first, first + 4),) for first in range(0, SAMPLES, 4)]
+    optimizer, loader = run.wrap(optimizer, batches)
     for _ in range(EPOCHS):
         for (numbers,) in loader:
             optimizer.zero_grad()
@@ -110,9 +112,10 @@ def count(run: Any) -> list[float]:
 
 @pytest.mark.parametrize("pace", ["sync", "quorum:1", "quorum:2", "bounded:0", "bounded:2", "async"])
 @pytest.mark.parametrize("assign", ["lease", "round_robin"])
-def test_each_sample_counts_once_an_epoch_at_every_pace(pace: str, assign: str) -> None:
+@pytest.mark.parametrize("kind", ["plain", "stream"])
+def test_each_sample_counts_once_an_epoch_at_every_pace(pace: str, assign: str, kind: str) -> None:
     told = _plain({"pace": pace, "assign": assign})
-    for counts in run_job(count, workers=3, elsewhere=True, **told):
+    for counts in run_job(lambda run: count(run, kind), workers=3, elsewhere=True, **told):
         assert counts == [float(EPOCHS)] * SAMPLES
 
 
