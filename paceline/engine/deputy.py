@@ -128,6 +128,7 @@ class _Deputy:
         self._averaged = 0  # passes after which the worker was told the buffers
         self._leases: dict[int, Leases] = {}
         self._finished = False
+        self._sent_bytes = self._counted_bytes = 0
 
     def serve(self) -> None:
         while not self._finished:
@@ -418,6 +419,9 @@ class _Deputy:
         for index, exchange in enumerate(worker.exchanges[: len(self._told)]):
             if not exchange.in_period and self._is_due(request, index, exchange):
                 fresh[index] = self._send_newest(index, exchange)
+        travelled = self._sent_bytes + self._mail.received_bytes
+        worker.progress.row.bytes_sent += travelled - self._counted_bytes
+        self._counted_bytes = travelled
         buffers = bool(self._buffers) and worker.progress.passes > self._averaged
         if buffers:
             self._averaged = worker.progress.passes
@@ -456,7 +460,7 @@ class _Deputy:
         table, vectors = exchange.spec.table, exchange.newest()
         self._told[index] = exchange.number
         for vector in table.dense_sizes:
-            send(self._link, f"parameters/{index}/{vector}", vectors[vector])
+            self._sent_bytes += send(self._link, f"parameters/{index}/{vector}", vectors[vector])
         known, changed_tables = self._tables[index], []
         for place, entry in enumerate(table.entries):
             if not entry.row:
@@ -469,8 +473,8 @@ class _Deputy:
                 known[place][changed] = now[changed]
             if len(changed):
                 changed_tables.append(place)
-                send(self._link, f"numbers/{index}/{place}", changed)
-                send(self._link, f"rows/{index}/{place}", known[place][changed])
+                self._sent_bytes += send(self._link, f"numbers/{index}/{place}", changed)
+                self._sent_bytes += send(self._link, f"rows/{index}/{place}", known[place][changed])
         return changed_tables
 
 

@@ -27,6 +27,7 @@ class Mail:
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._places: dict[str, memoryview] = {}
         self._boxes: dict[str, bytearray] = {}
+        self.received_bytes = 0
 
     def expect(self, what: str, tensor: torch.Tensor) -> None:
         """From now on arrays of this name go straight into ``tensor``, which nobody may be using when they come."""
@@ -60,14 +61,18 @@ class Mail:
                 box = self._boxes[message.what] = bytearray(message.total)
             home = memoryview(box)
         stop = message.start + size_bytes
-        return home[message.start : stop] if message.start >= 0 and stop <= len(home) == message.total else None
+        if message.start < 0 or stop > len(home) or len(home) != message.total:
+            return None
+        self.received_bytes += size_bytes
+        return home[message.start : stop]
 
 
-def send(link: Link, what: str, tensor: torch.Tensor) -> None:
-    """Send a tensor, which must not be changed until the peer has answered. Raises LinkEnded."""
+def send(link: Link, what: str, tensor: torch.Tensor) -> int:
+    """Send a tensor, which must not be changed until the peer has answered; its bytes. Raises LinkEnded."""
     data = as_bytes(tensor)
     for start in range(0, len(data), _PIECE_BYTES):
         link.send(Piece(what, start, len(data)), data[start : start + _PIECE_BYTES])
+    return len(data)
 
 
 def send_document(link: Link, prefix: str, value: Any) -> Any:

@@ -1,8 +1,8 @@
 """Rows of what each worker's steps took, and their merging into one record a round.
 
-A row is 13 float64: the number of its round (or of its group of n pushes), contributors to it, epoch, time it ended
+A row is 14 float64: the number of its round (or of its group of n pushes), contributors to it, epoch, time it ended
 (monotonic seconds of the host), steps in it, sum of loss times samples, samples with a loss, samples, seconds
-computing, waiting, exchanging, staleness of the gradient in steps, pushes dropped before it.
+computing, waiting, exchanging, staleness of the gradient in steps, pushes dropped before it, bytes sent over networks.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import msgspec
 
 from paceline.events import Metric
 
-ROW = struct.Struct("=13d")
-_SUMS = 8
+ROW = struct.Struct("=14d")
+_SUMS = 9
 
 
 @dataclass
@@ -38,6 +38,7 @@ class Row:
     exchanging_s: float = 0.0
     staleness: float = 0.0
     dropped: int = 0
+    bytes_sent: int = 0
 
     def pack(self) -> bytes:
         return ROW.pack(
@@ -54,6 +55,7 @@ class Row:
             self.exchanging_s,
             self.staleness,
             self.dropped,
+            self.bytes_sent,
         )
 
 
@@ -146,7 +148,7 @@ class Merger:
             yield self._metric(key, self._open.pop(key))
 
     def _metric(self, key: int, merged: _Merged) -> Metric:
-        loss_sum, loss_samples, samples, computing, waiting, exchanging, staleness, dropped = merged.sums
+        loss_sum, loss_samples, samples, computing, waiting, exchanging, staleness, dropped, sent = merged.sums
         self._steps = max(self._steps + merged.steps, key)  # what nobody told (a killed worker) counts too
         return Metric(
             step=self._steps,
@@ -157,6 +159,7 @@ class Merger:
             computing_s=round(computing / merged.workers, 6),
             waiting_s=round(waiting / merged.workers, 6),
             exchanging_s=round(exchanging / merged.workers, 6),
+            bytes_sent=round(sent),
             staleness=round(staleness / merged.workers, 3),
             dropped=round(dropped),
             values=self._values.pop(key, {}),

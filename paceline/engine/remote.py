@@ -488,8 +488,8 @@ class RemotePasses:
 
 
 class _Leases:
-    """A ``data.loader.Leases``. Each call is a round trip: whose a batch still is, is known at home alone. Where what is
-    drawn is the next that the script gets, it is begun with that."""
+    """A ``data.loader.Leases``. Each call is a round trip: whose a batch still is, is known at home alone. Where what
+    is drawn is the next that the script gets, it is begun with that."""
 
     def __init__(self, worker: RemoteWorker, loader: int, *, draws_ahead: bool) -> None:
         self._worker, self._loader, self._draws_ahead = worker, loader, draws_ahead
