@@ -152,7 +152,9 @@ def _live_elsewhere(context: Context, body: Callable[[Run], Any]) -> Any:
 
     def stand() -> None:
         try:
-            deputize(context, Door("127.0.0.1", 0, "job", os.getpid(), insecure=False), writable, _KEY)
+            deputize(
+                context, Door("127.0.0.1", 0, "job", os.getpid(), insecure=False), writable, _KEY, _finished.append
+            )
         except BaseException as error:  # noqa: BLE001  the outermost line of a thread that stands for a process
             raised.append(error)
             context.board.set_abort()

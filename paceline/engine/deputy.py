@@ -13,6 +13,7 @@ import contextlib
 import os
 import queue
 import select
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import msgspec
@@ -21,7 +22,6 @@ from torch import nn, optim
 
 from paceline.config import Local
 from paceline.data.loader import Leases
-from paceline.engine import context as contexts
 from paceline.engine.context import Context
 from paceline.engine.exchange import Exchange
 from paceline.engine.mail import PATIENCE, Mail, send, send_document
@@ -44,8 +44,11 @@ _LOOK_S = 0.1  # how often a deputy that waits for its worker looks whether the 
 _LAST_WORD_S = 1.0
 
 
-def deputize(context: Context, door: Door, report: int, key: JobKey | None) -> None:
-    """Stand for worker ``context.rank`` until its script is over. Raises WorkersLost, HostError, Aborted."""
+def deputize(context: Context, door: Door, report: int, key: JobKey | None, made: Callable[[Worker], None]) -> None:
+    """Stand for worker ``context.rank`` until its script is over. Raises WorkersLost, HostError, Aborted.
+
+    ``made`` is told the Worker that this process then is.
+    """
     mail = Mail()
     end = End(
         me=Peer(context.rank, "deputy"),
@@ -60,7 +63,8 @@ def deputize(context: Context, door: Door, report: int, key: JobKey | None) -> N
     listener = Listener(end, door.host, door.port + context.rank if door.port else 0)
     os.write(report, f"{context.rank} {listener.port}\n".encode())
     link = _await_worker(context, mail, door.starter)
-    worker = contexts.worker = Worker(context)
+    worker = Worker(context)
+    made(worker)
     try:
         _Deputy(context, worker, link, mail).serve()
     except (Aborted, Closed) as stopped:

@@ -81,7 +81,7 @@ def _work(context: Context, known: Setup, payload: int | None) -> None:
         if known.door is not None:
             assert payload is not None
             _import_as_workers(known)
-            deputize(context, known.door, payload, None if known.door.insecure else job_key(os.environ))
+            deputize(context, known.door, payload, None if known.door.insecure else job_key(os.environ), _note_worker)
             return
         if known.call is not None:
             assert payload is not None
@@ -100,6 +100,10 @@ def _work(context: Context, known: Setup, payload: int | None) -> None:
             raise
     _end_of_program()
     _finish(context)
+
+
+def _note_worker(worker: Worker) -> None:
+    contexts.worker = worker
 
 
 def _import_as_workers(known: Setup) -> None:
