@@ -25,6 +25,7 @@ LESS: dict[str, str] = {
     "paceline run --workers 3 examples/linear.py": "--epochs 2",
     "paceline run --workers 2 examples/mlp.py --save ours.safetensors": "--epochs 2",
     "torchrun --nproc-per-node 2 examples/mlp_ddp.py --save ddp.safetensors": "--epochs 2",
+    "torchrun --nproc-per-node 2 examples/mlp.py": "--epochs 2",
     "paceline demo text": "--samples 64",
     "paceline run --workers 4 --assign hash examples/linear.py --method minibatch": "--epochs 2",
     "paceline run --until-loss 0.26 examples/linear.py": "--epochs 20",
