@@ -31,10 +31,13 @@ def main(descriptor: int) -> None:
     gc.freeze()  # children share these objects' pages; a collection would touch them all
     wake = _wake_on_child_exit()
     children: dict[int, tuple[str, int]] = {}
+    poll = select.poll()  # select() knows no descriptor above 1023
+    poll.register(channel, select.POLLIN)
+    poll.register(wake, select.POLLIN)
     try:
         channel.send(messages.Ready(versions))
         while True:
-            ready, _, _ = select.select([channel.fileno(), wake], [], [])
+            ready = {fd for fd, _ in poll.poll()}
             if wake in ready:
                 os.read(wake, 4096)
                 _report_exits(channel, children)
