@@ -18,7 +18,7 @@ APT_INSTALL = { apt-get update -qq || true; } >/dev/null; \
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
-.PHONY: help setup demo test check lint types format simulate soak fuzz bench clean
+.PHONY: help setup demo test long check lint types format simulate soak fuzz bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -39,6 +39,9 @@ test: $(READY) ## run the tests
 	  $(APT_INSTALL) iproute2 >/dev/null || echo "iproute2 could not be installed"; \
 	fi
 	@$(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(ARGS)
+
+long: $(READY) ## the tests that test leaves out: more moments of kills, runs across network namespaces
+	@$(BIN)/python -m pytest -m long $(ARGS)
 
 check: lint types test ## lint, types and tests: what must pass before a change lands
 

@@ -137,6 +137,7 @@ def test_a_killed_worker_ends_the_run_with_exit_code_5(runner: Runner) -> None:
     assert "is lost" in ended.summary["reason"]
 
 
+@pytest.mark.long
 def test_the_others_go_on_where_that_many_are_enough(runner: Runner) -> None:
     runner.write("counting.py", COUNTING)
     runner.write("count.py", COUNT)

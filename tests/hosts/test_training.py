@@ -13,7 +13,7 @@ from tests.hosts.namespaces import CAPTURE, Host
 from tests.process.kills import COUNTING
 from tests.process.runner import Runner, Running
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.timeout(400), pytest.mark.long]
 MASTER_PORT = "29511"
 SECRET = 1234.56789
 

@@ -109,14 +109,22 @@ def check(ended: Ended, launchers: int) -> None:
     await_death(open_pids(process["pid"] for process in ended.info["processes"]))
 
 
-@pytest.mark.parametrize("moment", [1, 8, 20, 33, 47, 60, 75, 90, 110, 130, 160, 200])
+LONG = pytest.mark.long
+
+
+@pytest.mark.parametrize(
+    "moment", [1, 20, 60, *(pytest.param(at, marks=LONG) for at in (8, 33, 47, 75, 90, 110, 130, 160, 200))]
+)
 def test_another_goes_on_wherever_the_launcher_was(moment: int, runner: Runner) -> None:
     """In its start, while the others are forked, when memory is shared, at a worker's death, at a checkpoint."""
     ended = killed_at(runner, moment, 1, "--servers", "1")
     check(ended, 1)
 
 
-@pytest.mark.parametrize("options", ["--pace sync", "--pace async --servers 2", "--pace bounded:1"])
+@pytest.mark.parametrize(
+    "options",
+    ["--pace async --servers 2", *(pytest.param(f"--pace {pace}", marks=LONG) for pace in ("sync", "bounded:1"))],
+)
 def test_whoever_is_killed_each_sample_counts_once_an_epoch(options: str, runner: Runner) -> None:
     given = ["--workers", "3", *options.split()]
     ended = kills.run(runner, *given, samples=1200, epochs=3, kills=8, chance=0.03, seed=2, launchers=True)

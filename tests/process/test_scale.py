@@ -90,12 +90,12 @@ while True:
     "options",
     [
         "--pace sync",
-        "--pace sync --assign lease",
-        "--pace sync --servers 1",
-        "--pace quorum:1",
-        "--pace bounded:1",
-        "--pace async",
         "--pace async --servers 2",
+        pytest.param("--pace sync --assign lease", marks=pytest.mark.long),
+        pytest.param("--pace sync --servers 1", marks=pytest.mark.long),
+        pytest.param("--pace quorum:1", marks=pytest.mark.long),
+        pytest.param("--pace bounded:1", marks=pytest.mark.long),
+        pytest.param("--pace async", marks=pytest.mark.long),
     ],
 )
 def test_with_two_workers_then_four_then_one_each_sample_counts_once_an_epoch(options: str, runner: Runner) -> None:
