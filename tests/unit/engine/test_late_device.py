@@ -151,7 +151,7 @@ def test_a_late_device_comes_to_the_same_bits(
     expected = run_job(train(lambda x: x, make), workers=workers, servers=servers, pace=pace, assign="round_robin")
     assert not device
     found = run_job(train(late, make), workers=workers, servers=servers, pace=pace, assign="round_robin")
-    assert len(device) == workers, "each worker pins its mapping once"
+    assert len(device) == 2 * workers, "each worker pins the parameters and its own slot, once"
     for there, here in zip(found, expected, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(there, here, strict=True))
 
