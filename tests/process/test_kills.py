@@ -46,7 +46,7 @@ def test_an_exception_in_a_loop_is_no_end_of_its_pass(options: str, runner: Runn
     script = script.replace("for epoch in", "raise_at_s = time.monotonic() + 0.8\nfor epoch in")
     script = script.replace("import threading\n", "import threading\nimport time\n")
     runner.write("counting.py", kills.COUNTING)
-    epochs = 12
+    epochs = 40  # so that the time is long over before they are
     arguments = [str(SAMPLES), str(epochs), "1", "0", "1"]
     ended = runner.run(script, "--workers", "2", *options.split(), args=arguments)
     assert ended.code == 0, ended.err
