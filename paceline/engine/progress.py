@@ -29,6 +29,7 @@ class Progress:
         self.workers = context.job.workers
         self.pushes_a_step = 1 if self.in_rounds or isinstance(self._pace, Quorum) else self.workers
         self.samples = self.batches = 0  # drawn so far
+        self.samples_before: dict[int, int] = {}  # loader -> samples when its pass in progress began
         self.batch_samples = 1
         self.own_steps = 0
         self.steps = 0  # pace local: steps in the rounds behind this worker

@@ -1,7 +1,7 @@
 """What follows from a death that the launcher has told of: drawn once for all, under the run's lock.
 
 Decision 9: the abandoned round is stepped, what the dead have pushed counts and with it the samples behind it, their
-other batches are there for others, and their places are away.
+other batches are there for others, and their places are away. Who leaves on its own accord says so here too.
 """
 
 from __future__ import annotations
@@ -81,6 +81,23 @@ class Settling:
         if places[2 * worker] != key:
             places[2 * worker], places[2 * worker + 1] = key, 0
         places[2 * worker + 1] = max(places[2 * worker + 1], position)
+
+    def settle_places(self, number: int) -> None:
+        """So do all pushes up to this round, which is over."""
+        for worker in range(self._board.width) if self._in_rounds else ():
+            self.settle_place(worker, self._exchanges[0].place_in(worker, number))
+
+    def forgo(self, worker: int, *, begun: bool = False) -> None:
+        """Nobody waits any more for this worker, whose process this is. What it had drawn is there for others, and with
+        ``begun`` what does not count of what it has begun."""
+        for leases in self._leases.values() if begun else ():
+            leases.bury(worker)
+        self.settle()
+        for leases in self._leases.values():
+            leases.forgo()
+        self._board.presence[worker] = LEFT
+        for loader in self._leases:
+            self.drain(loader)
 
     def drain(self, loader: int, arriving: int | None = None) -> None:
         """After any change that may drain a pass over ``loader``."""

@@ -1,7 +1,8 @@
 """What a worker's process knows while its script runs: the parts it is made of, sharing, and the step.
 
 All workers run the same script, so they come to wraps and to ends of passes in the same order. ``passes.py`` has what
-happens at a batch and at the ends of passes, ``ending.py`` the end of training, ``catching_up.py`` the newcomer's way.
+happens at a batch and at the ends of passes, ``ending.py`` the end of training, ``catching_up.py`` the newcomer's way,
+``membership.py`` how it joins and leaves.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import nn, optim
 
 from paceline.config import Async, Local, Sync
 from paceline.data.loader import Count, Part, share
-from paceline.engine import buffers, clipping
+from paceline.engine import buffers, clipping, position
 from paceline.engine.buffers import Buffers
 from paceline.engine.catching_up import CatchingUp
 from paceline.engine.collectives import Collectives
@@ -26,8 +27,9 @@ from paceline.engine.exchange import Exchange
 from paceline.engine.leases import Leases
 from paceline.engine.leases import size_bytes as leases_bytes
 from paceline.engine.meeting import Push, Round
+from paceline.engine.membership import Membership
+from paceline.engine.parking import Parking
 from paceline.engine.passes import Passes
-from paceline.engine.position import trained_before
 from paceline.engine.progress import Progress
 from paceline.engine.saving import Saving
 from paceline.engine.served import Reader, ServedBatches
@@ -56,27 +58,40 @@ class Worker:
         self._ending = Ending(context, self._exchanges, self.progress, self.saving)
         in_rounds = self.progress.in_rounds
         self._settling = Settling(context, self._exchanges, self._stores, self._leases, in_rounds=in_rounds)
-        self.passes = Passes(
+        self._parking = Parking(context, self._exchanges, self.progress, self._settling, self._ending, self.saving)
+        self._membership = Membership(
             context,
             self._exchanges,
-            self._leases,
             self.progress,
             self._catching_up,
             self._settling,
             self._ending,
             self.saving,
             self.collectives,
+            self._parking,
             self._close_periods,
         )
-        self.saving.position, self.saving.more = self.passes.position, self.passes.own
+        self.passes = Passes(
+            context,
+            self._exchanges,
+            self._leases,
+            self.progress,
+            self._catching_up,
+            self._ending,
+            self.saving,
+            self._parking,
+            self._membership,
+            self._close_periods,
+        )
+        self.saving.position, self.saving.more = self._position, self.passes.own
         self.collectives.before = self.passes.tell_left
-        self._board.on_alarm = self.passes.hear
+        self._board.on_alarm = self._membership.hear
         # Who has data of its own trains on all of it.
         place = (0, 1) if job.data == "own" else (context.rank, job.workers)
         assert job.assign is not None
         self._part = Part(*place, "round_robin" if job.assign == "lease" else job.assign, job.seed)
         if self._catching_up.resumed is not None:
-            self._part = replace(self._part, trained=trained_before(self._catching_up.resumed.state, job))
+            self._part = replace(self._part, trained=position.trained_before(self._catching_up.resumed.state, job))
         self._samples_at_step: list[int] = []  # by exchange
         self._strikes = Strikes(context)
         self._readers: list[Reader] = []
@@ -142,7 +157,7 @@ class Worker:
         size = buffers.size_bytes(table, workers)
         places = buffers.by_place(table, workers)
         memory, _ = self.collectives.ask("buffers", b"", size, f"{len(tensors)} buffers", places)
-        self.passes.buffers.append(Buffers(memory, table, [t for _, t in tensors], self.rank, workers))
+        self._parking.buffers.append(Buffers(memory, table, [t for _, t in tensors], self.rank, workers))
 
     def share_loader(self, loader: Any, count: Count | None) -> Any:
         """This worker's version of a loader. A collective where batches are leased or sent."""
@@ -233,7 +248,7 @@ class Worker:
         """Is what the script does training? A newcomer joins where it first is."""
         if self._catching_up.is_muted or self._catching_up.is_behind:
             return False
-        return self._catching_up.joined or self.passes.join()
+        return self._catching_up.joined or self._membership.join(self.passes.count)
 
     def _weight(self, index: int) -> float:
         """Samples since this optimizer's last step."""
@@ -265,7 +280,7 @@ class Worker:
             self._ending.follow(interrupt=True)
         elif index == 0:
             if self._board.owes:
-                self.passes.hear()
+                self._membership.hear()
             self._ending.after_round(round_)
             if not self.passes.count:  # there is no border to come to
                 self._ending.raise_if_interrupted()
@@ -276,6 +291,11 @@ class Worker:
             self._settling.settle_place(member, exchange.place(member))
         if account is not None:
             account(entry)
+
+    def _position(self, number: int) -> dict[str, Any]:
+        """Under the run's lock: how far all are into their data, of what counts up to round ``number``."""
+        self._settling.settle_places(number)
+        return position.tell(self.context, self.passes.count, self._leases, self._parking.trained_on)
 
     def loaded(self, parameters: Iterable[nn.Parameter]) -> None:
         """The script has loaded a checkpoint into these parameters: it counts for all workers."""
@@ -336,7 +356,7 @@ class Worker:
     def go(self) -> None:
         """Leave: nobody waits for this worker any more."""
         with self._lock:
-            self.passes.forgo()
+            self._settling.forgo(self.rank)
         self.context.ring()
 
 
