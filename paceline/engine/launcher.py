@@ -1,7 +1,7 @@
 """The launcher of a run on this machine: its coordinator's hands and eyes. A process of its own (``engine/front.py``).
 
 It has workers and servers forked by the zygote, carries messages to the pure ``Coordinator`` and does what that says,
-watches every process, and records what happens. It holds no lock and runs one loop.
+watches every process, and has told what happens (``telling.py``). It holds no lock and runs one loop.
 
 It may be killed. What has come to it is in its diary (``engine/diary.py``), what it has made is kept by the front, and
 the next launcher goes on from there. So whatever a message leads to here may be done twice: a process is forked once a
@@ -13,8 +13,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import platform
-import selectors
 import signal
 import socket
 import sys
@@ -23,18 +21,18 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import IO
 
 import msgspec
 
 from paceline import config_file, errors, events
+from paceline.engine.channels import Channels, forget
 from paceline.engine.checkpoints import Checkpoints
 from paceline.engine.control import Control
 from paceline.engine.diary import LONG_BYTES, NAME, Diary, Entry
-from paceline.engine.metrics import Merger, seconds_a_step
-from paceline.engine.recorder import Recorder
+from paceline.engine.metrics import seconds_a_step
 from paceline.engine.saver import PARTS, Saver
 from paceline.engine.setup import Setup, decode_job
+from paceline.engine.telling import Telling
 from paceline.engine.watch import StepTimes, Watch, Whose
 from paceline.engine.wishes import Wishes
 from paceline.protocol import messages
@@ -60,7 +58,7 @@ from paceline.protocol.rounds import LEFT
 from paceline.transport import segment
 from paceline.transport.board import Board
 from paceline.transport.channel import Channel, Closed, Peeked
-from paceline.transport.frame import encode, split
+from paceline.transport.frame import encode
 from paceline.transport.lock import Lock
 
 _TICK_S = 0.05
@@ -68,6 +66,7 @@ _LOOK_S = 0.2  # how often processes are looked after
 _GRACE_S = 2.0  # between telling processes to stop and killing them
 _INTERRUPT_S = 10.0  # between Ctrl-C and the same
 _PR_SET_PDEATHSIG = 1
+_ZYGOTE = ("zygote", 0)
 _OWN = ("front", "launcher")  # entries of no channel that is looked at before it is read
 
 
@@ -101,23 +100,18 @@ class _Launcher:
         directory = Path(begin.directory)
         self._diary = Diary(directory / NAME)
         again = bool(self._diary.entries)
-        resume = begin.steps if begin.resumed else None
-        self._recorder = recorder = Recorder(job, directory, self._show, begin.argv, resume, again=again)
-        self._shown_output = begin.shown.get("output", 0)
-        self._silent = False  # while what is long done is only read again
+        began_s = self._diary.entries[0].time_s if again else None
+        self._telling = telling = Telling(job, begin, began_s, front.send)
+        self._directory, self._info, self._merger = telling.directory, telling.info, telling.merger
         # Who has data that nobody else has, or reads it for all, cannot be replaced.
         restarts = 0 if job.data == "served" else job.restarts
         self._coordinator = Coordinator(job.workers, job.servers, restarts=restarts, min_workers=job.min_workers)
         self._wishes = Wishes(job, self._coordinator, elsewhere=setup.door is not None)
-        self._control = Control(recorder.directory)
+        self._control = Control(directory)
         self._memories: dict[int, tuple[messages.Memory, int]] = {}  # what newcomers get, by number
-        self._started_s = self._diary.entries[0].time_s if again else time.monotonic() - recorder.offset_s
-        self._entry_s = 0.0
-        self._merger = Merger(self._started_s, after=begin.after, steps=begin.steps)
-        checkpoints = Checkpoints(recorder.directory, job.keep)
-        self._saver = Saver(checkpoints, job.workers, lambda kind, text: self._notice(kind, text))
-        self._selector = selectors.DefaultSelector()
-        self._channels: dict[tuple[str, int], Channel] = {}
+        checkpoints = Checkpoints(directory, job.keep)
+        self._saver = Saver(checkpoints, job.workers, telling.note_now)
+        self._channels = Channels(front)
         self._alive: dict[tuple[str, int], int] = {}
         self._expected = job.workers + job.servers
         self._failure: tuple[str, int, messages.Failed] | None = None
@@ -126,32 +120,30 @@ class _Launcher:
         self._interrupts = 0
         self._watch, self._looked_s = Watch(job.hang_timeout), 0.0
         self._dropped = 0
-        self._log: _Tail | None = None
         self._births: dict[tuple[str, int], int] = {}
         self._died: Counter[int] = Counter()  # processes of a worker
         self._payload: int | None = None
         self._parts: dict[
             tuple[int, int, int], int
         ] = {}  # of checkpoints that are not written yet, as the front has them
-        self._selector.register(front, selectors.EVENT_READ, ("front", 0))
         channels = {}
         for hold, fd in held:
             if hold.what == "channel":
                 channels[hold.role, hold.rank] = fd
             else:
                 self._take_over(hold, fd)
-        self._add_process("front", begin.front)
+        telling.add_process("front", begin.front)
         told: set[str] = set()
         if again:
             told = self._go_on(begin, channels)
         else:
-            self._add_process("launcher", os.getpid())
-            for file, place in recorder.places.items():
-                self._show(file, place, [])
-            self._open_of_those_alive(channels)
+            telling.add_process("launcher", os.getpid())
+            for file, place in telling.recorder.places.items():
+                telling.show(file, place, [])
+            self._channels.open_those([_ZYGOTE], channels)
             frame = encode(msgspec.structs.replace(begin, setup=b""))
-            self._diary.append(Entry(self._started_s, "front", 0, frame, recorder.places))
-        recorder.write_info()
+            self._diary.append(Entry(telling.started_s, "front", 0, frame, telling.recorder.places))
+        telling.write_info()
         self._tell_of_launchers(begin.deaths, told)
 
     def _take_over(self, hold: messages.Hold, fd: int) -> None:
@@ -171,10 +163,6 @@ class _Launcher:
             case what if what in PARTS:
                 self._parts[hold.rank, hold.number, what == PARTS[0]] = fd
 
-    def _open(self, role: str, rank: int, fd: int) -> None:
-        channel = self._channels[role, rank] = Channel(socket.socket(fileno=fd))
-        self._selector.register(channel, selectors.EVENT_READ, (role, rank))
-
     def run(self, said: list[tuple[messages.Any, tuple[int, ...]]]) -> None:
         """The whole life of the run. ``said``: what the front has said since."""
         self._heed(said)
@@ -182,77 +170,60 @@ class _Launcher:
             self._turn()
         self._saver.close()
         self._control.close()
-        summary, failure = self._conclude()
+        if self._failure is None and self._interrupts:
+            self._failure = ("launcher", 0, messages.Failed("Interrupted", "stopped by Ctrl-C"))
+        outcome = self._telling.conclude(self._coordinator.reason, self._failure)
         self._diary.close()
-        self._front.send(messages.Outcome(msgspec.json.encode(summary), failure))
+        self._front.send(outcome)
 
     # --- going on ---
 
     def _go_on(self, begin: messages.Begin, channels: dict[Whose, int]) -> set[str]:
         """Come to where the launcher before this one was; what it had told that the user has not seen until now."""
-        shown = self._recorder.show_since(begin.shown)
+        telling = self._telling
+        shown = telling.recorder.show_since(begin.shown)
         entries = self._diary.entries[1:]
         # Only the last entry of a process may be obeyed in part; what came behind it, it led to.
         last = max((place for place, entry in enumerate(entries) if entry.role not in _OWN), default=len(entries))
-        self._silent = True
+        self._be_silent(True)
         for entry in entries[:last]:
             self._obey_entry(entry)
         doubtful = entries[last:]
         if doubtful:
-            self._recorder.expect(doubtful[0].places)
-        self._open_of_those_alive(channels)
+            telling.recorder.expect(doubtful[0].places)
+        self._channels.open_those([_ZYGOTE, *self._alive], channels)
         for entry in doubtful:
-            peeked = self._still_there(entry)
-            self._silent = entry.role not in _OWN and not peeked
+            peeked = self._channels.still_there(entry)
+            self._be_silent(entry.role not in _OWN and not peeked)
             self._obey_entry(entry, peeked)
-            if peeked:
-                self._channels[entry.role, entry.rank].consume(sum(one.size_bytes for one in peeked))
-        self._silent = False
-        self._open_of_those_alive(channels)
+            self._channels.consume((entry.role, entry.rank), peeked)
+        self._be_silent(False)
+        self._channels.open_those([_ZYGOTE, *self._alive], channels)
         for fd in channels.values():
             os.close(fd)
-        info = self._recorder.info
-        self._add_process("launcher", os.getpid())
-        if info.status == "running":
-            self._begin_output(begin.shown.get("output", 0))
-            self._recorder.take(events.Started(str(self._recorder.directory), info.processes))
+        telling.add_process("launcher", os.getpid())
+        if self._info.status == "running":
+            telling.started()
         return {record.text for record in shown if isinstance(record, events.Notice)}
+
+    def _be_silent(self, silent: bool) -> None:
+        """What is long done is only read again."""
+        self._silent = self._channels.silent = self._telling.silent = silent
 
     def _tell_of_launchers(self, deaths: Sequence[str], told: set[str]) -> None:
         for text in deaths:
             if any(other.startswith(text) for other in told):
                 continue
-            text += f"; another (pid {os.getpid()}) goes on from {self._recorder.directory}"
-            text += "; training went on meanwhile" if self._recorder.info.status == "running" else ""
-            self._recorder.take(events.Notice(self._now(), "died", text, "launcher", 0))
-
-    def _open_of_those_alive(self, channels: dict[Whose, int]) -> None:
-        for role, rank in [("zygote", 0), *self._alive]:
-            if (role, rank) in channels and (role, rank) not in self._channels:
-                self._open(role, rank, channels.pop((role, rank)))
-
-    def _still_there(self, entry: Entry) -> list[Peeked]:
-        """The messages of the entry, if they are still in their socket."""
-        channel = self._channels.get((entry.role, entry.rank))
-        if channel is None:
-            return []
-        frames = split(entry.frames)
-        try:
-            peeked = channel.peek()
-        except Closed:
-            return []
-        if [one.frame for one in peeked[: len(frames)]] != frames:
-            _forget(peeked)
-            return []
-        _forget(peeked[len(frames) :])
-        return peeked[: len(frames)]
+            text += f"; another (pid {os.getpid()}) goes on from {self._directory}"
+            text += "; training went on meanwhile" if self._info.status == "running" else ""
+            self._telling.note_now("died", text, "launcher", 0)
 
     def _write_config(self) -> None:
         """As the run is now, so that ``paceline resume`` goes on with as many workers as it had last."""
         setup = msgspec.msgpack.decode(self._setup, type=Setup)
         job = replace(self._job, workers=self._coordinator.wanted)
         text = config_file.dump(job, setup.script or None, setup.args)
-        (self._recorder.directory / "config.toml").write_text(text)
+        (self._directory / "config.toml").write_text(text)
 
     # --- starting ---
 
@@ -265,48 +236,39 @@ class _Launcher:
         birth = self._births[role, rank] = self._births.get((role, rank), 0) + 1
         if self._silent:
             return
-        path = self._recorder.directory / "logs" / f"{role}-{rank}.log"
+        path = self._directory / "logs" / f"{role}-{rank}.log"
         log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         payload = (self._payload,) if role == "worker" and self._payload is not None else ()
-        self._send("zygote", 0, messages.Fork(role, rank, self._setup, birth), (self._board_fd, log, *payload))
+        self._channels.send(_ZYGOTE, messages.Fork(role, rank, self._setup, birth), (self._board_fd, log, *payload))
         os.close(log)
 
     # --- the loop ---
 
     def _turn(self) -> None:
-        for key, _ in self._selector.select(_TICK_S):
-            role, rank = key.data
-            if role == "front":
+        for whose in self._channels.ready(_TICK_S):
+            if whose[0] == "front":
                 self._heed(self._front.drain())
-                continue
-            if self._channels.get((role, rank)) is key.fileobj:  # an entry before may have been of its process's end
-                self._hear(role, rank)
+            else:
+                self._hear(whose)
         self._saver.turn()
         if self._saver.saved > self._dropped:
             self._dropped = self._saver.saved
             self._front.send(messages.Drop(self._dropped))
         self._control.turn(self._answer)
-        self._recorder.flush()
-        self._show_output()
+        self._telling.recorder.flush()
+        self._telling.show_output()
         self._look_after()
         if self._kill_at_s is not None and time.monotonic() > self._kill_at_s:
             self._kill_all()
 
-    def _hear(self, role: str, rank: int) -> bool:
+    def _hear(self, whose: Whose) -> bool:
         """Write down what there is to read from a process, obey it, and take it. Was there anything?"""
-        channel = self._channels[role, rank]
-        try:
-            peeked = channel.peek()
-        except Closed:
-            self._selector.unregister(channel)
-            channel.close()
-            del self._channels[role, rank]
-            return False
-        if role == "zygote":
+        peeked = self._channels.peek(whose)
+        if whose == _ZYGOTE:
             peeked = self._before_an_end(peeked)
         if peeked:
-            self._note(role, rank, b"".join(one.frame for one in peeked), peeked)
-            channel.consume(sum(one.size_bytes for one in peeked))
+            self._note(*whose, b"".join(one.frame for one in peeked), peeked)
+            self._channels.consume(whose, peeked)
             if self._diary.size_bytes > LONG_BYTES:
                 self._diary.shorten(self._merger.state(), self._saver.saved)
         return bool(peeked)
@@ -316,30 +278,28 @@ class _Launcher:
         for place, one in enumerate(peeked):
             if isinstance(one.message, messages.Exited):
                 whose = (one.message.role, one.message.rank)
-                while place == 0 and whose in self._channels and self._hear(*whose):
+                while place == 0 and self._hear(whose):
                     pass
                 # What it left half done is undone first: one killed while it was leaving has not left.
                 cut = place or int(self._is_whole())
-                _forget(peeked[cut:])
+                forget(peeked[cut:])
                 return peeked[:cut]
         return peeked
 
     def _note(self, role: str, rank: int, frames: bytes, peeked: Sequence[Peeked] = ()) -> None:
         """Write down what has come, and obey it."""
         left = [worker for worker, gone in enumerate(self._board.gone) if gone == LEFT] if role == "zygote" else []
-        entry = Entry(self._now(), role, rank, frames, self._recorder.places, left)
+        entry = Entry(self._telling.now(), role, rank, frames, self._telling.recorder.places, left)
         self._diary.append(entry)
         self._obey_entry(entry, peeked)
 
     def _obey_entry(self, entry: Entry, peeked: Sequence[Peeked] = ()) -> None:
-        self._entry_s = entry.time_s
+        self._telling.at_s = entry.time_s
         if entry.merged:
             self._merger.restore(entry.merged)
         for place, message in enumerate(one.message for one in peeked) if peeked else enumerate(entry.messages):
             self._take(entry, message, peeked[place].descriptors if peeked else ())
-        for metric in self._merger.ready():
-            self._record(metric)
-        self._recorder.flush()  # who finds the messages taken finds what they led to written
+        self._telling.flush()  # who finds the messages taken finds what they led to written
 
     def _heed(self, said: list[tuple[messages.Any, tuple[int, ...]]]) -> None:
         """What the front has said."""
@@ -351,7 +311,7 @@ class _Launcher:
                     self._zygote_ended(pid, status)
                 case messages.Abandon(reason=reason):
                     self._kill_all()
-                    self._recorder.abandon(reason)
+                    self._telling.recorder.abandon(reason)
                     sys.exit(1)
 
     def _take(self, entry: Entry, message: messages.Any, descriptors: tuple[int, ...]) -> None:
@@ -360,13 +320,13 @@ class _Launcher:
             case messages.Part():
                 self._take_part(rank, message, descriptors)
             case messages.Kept(rank=newcomer):
-                self._send("worker", newcomer, message, descriptors)
+                self._channels.send(("worker", newcomer), message, descriptors)
                 for fd in descriptors:
                     os.close(fd)
             case messages.Alarm(text=text):
-                self._record(events.Notice(self._entry_s, "alarm", text))
+                self._telling.note("alarm", text)
             case messages.Ready(versions=versions):
-                self._recorder.info.versions = versions
+                self._info.versions = versions
                 self._fork_all()
             case messages.Forked(role=whose, rank=its, pid=pid):
                 self._forked(whose, its, pid, descriptors)
@@ -385,7 +345,7 @@ class _Launcher:
                 self._obey(self._coordinator.handle(Came(role, rank, message)))
             case messages.Pass(number=number, steps=steps):
                 self._wishes.epoch = number + 1
-                self._record(events.Epoch(self._entry_s, number + 1, steps))
+                self._telling.record(events.Epoch(self._telling.at_s, number + 1, steps))
             case messages.Interrupt(times=times):
                 self._interrupted(times)
             case _:
@@ -407,25 +367,22 @@ class _Launcher:
     def _forked(self, role: str, rank: int, pid: int, descriptors: tuple[int, ...]) -> None:
         if descriptors:
             self._front.send(messages.Hold("channel", role, rank), descriptors)
-            self._open(role, rank, descriptors[0])
+            self._channels.open((role, rank), descriptors[0])
         if role == "server":
             for memory, fd in self._memories.values():
                 if memory.kind == "exchange":
-                    self._send(role, rank, memory, (fd,))
+                    self._channels.send((role, rank), memory, (fd,))
             if self._done:  # while it was forked
-                self._send(role, rank, messages.Stop("all workers have finished"))
+                self._channels.send((role, rank), messages.Stop("all workers have finished"))
         self._alive[role, rank] = pid
         self._expected -= 1
-        self._add_process(role, pid, rank)
-        info = self._recorder.info
-        if self._expected == 0 and info.status == "running":
-            self._write_info()
+        self._telling.add_process(role, pid, rank)
+        if self._expected == 0 and self._info.status == "running":
+            self._telling.write_info()
         elif self._expected == 0:
-            info.status = "running"
-            self._write_info()
-            if not self._silent:
-                self._begin_output(self._shown_output)
-            self._record(events.Started(str(self._recorder.directory), info.processes))
+            self._info.status = "running"
+            self._telling.write_info()
+            self._telling.started()
 
     def _is_whole(self) -> bool:
         """Is nothing half done under the run's lock?"""
@@ -434,10 +391,7 @@ class _Launcher:
         return self._board.journal.is_clean
 
     def _exited(self, role: str, rank: int, pid: int, status: int, *, left: bool) -> None:
-        channel = self._channels.pop((role, rank), None)
-        if channel is not None:
-            self._selector.unregister(channel)
-            channel.close()
+        self._channels.close((role, rank))
         if role == "worker":
             self._saver.lost(rank, finished=status == 0)
         self._alive.pop((role, rank), None)
@@ -453,7 +407,7 @@ class _Launcher:
                     self._allocate(request, servers, workers)
                 case Give(rank=rank, number=number):
                     memory, fd = self._memories[number]
-                    self._send("worker", rank, memory, (fd,))
+                    self._channels.send(("worker", rank), memory, (fd,))
                 case Replace(rank=rank, role="server"):
                     self._expected += 1
                     self._fork("server", rank)
@@ -475,12 +429,12 @@ class _Launcher:
                     if not self._silent:
                         self._board.want(self._coordinator.wanted)
                 case Tell(kind=kind, text=text, role=role, rank=rank):
-                    self._record(events.Notice(self._entry_s, kind, text, role, rank))
+                    self._telling.note(kind, text, role, rank)
                 case Abort(role=role, rank=rank, failure=failure):
                     self._abort(role, rank, failure)
                 case Done():
                     self._done = True
-                    self._send_all(("server",), messages.Stop("all workers have finished"))
+                    self._channels.send_all(("server",), messages.Stop("all workers have finished"))
                     if not self._silent:
                         self._board.wake_all()
 
@@ -488,7 +442,7 @@ class _Launcher:
         """To a user, see engine/control.py."""
         if not isinstance(question, messages.Scale):
             return messages.Scaled(kind="UsageError", what=f"a run does not answer {type(question).__name__}")
-        if self._recorder.info.status != "running" or self._failure is not None:
+        if self._info.status != "running" or self._failure is not None:
             return messages.Scaled(kind="UsageError", what="the run is just beginning, or ending", fix="try again")
         answer = self._wishes.answer(question)
         if answer.kind or question.workers is None:
@@ -506,15 +460,15 @@ class _Launcher:
         """Of a wish that is not refused."""
         assert wish.workers is not None
         for text in self._wishes.answer(wish).told:
-            self._record(events.Notice(self._entry_s, "scale", text))
+            self._telling.note("scale", text)
         threads = self._job.threads or max(1, len(os.sched_getaffinity(0)) // wish.workers)
         setup = msgspec.msgpack.decode(self._setup, type=Setup)
         self._setup = msgspec.msgpack.encode(msgspec.structs.replace(setup, threads=threads))
         if not self._silent:
             self._board.want(wish.workers)
         self._obey(self._coordinator.handle(Wished(wish.workers)))
-        self._recorder.info.workers = wish.workers
-        self._write_info()
+        self._info.workers = wish.workers
+        self._telling.write_info()
         self._write_config()
 
     def _tell_death(self, rank: int, *, for_good: bool) -> None:
@@ -541,25 +495,13 @@ class _Launcher:
         memory, fd = self._memories[request.number]
         # Servers first: they are ready when the first push comes.
         if servers:
-            self._send_all(("server",), memory, (fd,))
+            self._channels.send_all(("server",), memory, (fd,))
         for rank in workers:
-            self._send("worker", rank, memory, (fd,))
+            self._channels.send(("worker", rank), memory, (fd,))
         if request.kind == "exchange":
             optimizer, _, rest = request.what.partition(" over ")
             size_bytes = os.fstat(fd).st_blocks * 512  # what nobody has been given is not there
-            self._record(events.Wrapped(self._entry_s, int(rest.split()[0]), size_bytes, optimizer))
-
-    def _send(self, role: str, rank: int, message: messages.Any, descriptors: tuple[int, ...] = ()) -> None:
-        channel = None if self._silent else self._channels.get((role, rank))
-        if channel is not None:
-            with contextlib.suppress(Closed):  # its end is reported by the zygote, with the reason
-                channel.send(message, descriptors)
-
-    def _send_all(self, roles: Sequence[str], message: messages.Any, descriptors: tuple[int, ...] = ()) -> None:
-        for role in roles:
-            for whose, rank in self._channels:
-                if whose == role:
-                    self._send(role, rank, message, descriptors)
+            self._telling.record(events.Wrapped(self._telling.at_s, int(rest.split()[0]), size_bytes, optimizer))
 
     # --- stopping ---
 
@@ -567,7 +509,7 @@ class _Launcher:
         self._failure = self._failure or (role, rank, failure)  # what we kill dies of us
         if not self._silent:
             self._board.set_abort()
-        self._send_all(("server", "worker"), messages.Stop(failure.what))
+        self._channels.send_all(("server", "worker"), messages.Stop(failure.what))
         self._kill_at_s = min(self._kill_at_s or 2**62, time.monotonic() + _GRACE_S)
 
     def _look_after(self) -> None:
@@ -583,7 +525,7 @@ class _Launcher:
         for whose, what in self._watch.look(self._alive, now_s, self._hangs, self._in_hand, self._steps):
             role, rank = whose
             text = f"{role} {rank} (pid {self._alive[whose]}) {what}: it is killed"
-            self._recorder.take(events.Notice(self._now(), "stuck", text, role, rank))
+            self._telling.note_now("stuck", text, role, rank)
             os.kill(self._alive[whose], signal.SIGKILL)
 
     def _hangs(self, role: str, rank: int) -> bool:
@@ -620,89 +562,3 @@ class _Launcher:
             self._failure = ("zygote", 0, failure)
         self._alive.clear()
         self._expected = 0
-
-    # --- reporting ---
-
-    def _show(self, file: str, place: int, records: list[events.Record]) -> None:
-        self._front.send(messages.Show(file, place, msgspec.msgpack.encode(records)))
-
-    def _notice(self, kind: str, text: str) -> None:
-        self._recorder.take(events.Notice(self._now(), kind, text))
-
-    def _now(self) -> float:
-        return round(time.monotonic() - self._started_s, 6)
-
-    def _record(self, record: events.Record) -> None:
-        if not self._silent:
-            self._recorder.take(record)
-
-    def _add_process(self, role: str, pid: int, rank: int = 0) -> None:
-        process = events.Process(role, rank, pid, platform.node())
-        if process not in self._recorder.info.processes:
-            self._recorder.info.processes.append(process)
-
-    def _write_info(self) -> None:
-        if not self._silent:
-            self._recorder.write_info()
-
-    def _begin_output(self, shown: int) -> None:
-        self._log = _Tail(self._recorder.directory / "logs" / "worker-0.log", shown)
-
-    def _show_output(self, *, last: bool = False) -> None:
-        text = self._log.read(last=last) if self._log else ""
-        if self._log is not None and text:
-            self._recorder.flush()
-            self._show("output", self._log.place, [events.Output(text)])
-
-    def _conclude(self) -> tuple[events.Summary, messages.Failed | None]:
-        for metric in self._merger.ready(everything=True):
-            self._recorder.take(metric)
-        for worker, dropped in sorted(self._merger.dropped.items()):
-            text = f"worker {worker} was late {dropped} {'time' if dropped == 1 else 'times'}: its samples came again"
-            self._recorder.take(events.Notice(self._now(), "late", text, "worker", worker))
-        self._show_output(last=True)
-        if self._log is not None:
-            self._log.close()
-        begun_s = (self._merger.begun_s or self._started_s) - self._started_s
-        if self._failure is None and self._interrupts:
-            self._failure = ("launcher", 0, messages.Failed("Interrupted", "stopped by Ctrl-C"))
-        if self._failure is None:
-            return self._recorder.close("done", self._coordinator.reason, 0, begun_s), None
-        role, rank, failure = self._failure
-        if failure.traceback:
-            log = self._recorder.directory / "logs" / f"{role}-{rank}.log"
-            with log.open("a") as lines:
-                lines.write(failure.traceback)
-        status = "interrupted" if failure.kind == "Interrupted" else "failed"
-        exit_code = getattr(errors, failure.kind, errors.PacelineError).exit_code
-        return self._recorder.close(status, failure.what, exit_code, begun_s), failure
-
-
-def _forget(peeked: Sequence[Peeked]) -> None:
-    """They stay in their socket; the copies of their descriptors go."""
-    for one in peeked:
-        for fd in one.descriptors:
-            os.close(fd)
-
-
-class _Tail:
-    """Reads what a growing text file has got since the last look, in whole lines."""
-
-    def __init__(self, path: Path, start: int) -> None:
-        self._file: IO[bytes] = path.open("rb")
-        self._file.seek(start)
-        self._rest = b""
-
-    def read(self, *, last: bool = False) -> str:
-        data = self._rest + self._file.read()
-        cut = len(data) if last else data.rfind(b"\n") + 1
-        self._rest = data[cut:]
-        return data[:cut].decode(errors="replace")
-
-    @property
-    def place(self) -> int:
-        """Behind the last that was read, in bytes."""
-        return self._file.tell() - len(self._rest)
-
-    def close(self) -> None:
-        self._file.close()

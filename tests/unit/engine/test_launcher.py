@@ -32,8 +32,8 @@ from paceline.transport.channel import Channel
 # The dead close nothing.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 
-MOMENTS = {"send", "_send", "peek", "consume", "append", "take", "flush", "write_info", "tell_death", "_fork", "_open"}
-FILES = ("channel.py", "diary.py", "recorder.py", "board.py", "launcher.py", "saver.py")
+MOMENTS = {"send", "_send", "peek", "consume", "append", "take", "flush", "write_info", "tell_death", "_fork", "open"}
+FILES = ("channel.py", "channels.py", "diary.py", "recorder.py", "telling.py", "board.py", "launcher.py", "saver.py")
 MEMBERS = [("worker", 0), ("worker", 1), ("server", 0)]
 
 
