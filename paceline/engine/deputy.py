@@ -21,7 +21,7 @@ import torch
 from torch import nn, optim
 
 from paceline.config import Local
-from paceline.data.loader import Leases
+from paceline.data.passes import Leases
 from paceline.engine.context import Context
 from paceline.engine.exchange import Exchange
 from paceline.engine.mail import PATIENCE, Mail, send, send_document

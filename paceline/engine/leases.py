@@ -15,7 +15,7 @@ def size_bytes(workers: int) -> int:
 
 
 class Leases:
-    """A ``data.loader.Leases``. ``tell`` is called under the lock with how many batches have come back by then."""
+    """A ``data.passes.Leases``. ``tell`` is called under the lock with how many batches have come back by then."""
 
     def __init__(
         self, memory: mmap.mmap, segment: int, lock: Lock, rank: int, workers: int, tell: Callable[[int], None]

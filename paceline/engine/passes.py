@@ -32,7 +32,7 @@ from paceline.transport.board import COLLECTIVES
 
 
 class Passes:
-    """A ``data.loader.Passes``; loaders have numbers, in the order of their wraps.
+    """A ``data.passes.Passes``; loaders have numbers, in the order of their wraps.
 
     ``close_periods`` brings to a meeting what local steps have come to so far.
     """

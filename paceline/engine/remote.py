@@ -25,7 +25,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from paceline import errors
 from paceline.config import Job, Local, Quorum, Sync
-from paceline.data.loader import Count, Part, share
+from paceline.data.loader import Count, share
+from paceline.data.part import Part
 from paceline.engine import clipping
 from paceline.engine.exchange import describe, make_inner
 from paceline.engine.keeping import Keeper

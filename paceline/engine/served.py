@@ -21,7 +21,9 @@ from typing import Any
 
 import msgspec
 
-from paceline.data.loader import Count, Leases, Part, Passes, one_pass, share
+from paceline.data.loader import Count, share
+from paceline.data.part import Part
+from paceline.data.passes import Leases, Passes, one_pass
 from paceline.errors import ConfigError
 from paceline.transport.batches import decode, encode
 from paceline.transport.board import Aborted

@@ -16,7 +16,8 @@ import torch
 from torch import nn, optim
 
 from paceline.config import Async, Local, Sync
-from paceline.data.loader import Count, Part, share
+from paceline.data.loader import Count, share
+from paceline.data.part import Part
 from paceline.engine import buffers, clipping, position
 from paceline.engine.buffers import Buffers
 from paceline.engine.catching_up import CatchingUp

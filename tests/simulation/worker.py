@@ -20,7 +20,9 @@ from unittest.mock import patch
 import msgspec
 
 from paceline.config import Job, Local
-from paceline.data.loader import Leases, Part, _streamed, one_pass
+from paceline.data.loader import _streamed
+from paceline.data.part import Part
+from paceline.data.passes import Leases, one_pass
 from paceline.engine import exchange as exchange_module
 from paceline.engine import handover, server
 from paceline.engine.applier import Applier

@@ -26,7 +26,8 @@ from torch.utils.data import (
 
 from paceline.config import ASSIGNMENTS
 from paceline.data.count import count_samples
-from paceline.data.loader import Part, share
+from paceline.data.loader import share
+from paceline.data.part import Part
 from paceline.errors import ConfigError
 
 Batches = list[list[int]]
