@@ -15,8 +15,9 @@ import torch
 from paceline.engine.arrivals import Close
 from paceline.engine.context import Context
 from paceline.engine.ending import Leave
-from paceline.engine.exchange import Exchange, compare
+from paceline.engine.exchange import Exchange
 from paceline.engine.snapshot import Resumed
+from paceline.engine.spec import compare
 from paceline.errors import ConfigError
 from paceline.params.table import Table, differences, tabulate
 from paceline.protocol import messages

@@ -28,13 +28,14 @@ from paceline.config import Job, Local, Quorum, Sync
 from paceline.data.loader import Count, share
 from paceline.data.part import Part
 from paceline.engine import clipping
-from paceline.engine.exchange import describe, make_inner
+from paceline.engine.exchange import make_inner
 from paceline.engine.keeping import Keeper
 from paceline.engine.mail import Mail, send, send_document
 from paceline.engine.meeting import Push
 from paceline.engine.passes import gradient_marks
 from paceline.engine.replica import Replica
 from paceline.engine.setup import decode_job
+from paceline.engine.spec import describe
 from paceline.errors import ConfigError, HostError, PacelineError
 from paceline.params import optimizers
 from paceline.params.table import tabulate
