@@ -24,7 +24,7 @@ import msgspec
 import numpy as np
 import torch
 
-from paceline.engine import checkpoints
+from paceline.engine import checkpoints, safetensors
 from paceline.protocol import messages
 from paceline.protocol.link import Hello, Peer, Refused, Welcome
 from paceline.transport import batches, frame, greeting, wire
@@ -54,8 +54,8 @@ def targets() -> dict[str, Target]:
             _greeting_samples(), _feed_greeting, (frame.FrameError, greeting.OtherVersion, EOFError), _mend_greeting
         ),
         "batch": Target(_batch_samples(), lambda data: batches.decode(bytearray(data)), (ValueError,)),
-        "safetensors": Target(_safetensors_samples(), _feed_safetensors, (checkpoints._Unusable,)),
-        "manifest": Target(_manifest_samples(), checkpoints._unseal, (checkpoints._Unusable,), _mend_manifest),
+        "safetensors": Target(_safetensors_samples(), _feed_safetensors, (safetensors.Unusable,)),
+        "manifest": Target(_manifest_samples(), checkpoints._unseal, (safetensors.Unusable,), _mend_manifest),
     }
 
 
@@ -227,7 +227,7 @@ def _batch_samples() -> list[bytes]:
 
 
 def _feed_safetensors(data: bytes) -> None:
-    for tensor in checkpoints._parse("state.safetensors", memoryview(data)).values():
+    for tensor in safetensors.parse("state.safetensors", memoryview(data)).values():
         assert len(tensor.data) <= len(data)
 
 
@@ -240,7 +240,7 @@ def _safetensors_samples() -> list[bytes]:
         },
         {"empty": tensor("int64", (0, 5), memoryview(b"")), "flag": tensor("bool", (3,), memoryview(bytes(3)))},
     ]
-    return [b"".join(checkpoints._safetensors("state.safetensors", group)) for group in groups]
+    return [b"".join(safetensors.to_pieces("state.safetensors", group)) for group in groups]
 
 
 def _manifest_samples() -> list[bytes]:

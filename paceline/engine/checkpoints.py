@@ -9,7 +9,7 @@
 
 A folder gets its name when all in it is on disk, and loses it before anything in it is removed; nothing is written
 over. So a process may be killed, or the machine lose power, at any moment. Knows nothing of training or of torch:
-tensors are buffers with a dtype and a shape. File format: https://huggingface.co/docs/safetensors
+tensors are buffers with a dtype and a shape (``safetensors.py``).
 """
 
 from __future__ import annotations
@@ -28,36 +28,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import msgspec
 
+from paceline.engine.safetensors import Tensor, Unusable, decode, parse, to_pieces
 from paceline.errors import ConfigError, HostError
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
-
-DTYPES = {
-    "float64": ("F64", 8),
-    "float32": ("F32", 4),
-    "float16": ("F16", 2),
-    "bfloat16": ("BF16", 2),
-    "float8_e4m3fn": ("F8_E4M3", 1),
-    "float8_e5m2": ("F8_E5M2", 1),
-    "float8_e4m3fnuz": ("F8_E4M3FNUZ", 1),
-    "float8_e5m2fnuz": ("F8_E5M2FNUZ", 1),
-    "complex64": ("C64", 8),
-    "int64": ("I64", 8),
-    "int32": ("I32", 4),
-    "int16": ("I16", 2),
-    "int8": ("I8", 1),
-    "uint64": ("U64", 8),
-    "uint32": ("U32", 4),
-    "uint16": ("U16", 2),
-    "uint8": ("U8", 1),
-    "bool": ("BOOL", 1),
-}
-"""What can be stored, by torch's name: the format's name, and bytes a value. The format has no complex128."""
 
 _FORMAT = 1
 _MANIFEST = "manifest.json"
@@ -65,19 +41,9 @@ _NEW, _OLD = ".new-", ".old-"
 _FOLDER = re.compile(r"step-([0-9]{8,})(?:-([0-9]+))?")
 _FILE = re.compile(r"[A-Za-z0-9._-]+\.(?:safetensors|json)")
 _NAME_CHARACTERS = 128
-_TENSOR_CHARACTERS = 512
-_METADATA = "__metadata__"
-_HEADER_BYTES = 100_000_000  # of a safetensors file, as everywhere, and of a manifest
+_MANIFEST_BYTES = 100_000_000
 _CHUNK_BYTES = 1 << 22
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-
-class Tensor(NamedTuple):
-    """``data``: the values in C order and this machine's (little-endian) bytes; any contiguous buffer. An alias."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    data: Buffer
 
 
 @dataclass(frozen=True)
@@ -145,7 +111,7 @@ class Checkpoints:
         if path is not None:
             try:
                 return _read(path, [])
-            except _Unusable as reason:
+            except Unusable as reason:
                 raise ConfigError(
                     f"the checkpoint {path} cannot be used: {reason}",
                     why="a checkpoint is used only if every file in it is as it was written",
@@ -155,7 +121,7 @@ class Checkpoints:
         for newest in reversed(self.paths()):
             try:
                 return _read(newest, warnings)
-            except _Unusable as reason:
+            except Unusable as reason:
                 warnings.append(f"{newest.name} cannot be used: {reason}")
         if not warnings:
             raise ConfigError(f"there is no checkpoint in {self.directory}", fix="name a run that has written one")
@@ -225,10 +191,6 @@ class Checkpoints:
         return HostError(what, why=why, fix=fix)
 
 
-class _Unusable(Exception):
-    """Why a checkpoint cannot be used: the rest of a sentence that begins with its name."""
-
-
 class _File(msgspec.Struct, frozen=True):
     size_bytes: Annotated[int, msgspec.Meta(ge=0)]
     sha256: str
@@ -243,17 +205,9 @@ class _Manifest(msgspec.Struct, frozen=True):
     files: dict[str, _File]
 
 
-class _Entry(msgspec.Struct, frozen=True):
-    """A tensor in the header of a safetensors file; the offsets count from the header's end."""
-
-    dtype: str
-    shape: Annotated[tuple[Annotated[int, msgspec.Meta(ge=0)], ...], msgspec.Meta(max_length=64)]
-    data_offsets: tuple[int, int]
-
-
 def _files(tensors: Mapping[str, Mapping[str, Tensor]], documents: Mapping[str, Any]) -> dict[str, list[memoryview]]:
     """The names of the files and what to write to each, in order. Raises ConfigError."""
-    files = {f"{stem}.safetensors": _safetensors(f"{stem}.safetensors", group) for stem, group in tensors.items()}
+    files = {f"{stem}.safetensors": to_pieces(f"{stem}.safetensors", group) for stem, group in tensors.items()}
     files |= {f"{stem}.json": [_document(f"{stem}.json", value)] for stem, value in documents.items()}
     for name in files:
         if not _is_file_name(name):
@@ -262,36 +216,6 @@ def _files(tensors: Mapping[str, Mapping[str, Tensor]], documents: Mapping[str, 
                 fix="1 to 128 letters, digits, dots, hyphens and underscores, no two dots in a row; not manifest.json",
             )
     return files
-
-
-def _safetensors(file: str, group: Mapping[str, Tensor]) -> list[memoryview]:
-    """Header, then data: wide values first, so that all are aligned. Raises ConfigError."""
-    header: dict[str, Any] = {_METADATA: {"format": "pt"}}  # without it some readers refuse the file
-    pieces, place = [], 0
-    for name, tensor in group.items():
-        if not 1 <= len(name) <= _TENSOR_CHARACTERS or not name.isprintable() or name == _METADATA:
-            raise ConfigError(
-                f"{file} cannot hold a tensor named {name!r}",
-                fix=f"1 to {_TENSOR_CHARACTERS} printable characters, not {_METADATA}",
-            )
-        if tensor.dtype not in DTYPES:
-            raise ConfigError(
-                f"{file} cannot hold {name}, which is {tensor.dtype}",
-                why=f"the safetensors format has {', '.join(DTYPES)}",
-            )
-    for name, tensor in sorted(group.items(), key=lambda item: -DTYPES[item[1].dtype][1]):
-        code, item_bytes = DTYPES[tensor.dtype]
-        view = memoryview(tensor.data)
-        view = view.cast("B") if view.nbytes else memoryview(b"")  # what is empty cannot be cast
-        assert len(view) == math.prod(tensor.shape) * item_bytes, (name, tensor.dtype, tensor.shape, len(view))
-        header[name] = {"dtype": code, "shape": tensor.shape, "data_offsets": (place, place + len(view))}
-        place += len(view)
-        pieces.append(view)
-    text = msgspec.json.encode(header)
-    text += b" " * (-len(text) % 8)
-    if len(text) > _HEADER_BYTES:
-        raise ConfigError(f"{file} cannot hold {len(group):,} tensors: their names and shapes are too long")
-    return [memoryview(len(text).to_bytes(8, "little") + text), *pieces]
 
 
 def _document(file: str, value: Any) -> memoryview:
@@ -346,37 +270,37 @@ def _sync(folder: Path) -> None:
 
 
 def _read(path: Path, warnings: list[str]) -> Loaded:
-    """The checkpoint in this folder, every byte of it checked. Raises _Unusable."""
+    """The checkpoint in this folder, every byte of it checked. Raises Unusable."""
     with _opened(path.name or str(path), path, stat.S_ISDIR) as (folder, _):
         with _opened(_MANIFEST, _MANIFEST, stat.S_ISREG, folder) as (descriptor, size_bytes):
-            if size_bytes > _HEADER_BYTES:
-                raise _Unusable(f"{_MANIFEST} has {size_bytes} bytes")
+            if size_bytes > _MANIFEST_BYTES:
+                raise Unusable(f"{_MANIFEST} has {size_bytes} bytes")
             manifest = _unseal(FileIO(descriptor, closefd=False).read())
         named = _FOLDER.fullmatch(path.name)
         if named and int(named[1]) != manifest.step:
-            raise _Unusable(f"{_MANIFEST} is that of step {manifest.step}")
+            raise Unusable(f"{_MANIFEST} is that of step {manifest.step}")
         tensors: dict[str, dict[str, Tensor]] = {}
         documents: dict[str, Any] = {}
         for name, file in manifest.files.items():
             stem, _, kind = name.rpartition(".")
             if not _is_file_name(name):
-                raise _Unusable(f"{_MANIFEST} names a file {name!r}")
+                raise Unusable(f"{_MANIFEST} names a file {name!r}")
             data = _read_file(folder, name, file)
             if kind == "json":
-                documents[stem] = _decode(name, msgspec.json.Decoder(), data)
+                documents[stem] = decode(name, msgspec.json.Decoder(), data)
             else:
-                tensors[stem] = _parse(name, data)
+                tensors[stem] = parse(name, data)
     return Loaded(path, manifest.step, manifest.time, tensors, documents, warnings)
 
 
 def _unseal(text: bytes) -> _Manifest:
     body, _, _ = text.rpartition(b",")
     if text != body + _last_field(body):
-        raise _Unusable(f"{_MANIFEST} is not as it was written")
-    version = _decode(_MANIFEST, msgspec.json.Decoder(dict[str, Any]), text).get("format")
+        raise Unusable(f"{_MANIFEST} is not as it was written")
+    version = decode(_MANIFEST, msgspec.json.Decoder(dict[str, Any]), text).get("format")
     if version != _FORMAT:
-        raise _Unusable(f"{_MANIFEST} is of format {version}, and this version of paceline reads {_FORMAT}")
-    manifest: _Manifest = _decode(_MANIFEST, msgspec.json.Decoder(_Manifest), text)
+        raise Unusable(f"{_MANIFEST} is of format {version}, and this version of paceline reads {_FORMAT}")
+    manifest: _Manifest = decode(_MANIFEST, msgspec.json.Decoder(_Manifest), text)
     return manifest
 
 
@@ -384,37 +308,13 @@ def _read_file(folder: int, name: str, file: _File) -> memoryview:
     """Map a file when its size and its SHA-256 are those that the manifest gives."""
     with _opened(name, name, stat.S_ISREG, folder) as (descriptor, size_bytes):
         if size_bytes != file.size_bytes:
-            raise _Unusable(f"{name} has {size_bytes} bytes, and {file.size_bytes} were written")
+            raise Unusable(f"{name} has {size_bytes} bytes, and {file.size_bytes} were written")
         # Read, not mapped: a page that the disk cannot give back is then an error, not a SIGBUS.
         with FileIO(descriptor, closefd=False) as source:
             digest = hashlib.file_digest(source, "sha256").hexdigest()
         if digest != file.sha256:
-            raise _Unusable(f"{name} is not as it was written: its SHA-256 is another")
+            raise Unusable(f"{name} is not as it was written: its SHA-256 is another")
         return memoryview(mmap.mmap(descriptor, size_bytes, access=mmap.ACCESS_READ) if size_bytes else b"")
-
-
-def _parse(file: str, data: memoryview) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; they alias ``data``."""
-    length = int.from_bytes(data[:8], "little")
-    if not 8 + length <= len(data) or length > _HEADER_BYTES:
-        raise _Unusable(f"{file} has no whole header")
-    entries = _decode(file, msgspec.json.Decoder(dict[str, msgspec.Raw]), data[8 : 8 + length])
-    entries.pop(_METADATA, None)
-    decoder, values = msgspec.json.Decoder(_Entry), data[8 + length :]
-    codes = {code: (dtype, item_bytes) for dtype, (code, item_bytes) in DTYPES.items()}
-    tensors: dict[str, Tensor] = {}
-    place = 0
-    found = [(name, _decode(file, decoder, raw)) for name, raw in entries.items()]
-    for name, entry in sorted(found, key=lambda item: item[1].data_offsets):
-        start, stop = entry.data_offsets
-        dtype, item_bytes = codes.get(entry.dtype, ("", 0))
-        if not dtype or start != place or stop - start != math.prod(entry.shape) * item_bytes or stop > len(values):
-            raise _Unusable(f"{file} has no place for its tensor {name!r}")
-        tensors[name] = Tensor(dtype, entry.shape, values[start:stop])
-        place = stop
-    if place != len(values):
-        raise _Unusable(f"{file} has {len(values) - place} bytes that belong to no tensor")
-    return tensors
 
 
 @contextlib.contextmanager
@@ -425,22 +325,15 @@ def _opened(name: str, path: str | Path, is_kind: Any, folder: int | None = None
         try:
             status = os.fstat(descriptor)
             if not is_kind(status.st_mode):
-                raise _Unusable(f"{name} is not a {'folder' if is_kind is stat.S_ISDIR else 'file'}")
+                raise Unusable(f"{name} is not a {'folder' if is_kind is stat.S_ISDIR else 'file'}")
             yield descriptor, status.st_size
         finally:
             os.close(descriptor)
     except FileNotFoundError:
-        raise _Unusable(f"{name} is missing") from None
+        raise Unusable(f"{name} is missing") from None
     except OSError as error:
         words = "is a symbolic link" if error.errno == errno.ELOOP else f"cannot be read: {_words(error)}"
-        raise _Unusable(f"{name} {words}") from None
-
-
-def _decode(file: str, decoder: msgspec.json.Decoder[Any], text: Any) -> Any:
-    try:
-        return decoder.decode(text)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise _Unusable(f"{file} does not say what it should: {error}") from None
+        raise Unusable(f"{name} {words}") from None
 
 
 def _is_file_name(name: str) -> bool:

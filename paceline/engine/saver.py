@@ -14,7 +14,8 @@ from typing import Any
 
 import msgspec
 
-from paceline.engine.checkpoints import DTYPES, Checkpoints, Tensor
+from paceline.engine.checkpoints import Checkpoints
+from paceline.engine.safetensors import DTYPES, Tensor
 from paceline.errors import PacelineError
 from paceline.protocol import messages
 

@@ -26,7 +26,8 @@ import signal
 import sys
 from pathlib import Path
 
-from paceline.engine.checkpoints import Checkpoints, Tensor
+from paceline.engine.checkpoints import Checkpoints
+from paceline.engine.safetensors import Tensor
 
 folder, step = Path(sys.argv[1]), int(sys.argv[2])
 
@@ -184,7 +185,8 @@ import os
 import sys
 from pathlib import Path
 
-from paceline.engine.checkpoints import Checkpoints, Tensor
+from paceline.engine.checkpoints import Checkpoints
+from paceline.engine.safetensors import Tensor
 from paceline.errors import HostError
 
 folder, kind = Path(sys.argv[1]), sys.argv[2]

@@ -25,7 +25,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from paceline.engine import checkpoints
-from paceline.engine.checkpoints import DTYPES, Checkpoints, Tensor
+from paceline.engine.checkpoints import Checkpoints
+from paceline.engine.safetensors import DTYPES, Tensor
 from paceline.errors import ConfigError, HostError
 
 SHAPES = [(), (1,), (5,), (2, 3), (0,), (2, 0, 3)]
