@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from paceline.params.chunk import Target
 from paceline.params.optimizers import Group, clone, decode
 from paceline.params.shard import Shard
 from paceline.transport.slots import ExchangeMemory, Slot, Spec
@@ -19,7 +20,15 @@ class Shards:
     """``source`` is the user's optimizer's attributes, or empty in a server; ``optimizer_class`` its class."""
 
     def __init__(self, spec: Spec, memory: ExchangeMemory, optimizer_class: type, source: Mapping[str, Any]) -> None:
-        self._spec, self._memory, self._class, self._source = spec, memory, optimizer_class, source
+        self._spec, self._memory = spec, memory
+        self._target = Target(
+            spec.table,
+            memory.params,
+            memory.state,
+            lambda groups: clone(source, optimizer_class, groups),
+            decode(spec.settings),
+            whole=spec.whole,
+        )
         self._all = bytes([1]) * len(spec.table.entries)
         self._shards: dict[tuple[int, int], Shard] = {}
         self._settings: dict[int, tuple[int, list[Group]]] = {}  # worker -> version, groups
@@ -29,15 +38,7 @@ class Shards:
         """Part ``part`` of ``parts``."""
         shard = self._shards.get((part, parts))
         if shard is None:
-            shard = self._shards[part, parts] = Shard(
-                self._spec.table,
-                self._spec.cut(parts)[part],
-                self._memory.params,
-                self._memory.state,
-                lambda groups: clone(self._source, self._class, groups),
-                decode(self._spec.settings),
-                whole=self._spec.whole,
-            )
+            shard = self._shards[part, parts] = Shard(self._target, self._spec.cut(parts)[part])
         return shard
 
     def new_settings(self, shard: Shard, worker: int) -> list[Group] | None:

@@ -31,6 +31,19 @@ Vectors = Mapping[str, torch.Tensor]
 Make = Callable[[list[Group]], optim.Optimizer]
 
 
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What is stepped: parameter ``vectors`` (the table's, shared) and the optimizer's ``state``, by clones that
+    ``make(groups)`` gives. ``whole``: every piece is a whole parameter and is stepped in its own shape."""
+
+    table: Table
+    vectors: Vectors
+    state: State
+    make: Make
+    groups: list[Group]
+    whole: bool
+
+
 class Pushed(Protocol):
     """A worker's whole gradient, as it lies in its slot: the table's flat vectors, and for each parameter with sparse
     rows the numbers of those that it has (params/rows.py)."""
@@ -65,17 +78,9 @@ class Chunk:
     go as there is room to save."""
 
     def __init__(
-        self,
-        table: Table,
-        pieces: Sequence[Piece],
-        vectors: Vectors,
-        state: State,
-        make: Make,
-        groups: list[Group],
-        buffers: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
-        *,
-        whole: bool,
+        self, target: Target, pieces: Sequence[Piece], buffers: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
     ) -> None:
+        table, vectors, state, whole = target.table, target.vectors, target.state, target.whole
         self._table, self._pieces, self._state, self._whole = table, tuple(pieces), state, whole
         self._vectors = vectors
         self._runs = _runs(spans_of(table, pieces), buffers)
@@ -83,7 +88,7 @@ class Chunk:
         self._by_rows = self._entry.row > 0
         self._tensors: list[torch.Tensor] = []
         self._gradients: list[torch.Tensor] = []
-        stepped: list[Group] = [{**group, "params": []} for group in groups]
+        stepped: list[Group] = [{**group, "params": []} for group in target.groups]
         for piece in self._pieces:
             entry = table.entries[piece.param]
             at = entry.offset + piece.start
@@ -102,7 +107,7 @@ class Chunk:
             stepped[entry.group]["params"].append(tensor)
         # A class of the user's may look at all of its groups; torch's own do not.
         self._groups = [g for g, group in enumerate(stepped) if whole or group["params"]]
-        self._optimizer = make([stepped[g] for g in self._groups])
+        self._optimizer = target.make([stepped[g] for g in self._groups])
         self._step = kernels.bare_step(self._optimizer)
         self._kept = 0  # pieces whose state lies in shared memory
         self._kernel: kernels.Kernel | None = None  # steps without the optimizer's own ``step``

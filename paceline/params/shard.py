@@ -15,39 +15,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from paceline.params.chunk import Chunk, Fold, Make, Pushed, Vectors, buffers_for, spans_of
+from paceline.params.chunk import Chunk, Fold, Pushed, Target, Vectors, buffers_for, spans_of
 from paceline.params.optimizers import Group
-from paceline.params.state import State
-from paceline.params.table import Table
 from paceline.params.undo import CHUNK_BYTES, Undo, chunks
 from paceline.protocol.partition import Piece
 
 
 class Shard:
-    """Steps ``pieces`` of the parameter ``vectors`` (the table's, shared) with clones that ``make(groups)`` gives.
+    """Steps ``pieces`` of a target: blocks of the grid that its state was laid out for, in order."""
 
-    The pieces are blocks of the grid that ``state`` was laid out for, in its order. ``whole``: every piece is a whole
-    parameter and is stepped in its own shape.
-    """
-
-    def __init__(
-        self,
-        table: Table,
-        pieces: Sequence[Piece],
-        vectors: Vectors,
-        state: State,
-        make: Make,
-        groups: list[Group],
-        *,
-        whole: bool,
-        chunk_bytes: int = CHUNK_BYTES,
-    ) -> None:
-        self._vectors, self._state = vectors, state
-        self._spans = spans_of(table, pieces)
-        cut = chunks(pieces, table, state.plan, chunk_bytes)
-        buffers = buffers_for(table, cut)
-        self._settings = [dict(group) for group in groups]
-        self._chunks = [Chunk(table, one, vectors, state, make, groups, buffers, whole=whole) for one in cut]
+    def __init__(self, target: Target, pieces: Sequence[Piece], chunk_bytes: int = CHUNK_BYTES) -> None:
+        self._vectors = target.vectors
+        self._spans = spans_of(target.table, pieces)
+        cut = chunks(pieces, target.table, target.state.plan, chunk_bytes)
+        buffers = buffers_for(target.table, cut)
+        self._settings = [dict(group) for group in target.groups]
+        self._chunks = [Chunk(target, one, buffers) for one in cut]
         self._fold: Fold | None = None
         self._rate = 1.0
         self.values = sum(piece.stop - piece.start for piece in pieces)

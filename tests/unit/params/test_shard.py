@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import optim
 
 from paceline.params import optimizers
+from paceline.params.chunk import Target
 from paceline.params.shard import Shard
 from paceline.params.state import State, StatePlan
 from paceline.params.table import DTYPES, Entry, Table, tabulate
@@ -90,19 +91,9 @@ class Job:
 
     def shards(self, parts: int) -> list[Shard]:
         """One a part, with the state as it is."""
-        made = [
-            Shard(
-                self.table,
-                share,
-                self.vectors,
-                self.state,
-                self.make,
-                copy.deepcopy(self.groups),
-                whole=self.whole,
-                chunk_bytes=self.chunk_bytes,
-            )
-            for share in deal(self.blocks, parts)
-        ]
+        groups = copy.deepcopy(self.groups)
+        target = Target(self.table, self.vectors, self.state, self.make, groups, whole=self.whole)
+        made = [Shard(target, share, self.chunk_bytes) for share in deal(self.blocks, parts)]
         for shard in made:
             shard.resume()
         return made
@@ -341,15 +332,9 @@ def test_a_shards_memory_does_not_grow_with_a_table() -> None:
         def step(self, closure: Any = None) -> None:
             stepped.extend(p.grad for p in self.param_groups[0]["params"])
 
-    shard = Shard(
-        table,
-        [piece],
-        {"float32 rows": vector},
-        state,
-        lambda groups: optimizers.clone({}, Seen, groups),
-        [{}],
-        whole=False,
-    )
+    vectors = {"float32 rows": vector}
+    target = Target(table, vectors, state, lambda groups: optimizers.clone({}, Seen, groups), [{}], whole=False)
+    shard = Shard(target, [piece])
     indices = torch.tensor([2, 1, rows - 3, 0])
     values = torch.tensor([1.0, 2.0, 3.0, 4.0]).as_strided((4,), (1,))
     pushed = Given({"float32 rows": values}, {0: indices})

@@ -10,6 +10,7 @@ import torch
 from torch import optim
 
 from paceline.params import optimizers, rows
+from paceline.params.chunk import Target
 from paceline.params.shard import Shard
 from paceline.params.state import State, StatePlan
 from paceline.params.table import tabulate
@@ -128,9 +129,8 @@ def test_rows_are_gone_on_with_too(name: str, raw: bool) -> None:
             self.vectors = {entry.vector: torch.zeros(self.table.sizes[entry.vector])}
             self.table.view(entry, self.vectors[entry.vector]).copy_(data)
             self.area = area_of(area_bytes(self.table, self.plan, 8192))
-            self.make = lambda: Shard(
-                self.table, blocks, self.vectors, self.state, make, groups, whole=False, chunk_bytes=8192
-            )
+            target = Target(self.table, self.vectors, self.state, make, groups, whole=False)
+            self.make = lambda: Shard(target, blocks, 8192)
 
         def step(self, number: int, undo: Undo) -> None:
             shard = self.make()
