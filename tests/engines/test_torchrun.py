@@ -55,23 +55,18 @@ import os
 import signal
 import sys
 
-import torch
-from counting import Counting
-from torch.utils.data import DataLoader, TensorDataset
+from counting import job, mark
 
 import paceline
 
 samples, epochs = 64, 3
 run = paceline.init()
-counts = torch.nn.Parameter(torch.zeros(samples, dtype=torch.float64))
-optimizer = Counting([counts])
-loader = DataLoader(TensorDataset(torch.arange(samples)), batch_size=4, shuffle=True)
+counts, optimizer, loader = job(samples, shuffle=True)
 optimizer, loader = run.wrap(optimizer, loader)
 for epoch in range(epochs):
     steps = 0
     for (numbers,) in loader:
-        counts.grad = torch.zeros_like(counts)
-        counts.grad[numbers] = 1.0
+        mark(counts, numbers)
         if len(sys.argv) > 1 and run.rank == 1 and (epoch, steps) == (1, 2):
             os.kill(os.getpid(), signal.SIGKILL)
         optimizer.step()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 
 import pytest
@@ -31,28 +32,24 @@ for step in range(3):
     print("stepped", flush=True)
 """
 
-# Worker 1's host is cut off in the midst of it: it waits for the file that the test makes.
+# Worker 1's host is cut off in the midst of it: it waits for what the test writes to a pipe.
 PATIENT = """
-import os
-import time
-
-import torch
-from counting import Counting
-from torch.utils.data import DataLoader, TensorDataset
+from counting import job, mark
 
 import paceline
 
 run = paceline.init(min_workers=1, pace="bounded:1")
-counts = torch.nn.Parameter(torch.zeros(64, dtype=torch.float64))
-optimizer, loader = run.wrap(Counting([counts]), DataLoader(TensorDataset(torch.arange(64)), batch_size=4))
+counts, optimizer, loader = job(64)
+optimizer, loader = run.wrap(optimizer, loader)
+waits = run.rank == 1
 for epoch in range(3):
     for (numbers,) in loader:
-        counts.grad = torch.zeros_like(counts)
-        counts.grad[numbers] = 1.0
+        mark(counts, numbers)
         optimizer.step()
         print("stepped", flush=True)
-        while run.rank == 1 and not os.path.exists("cut"):
-            time.sleep(0.01)
+        if waits:
+            open("cut").read()
+            waits = False
 if run.is_main:
     assert counts.detach().tolist() == [3.0] * 64
     print("all counted", flush=True)
@@ -118,6 +115,7 @@ def test_what_travels_can_be_read_on_the_wire_only_where_that_was_asked_for(
 def test_a_host_that_is_cut_off_is_left_behind_in_words(runner: Runner, hosts: tuple[Host, Host]) -> None:
     runner.write("counting.py", COUNTING)
     runner.write("patient.py", PATIENT)
+    os.mkfifo(runner.folder / "cut")
     first, second = start(runner, hosts, "patient.py")
     second.until("stepped")
     hosts[1].cut()

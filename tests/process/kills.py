@@ -10,6 +10,7 @@ from tests.process.runner import Ended, Runner
 # Where servers can import it.
 COUNTING = """
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 
 class Counting(torch.optim.Optimizer):
@@ -23,6 +24,19 @@ class Counting(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     parameter.data.add_((parameter.grad != 0).to(parameter.dtype))
+
+
+def job(samples, **options):
+    '''Parameters that count, their optimizer, and a loader of the samples' numbers.'''
+    counts = torch.nn.Parameter(torch.zeros(samples, dtype=torch.float64))
+    loader = DataLoader(TensorDataset(torch.arange(samples)), batch_size=4, **options)
+    return counts, Counting([counts]), loader
+
+
+def mark(counts, numbers):
+    '''The gradient of a batch.'''
+    counts.grad = torch.zeros_like(counts)
+    counts.grad[numbers] = 1.0
 """
 
 # Worker 0 writes how often each sample was counted. A process dies up to two milliseconds after it drew its lot: in its
@@ -35,9 +49,7 @@ import signal
 import sys
 import threading
 
-import torch
-from counting import Counting
-from torch.utils.data import DataLoader, TensorDataset
+from counting import job, mark
 
 import paceline
 
@@ -80,15 +92,12 @@ def draw_lots():
 
 
 run = paceline.init()
-counts = torch.nn.Parameter(torch.zeros(samples, dtype=torch.float64))
-optimizer = Counting([counts])
-loader = DataLoader(TensorDataset(torch.arange(samples)), batch_size=4, shuffle=True)
+counts, optimizer, loader = job(samples, shuffle=True)
 optimizer, loader = run.wrap(optimizer, loader)
 for epoch in range(epochs):
     steps = 0
     for (numbers,) in loader:
-        counts.grad = torch.zeros_like(counts)
-        counts.grad[numbers] = 1.0
+        mark(counts, numbers)
         draw_lots()
         optimizer.step()
         run.log(loss=float(steps))

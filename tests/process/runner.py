@@ -13,7 +13,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,15 @@ class Runner:
     def start_run(self, script: str, *options: str, args: Iterable[str] = (), **variables: str) -> Running:
         name = script if script.endswith(".py") else str(self.write("train.py", script).name)
         return self.start("-m", "paceline", "run", "--json", *options, name, *args, **variables)
+
+    @contextmanager
+    def follow(self, path: Path) -> Iterator[Running]:
+        """What a file has, and gets while this lasts."""
+        following = Running(["tail", "-n", "+1", "-f", str(path)], self.folder, {}, self._timeout_s)
+        try:
+            yield following
+        finally:
+            following.close()
 
     def close(self) -> None:
         for running in self._started:

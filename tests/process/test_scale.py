@@ -5,61 +5,44 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.process.kills import COUNTING
-from tests.process.runner import Runner
+from tests.process.runner import Runner, Running
 
 SAMPLES, EPOCHS = 800, 7
 
-# Worker 0 wishes for others from within its own loop, and waits in it until they have come, or left.
+# Worker 0 stands still in three of its epochs, each time until the test writes to a pipe.
 SCRIPT = """
 import json
-import os
-import subprocess
 import sys
-import time
 
-import torch
-from counting import Counting
-from torch.utils.data import DataLoader, TensorDataset
+from counting import job, mark
 
 import paceline
 
 samples, epochs = int(sys.argv[1]), int(sys.argv[2])
 
 
-def scale(workers):
-    command = [sys.executable, "-m", "paceline", "scale", str(run.directory), "--workers", str(workers)]
-    print(subprocess.run(command, capture_output=True, text=True, check=True).stdout, end="", flush=True)
-
-
-def seen(kind, times):
-    lines = (run.directory / "events.jsonl").read_text().splitlines()
-    return sum(json.loads(line).get("kind") == kind for line in lines) >= times
+def stand(where):
+    print("stands", where, flush=True)
+    with open(where) as pipe:
+        pipe.read()
 
 
 run = paceline.init()
-counts = torch.nn.Parameter(torch.zeros(samples, dtype=torch.float64))
-optimizer = Counting([counts])
-loader = DataLoader(TensorDataset(torch.arange(samples)), batch_size=4, shuffle=True)
+counts, optimizer, loader = job(samples, shuffle=True)
 optimizer, loader = run.wrap(optimizer, loader)
 for epoch in range(epochs):
     steps = 0
     for (numbers,) in loader:
-        counts.grad = torch.zeros_like(counts)
-        counts.grad[numbers] = 1.0
-        if run.rank == 0 and steps == 3 and epoch == 1:
-            scale(4)
-            while not seen("join", 2):
-                time.sleep(0.01)
-        if run.rank == 0 and steps == 3 and epoch == 3:
-            scale(1)
-        if run.rank == 0 and steps == 3 and epoch == 5:
-            while not seen("leave", 3):
-                time.sleep(0.01)
+        mark(counts, numbers)
+        if run.rank == 0 and steps == 3 and epoch in (1, 3, 5):
+            stand(f"in epoch {epoch}")
         optimizer.step()
         run.log(loss=float(steps))
         steps += 1
@@ -86,6 +69,23 @@ while True:
 """
 
 
+def start(runner: Runner, *options: str) -> Running:
+    runner.write("counting.py", COUNTING)
+    for epoch in (1, 3, 5):
+        os.mkfifo(runner.folder / f"in epoch {epoch}")
+    return runner.start_run(SCRIPT, *options, args=[str(SAMPLES), str(EPOCHS)])
+
+
+@contextmanager
+def at(runner: Runner, running: Running, epoch: int) -> Iterator[Running]:
+    """While worker 0 stands in this epoch: the run's events, as they come."""
+    running.until(f"stands in epoch {epoch}\n")
+    (told,) = (runner.folder / "runs").glob("*/events.jsonl")
+    with runner.follow(told) as events:
+        yield events
+    runner.write(f"in epoch {epoch}", "")
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -99,8 +99,17 @@ while True:
     ],
 )
 def test_with_two_workers_then_four_then_one_each_sample_counts_once_an_epoch(options: str, runner: Runner) -> None:
-    runner.write("counting.py", COUNTING)
-    ended = runner.run(SCRIPT, "--workers", "2", *options.split(), args=[str(SAMPLES), str(EPOCHS)])
+    running = start(runner, "--workers", "2", *options.split())
+    with at(runner, running, 1) as events:
+        assert runner.paceline("scale", "--workers", "4").code == 0
+        events.until("worker 2 trains with the others")
+        events.until("worker 3 trains with the others")
+    with at(runner, running, 3):
+        assert runner.paceline("scale", "--workers", "1").code == 0
+    with at(runner, running, 5) as events:
+        for worker in (1, 2, 3):
+            events.until(f"worker {worker} has left")
+    ended = running.end()
     assert ended.code == 0, ended.err
     assert json.loads((ended.directory / "counts.json").read_text()) == [EPOCHS] * SAMPLES
     told = [(event["kind"], event["rank"]) for event in ended.events if event.get("kind") in ("join", "leave", "died")]
