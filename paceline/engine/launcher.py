@@ -108,6 +108,7 @@ class _Launcher:
         self._coordinator = Coordinator(job.workers, job.servers, restarts=restarts, min_workers=job.min_workers)
         self._wishes = Wishes(job, self._coordinator, elsewhere=setup.door is not None)
         self._control = Control(directory)
+        self._silent = False
         self._memories: dict[int, tuple[messages.Memory, int]] = {}  # what newcomers get, by number
         checkpoints = Checkpoints(directory, job.keep)
         self._saver = Saver(checkpoints, job.workers, telling.note_now)

@@ -14,7 +14,7 @@ import torch
 from torch import nn, optim
 from torch.utils.data import DataLoader, TensorDataset
 
-from paceline.engine import exchange
+from paceline.engine import spec
 from paceline.protocol.log import STEP, Entry
 from paceline.protocol.rounds import Waiting
 from tests.driver import run_job
@@ -52,7 +52,7 @@ CASES = [(name, servers) for name in OPTIMIZERS for servers in (0, 2) if served(
 def small_parts(values: int = 64) -> Iterator[None]:
     """Cut even small models into several parts where there are no servers."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exchange, "_VALUES_PER_PART", values)
+        patch.setattr(spec, "_VALUES_PER_PART", values)
         yield
 
 
