@@ -6,13 +6,12 @@ bitwise one process's; ``SyncBatchNorm`` is there for who needs that.
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Sequence
 
 import torch
 
 from paceline.params.table import Table
-from paceline.transport.segment import page_up
+from paceline.transport.segment import Memory, page_up
 from paceline.transport.slots import carve_vectors
 
 _COPIES = 2  # by parity of the pass: a fast worker may write the next pass's while a slow one reads this one's
@@ -30,9 +29,7 @@ def by_place(table: Table, workers: int) -> tuple[tuple[int, int, int], ...]:
 class Buffers:
     """The buffers ``tensors``, described by ``table``, of all workers in ``memory``."""
 
-    def __init__(
-        self, memory: mmap.mmap, table: Table, tensors: Sequence[torch.Tensor], rank: int, workers: int
-    ) -> None:
+    def __init__(self, memory: Memory, table: Table, tensors: Sequence[torch.Tensor], rank: int, workers: int) -> None:
         self._tensors, self._rank, self._workers = list(tensors), rank, workers
         self._weights = memoryview(memory)[: workers * _COPIES * 8].cast("d")
         first, each = page_up(workers * _COPIES * 8), page_up(max(table.offsets_bytes()[""], 1))

@@ -119,6 +119,7 @@ class Collectives:
         exchange.attach(ExchangeMemory(memory, spec), self.number, account)
         attached()  # from here on the dead are to be buried in it, also while this worker waits below
         if not self._is_filled():
+            segment.enlarge(memory, segment.in_use(size_bytes(spec), by_place(spec), self._board.width))
             if resumed is not None:
                 resumed.fill(index, exchange)
             exchange.publish()

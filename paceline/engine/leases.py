@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Sequence
 
 from paceline.data.ledger import RING, Ledger, words_needed
 from paceline.errors import ConfigError
 from paceline.transport.lock import Lock
+from paceline.transport.segment import Memory
 
 
 def size_bytes(workers: int) -> int:
@@ -18,7 +18,7 @@ class Leases:
     """A ``data.passes.Leases``. ``tell`` is called under the lock with how many batches have come back by then."""
 
     def __init__(
-        self, memory: mmap.mmap, segment: int, lock: Lock, rank: int, workers: int, tell: Callable[[int], None]
+        self, memory: Memory, segment: int, lock: Lock, rank: int, workers: int, tell: Callable[[int], None]
     ) -> None:
         assert lock.journal is not None
         lock.journal.map(segment, memoryview(memory).cast("Q"))

@@ -13,7 +13,6 @@ lies at or behind ``width``, so that nobody looks at it.
 from __future__ import annotations
 
 import math
-import mmap
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -85,7 +84,7 @@ class Accounts:
 class Board:
     """A view of the segment ``memory``; the first to make one passes its shape in ``create``."""
 
-    def __init__(self, memory: mmap.mmap) -> None:
+    def __init__(self, memory: segment.Memory) -> None:
         self._memory = memory
         self._words = memoryview(memory).cast("Q")
         self._address = segment.address(memory)

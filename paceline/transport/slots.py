@@ -22,8 +22,6 @@ has one writer; it is read between the closing of its round and the last ``stepp
 
 from __future__ import annotations
 
-import mmap
-
 import msgspec
 import torch
 
@@ -34,7 +32,7 @@ from paceline.params.undo import BLOCK_VALUES, HEADER_WORDS, Undo, area_bytes
 from paceline.protocol import log
 from paceline.protocol.partition import Piece, deal, grid
 from paceline.transport.journal import Journal
-from paceline.transport.segment import PAGE, address, page_up
+from paceline.transport.segment import PAGE, Memory, address, page_up
 
 _WORD = 8
 _HEADER_WORDS = 32  # two halves of eight words, settings' version and length, a norm, and two places in the data
@@ -140,7 +138,7 @@ class Slot:
     int64[rows + 1] where the gradient is sparse rows (params/rows.py). ``copy`` is the worker's own parameters, flat
     like the gradient, without those of sparse rows; empty where all workers share them."""
 
-    def __init__(self, memory: mmap.mmap, start: int, offsets: _Offsets, spec: Spec) -> None:
+    def __init__(self, memory: Memory, start: int, offsets: _Offsets, spec: Spec) -> None:
         self._words = memoryview(memory)[start : start + offsets.mask].cast("Q")
         self._floats = memoryview(memory)[start : start + offsets.mask].cast("d")
         count = len(spec.table.entries)
@@ -236,7 +234,7 @@ class Slot:
 class ExchangeMemory:
     """A view of an exchange's segment, laid out by ``spec``; equal in every process that maps it."""
 
-    def __init__(self, memory: mmap.mmap, spec: Spec) -> None:
+    def __init__(self, memory: Memory, spec: Spec) -> None:
         offsets = _Offsets(spec)
         assert len(memory) >= offsets.end, "the segment is smaller than its spec"
         self._memory, self._offsets, self._pinned = memory, offsets, False
@@ -295,13 +293,13 @@ class ExchangeMemory:
                     torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(start + first, stop - first, 0))
 
 
-def carve_vectors(memory: mmap.mmap, start: int, sizes: dict[str, int]) -> dict[str, torch.Tensor]:
+def carve_vectors(memory: Memory, start: int, sizes: dict[str, int]) -> dict[str, torch.Tensor]:
     """Flat vectors of these sizes (``Table.sizes``), as aliases of ``memory`` from byte ``start``."""
     places = lay_out(sizes)
     return {key: _carve(memory, vector_dtype(key), start + places[key], size) for key, size in sizes.items()}
 
 
-def _carve(memory: mmap.mmap, dtype: torch.dtype, offset: int, count: int) -> torch.Tensor:
+def _carve(memory: Memory, dtype: torch.dtype, offset: int, count: int) -> torch.Tensor:
     if count == 0:
         return torch.zeros(0, dtype=dtype)
     return torch.frombuffer(memory, dtype=dtype, offset=offset, count=count)

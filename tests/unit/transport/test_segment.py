@@ -12,7 +12,7 @@ import pytest
 
 from paceline.errors import HostError
 from paceline.transport import segment
-from paceline.transport.segment import PAGE
+from paceline.transport.segment import HUGE_PAGE, PAGE
 
 
 @pytest.mark.parametrize("size", [0, 1, PAGE - 1, PAGE, PAGE + 1, 3_000_000])
@@ -25,6 +25,41 @@ def test_a_segment_is_zeroed_and_reserved_in_whole_pages(size: int) -> None:
     with segment.attach(fd) as memory:
         assert len(memory) == expected
         assert memory[:] == bytes(expected)
+    os.close(fd)
+
+
+def _mappings() -> int:
+    with open("/proc/self/maps") as lines:
+        return sum("memfd:paceline-large" in line for line in lines)
+
+
+def test_a_large_segment_can_have_huge_pages_and_goes_with_its_last_view() -> None:
+    fd = segment.create("large", 3 * HUGE_PAGE)
+    memory = segment.attach(fd)
+    os.close(fd)
+    assert segment.address(memory) % HUGE_PAGE == 0
+    assert len(memory) == 3 * HUGE_PAGE
+    part = memory[5 : 3 * HUGE_PAGE : 7]
+    del memory
+    part[0] = 1
+    assert _mappings() == 1
+    del part
+    assert _mappings() == 0
+
+
+def test_huge_pages_change_no_byte_and_take_no_memory_that_was_not_reserved() -> None:
+    size = 6 * HUGE_PAGE
+    place = (HUGE_PAGE + PAGE, HUGE_PAGE + PAGE, 3)
+    fd = segment.create("large", size, [place], places=1)
+    with segment.attach(fd) as memory, segment.attach(fd) as other:
+        memory[:HUGE_PAGE] = b"a" * HUGE_PAGE
+        memory[-1] = 7
+        before = os.fstat(fd).st_blocks
+        segment.enlarge(memory, segment.in_use(size, [place], 1))
+        assert os.fstat(fd).st_blocks == before
+        assert other[:HUGE_PAGE] == b"a" * HUGE_PAGE
+        assert other[-1] == 7
+        assert other[HUGE_PAGE : 2 * HUGE_PAGE] == bytes(HUGE_PAGE)
     os.close(fd)
 
 
