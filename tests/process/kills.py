@@ -64,15 +64,14 @@ def take_one():
             os.close(os.open(run.directory / f"kill-{number}", os.O_CREAT | os.O_EXCL))
         except FileExistsError:
             continue
-        return True
-    return False
+        return number + 1
+    return 0
 
 
-def other():
-    # The pid of a server or of the launcher, if any is to be killed; the last of each role and rank.
+def other(*roles):
+    # The pid of one of these, if there is any; the last of each role and rank.
     processes = json.loads((run.directory / "run.json").read_text())["processes"]
-    victims = {"server", "launcher"} if launchers else {"server"}
-    pids = {(p["role"], p["rank"]): p["pid"] for p in processes if p["role"] in victims}
+    pids = {(p["role"], p["rank"]): p["pid"] for p in processes if p["role"] in roles}
     return luck.choice(list(pids.values())) if pids else None
 
 
@@ -84,8 +83,12 @@ def kill(pid):
 
 
 def draw_lots():
-    if luck.random() < chance and take_one():
-        victim = other() if luck.random() < 0.5 else None
+    if luck.random() < chance and (lot := take_one()):
+        victim = None
+        if launchers and lot == 1:
+            victim = other("launcher")
+        elif luck.random() < 0.5:
+            victim = other("server", "launcher") if launchers else other("server")
         timer = threading.Timer(luck.random() * 0.002, kill, (victim or os.getpid(),))
         timer.daemon = True
         timer.start()

@@ -78,6 +78,7 @@ def test_the_perceptron_ends_where_ddp_ends(runner: Runner) -> None:
     assert said(ours, r"epoch (\d+): loss (\S+)") == pytest.approx(said(ddp, r"epoch (\d+): loss (\S+)"), abs=1e-9)
 
 
+@pytest.mark.long
 def test_the_transformer_runs_on_very_little_text(runner: Runner) -> None:
     ended = runner.paceline("run", "--json", str(EXAMPLES / "text.py"), "--samples", "64")
     (loss,) = said(ended, r"held-out loss: (\S+) nats per byte")
@@ -86,7 +87,7 @@ def test_the_transformer_runs_on_very_little_text(runner: Runner) -> None:
     assert "\ndef " in ended.out
 
 
-@pytest.mark.parametrize("pace", ["sync", "async"])
+@pytest.mark.parametrize("pace", ["sync", pytest.param("async", marks=pytest.mark.long)])
 def test_ratings_are_guessed_better_than_by_their_items_means(runner: Runner, pace: str) -> None:
     options = ("--pace", pace, "--assign", "round_robin")
     script = (str(EXAMPLES / "ratings.py"), "--epochs", "2")

@@ -44,7 +44,7 @@ optimizer, scheduler, loader = run.wrap(optimizer, scheduler, loader)
 first = True
 for epoch in range(3):
     for batch, (x,) in enumerate(loader):
-        if run.rank == int(sys.argv[1]) and epoch == 1 and count.steps == 14 and first:
+        if run.rank == int(sys.argv[1]) and epoch == 1 and count.steps >= 14 and first:
             try:
                 os.close(os.open("died", os.O_CREAT | os.O_EXCL))
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -21,7 +21,7 @@ SAMPLES, EPOCHS, KILLS = 1200, 3, 6
         "--pace quorum:2",
         "--pace bounded:1",
         "--pace async",
-        "--pace async --assign hash",
+        pytest.param("--pace async --assign hash", marks=pytest.mark.long),
         "--pace async --servers 2",
     ],
 )

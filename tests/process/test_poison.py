@@ -42,8 +42,10 @@ if run.is_main:
 """
 
 
-@pytest.mark.parametrize("value", ["nan", "inf"])
-@pytest.mark.parametrize("options", ["--pace sync", "--pace async", "--pace local:2", "--pace quorum:1"])
+@pytest.mark.parametrize(
+    ("options", "value"),
+    [("--pace sync", "nan"), ("--pace async", "inf"), ("--pace local:2", "nan"), ("--pace quorum:1", "inf")],
+)
 def test_a_gradient_that_is_not_finite_is_dropped_and_told(options: str, value: str, runner: Runner) -> None:
     ended = runner.run(POISONED, *options.split(), args=["2,3,5", value])
     assert ended.code == 0, ended.err

@@ -48,6 +48,24 @@ LESS: dict[str, str] = {
     "paceline doctor": "",
     "paceline run --workers 4 --servers 2 --dry-run train.py": "",
 }
+# Others show the same in `make test`; `make long` runs these too.
+LONG = {
+    "paceline run --workers 5 examples/linear.py --method sgd",
+    "paceline run --workers 4 examples/mlp.py",
+    "paceline run --pace sync examples/digits.py",
+    "paceline run --workers 3 examples/linear.py",
+    "paceline run --workers 2 examples/mlp.py --save ours.safetensors",
+    "torchrun --nproc-per-node 2 examples/mlp_ddp.py --save ddp.safetensors",
+    "paceline demo text",
+    "paceline run --workers 4 --assign hash examples/linear.py --method minibatch",
+    "paceline run --patience 5 examples/digits.py",
+    "paceline run --workers 2 --servers 1 --pace async examples/digits.py",
+    "paceline run --workers 3 --pace async --staleness-damping examples/digits.py",
+    "paceline run --workers 2 --pace async:8 examples/digits.py",
+    "paceline run --workers 2 --pace local:16 examples/digits.py",
+    "paceline run --workers 3 --assign lease examples/digits.py",
+    "paceline run --workers 2 --data served examples/digits.py",
+}
 PROGRAMS = {"paceline": ["-m", "paceline"], "python": [], "torchrun": ["-m", "torch.distributed.run"]}
 
 # Two such tests at once must not want one port, and a host's own name need not lead anywhere.
@@ -58,7 +76,9 @@ def test_no_command_is_forgotten() -> None:
     assert set(readme.commands(README)) == LESS.keys()
 
 
-@pytest.mark.parametrize("command", LESS)
+@pytest.mark.parametrize(
+    "command", [pytest.param(command, marks=pytest.mark.long) if command in LONG else command for command in LESS]
+)
 def test_command_works(command: str, runner: Runner) -> None:
     for name, code in readme.files(README).items():
         runner.write(name, code)

@@ -103,7 +103,12 @@ def resumed(runner: Runner, ended: Ended, *options: str) -> Ended:
 
 @pytest.mark.parametrize(
     ("options", "stop_at"),  # in the first pass, or in the third
-    [("--pace sync", 7), ("--pace sync", 30), ("--pace local:3", 30), ("--pace sync --servers 1", 10)],
+    [
+        ("--pace sync", 7),
+        ("--pace local:3", 30),
+        pytest.param("--pace sync", 30, marks=pytest.mark.long),
+        pytest.param("--pace sync --servers 1", 10, marks=pytest.mark.long),
+    ],
 )
 def test_ctrl_c_and_resume_leave_the_same_bits(options: str, stop_at: int, runner: Runner) -> None:
     """After Ctrl-C in the middle of a pass of 12 steps."""
@@ -138,11 +143,11 @@ def test_a_run_goes_on_from_its_newest_good_checkpoint(runner: Runner) -> None:
     ("options", "then"),
     [
         ("--pace sync", "--workers 3"),
-        ("--pace sync --assign hash", "--workers 1"),
         ("--pace async", "--workers 4 --servers 1"),
-        ("--pace bounded:1", "--assign round_robin"),
-        ("--pace quorum:2 --workers 3", ""),
-        ("--pace sync --servers 2", "--pace async --workers 3"),
+        pytest.param("--pace sync --assign hash", "--workers 1", marks=pytest.mark.long),
+        pytest.param("--pace bounded:1", "--assign round_robin", marks=pytest.mark.long),
+        pytest.param("--pace quorum:2 --workers 3", "", marks=pytest.mark.long),
+        pytest.param("--pace sync --servers 2", "--pace async --workers 3", marks=pytest.mark.long),
     ],
 )
 def test_whatever_is_changed_each_sample_counts_once_an_epoch(options: str, then: str, runner: Runner) -> None:

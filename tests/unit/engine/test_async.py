@@ -45,7 +45,7 @@ ON_ARRIVAL = st.one_of(st.integers(0, 3).map(Bounded), st.integers(1, 4).map(Asy
 # --- each push is applied exactly once ---
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(
     st.integers(1, 4),
     st.integers(0, 3),

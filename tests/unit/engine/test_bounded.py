@@ -21,7 +21,7 @@ from tests.unit.engine.pacing import Counts, Turns, drawn, on_workers, scheduled
 SCHEDULE = st.lists(st.integers(0, 11), min_size=1, max_size=30)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(st.integers(1, 4), st.sampled_from([0, 1, 2, 3]), st.integers(0, 3), st.integers(1, 25), SCHEDULE)
 def test_a_reader_sees_all_updates_but_the_newest_and_clocks_stay_within_the_bound(
     workers: int, servers: int, bound: int, samples: int, schedule: list[int]

@@ -80,7 +80,7 @@ def assert_counted(weights: list[torch.Tensor], times: float) -> None:
         assert torch.equal(weight, torch.full_like(weight, times)), weight
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow])
 @given(
     loader=st.sampled_from(sorted(LOADERS)),
     samples=st.integers(1, 60),
@@ -97,7 +97,7 @@ def test_each_sample_counts_once_an_epoch(
     assert_counted(run_job(body, workers=workers, servers=servers, pace=pace, assign=assign), EPOCHS)
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 @given(
     loader=st.sampled_from(sorted(LOADERS)),
     samples=st.integers(1, 60),

@@ -114,7 +114,7 @@ def is_by_push(pace: Pace) -> bool:
     return isinstance(pace, Bounded | Async)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(st.sampled_from(PACES), st.integers(2, 4), st.sampled_from([0, 1, 2]), st.integers(1, 9), SCHEDULE)
 def test_steps_are_as_many_samples_at_every_pace(
     pace: Pace, workers: int, servers: int, steps: int, schedule: list[int]
@@ -226,7 +226,7 @@ def test_ctrl_c_ends_training_for_all(servers: int, pace: Pace) -> None:
 # --- leaving ---
 
 
-@settings(max_examples=50)
+@settings(max_examples=25)
 @given(
     st.sampled_from(PACES),
     st.integers(2, 4),
@@ -316,7 +316,7 @@ def test_all_workers_end_with_the_same_parameters_when_steps_are_done(steps: int
         assert_same_bits(result, results[0])
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(st.sampled_from(PACES), st.sampled_from([0, 2]), st.integers(1, 9), SCHEDULE)
 def test_without_a_loader_all_workers_see_the_last_push_when_steps_are_done(
     pace: Pace, servers: int, steps: int, schedule: list[int]

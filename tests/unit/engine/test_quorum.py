@@ -93,7 +93,7 @@ def test_a_late_push_is_dropped_and_its_worker_goes_on_with_the_newest_parameter
     assert told[1] == [([1, 1, 0], True), ([1, 2, 1], True)]
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(
     st.integers(2, 4).flatmap(
         lambda n: st.tuples(st.lists(st.integers(1, 6), min_size=n, max_size=n), st.integers(1, n))
