@@ -46,8 +46,7 @@ class Settling:
         for exchange in (*self._exchanges, *self._stores) if dead else ():
             exchange.finish_abandoned()
         # To give back the batches of one whose round is not over would free others to push it, who are not in it.
-        owed = [w for w in dead if self._leases and any(exchange.is_in_round(w) for exchange in self._exchanges)]
-        board.owes = bool(owed)
+        owed = [worker for worker in dead if self._leases and self._is_in_round(worker)]
         dead = [worker for worker in dead if worker not in owed]
         for worker in dead:
             board.ring(worker)  # the dead do not
@@ -61,12 +60,19 @@ class Settling:
             board.settled[worker] = board.deaths[worker]
             if board.gone[worker] != LEFT:
                 board.presence[worker] = AWAY
-        lost = [w for w in range(board.width) if board.given_up[w] and board.gone[w] == AWAY]
+        # Likewise where nobody waits any more for one to finish its pass.
+        given_up = [w for w in range(board.width) if board.given_up[w] and board.gone[w] == AWAY]
+        lost = [worker for worker in given_up if not self._is_in_round(worker)]
+        board.owes = bool(owed) or len(lost) < len(given_up)
         for worker in lost:
             board.presence[worker] = LEFT
         for loader in self._leases if dead or lost else ():
             self.drain(loader)
         return bool(dead or lost)
+
+    def _is_in_round(self, worker: int) -> bool:
+        """Has this worker, which has died, pushed a round that is not over?"""
+        return any(exchange.is_in_round(worker) for exchange in self._exchanges)
 
     def settle_place(self, worker: int, place: tuple[int, int]) -> None:
         """A push of the worker's counts, and with it the samples that it had come to by then."""
