@@ -148,10 +148,10 @@ class Job:
     """One run, fully resolved.
 
     ``workers`` and ``servers`` are counts of processes at the start; with 0 servers the workers divide the
-    parameters among themselves. ``max_workers`` is how many workers there may ever be (``paceline scale``; None: see
-    ``places``). ``assign`` says how samples are dealt out (None: ``lease`` at paces ``bounded`` and
-    ``async``, else ``round_robin``), ``data`` where they are: all on every worker (``shared``), each worker's own
-    part with itself (``own``), all with worker 0, who sends the batches (``served``).
+    parameters among themselves. ``max_workers`` and ``max_servers`` are how many there may ever be (``paceline scale``;
+    None: see ``places`` and ``server_places``). ``assign`` says how samples are dealt out (None: ``lease`` at paces
+    ``bounded`` and ``async``, else ``round_robin``), ``data`` where they are: all on every worker (``shared``), each
+    worker's own part with itself (``own``), all with worker 0, who sends the batches (``served``).
     ``staleness_damping`` divides the learning rate by max(1, staleness) (Zhang et al. 2016), ``compensate`` is the
     lambda of delay compensation (Zheng et al. 2017), of dense gradients only; both for ``bounded`` and ``async``.
     ``clip`` is the largest norm of a gradient, of all workers' at round paces, else of a push.
@@ -171,6 +171,7 @@ class Job:
     workers: int = 2
     servers: int = 0
     max_workers: int | None = None
+    max_servers: int | None = None
     pace: Pace = field(default_factory=Sync)
     assign: str | None = None
     data: str = "shared"
@@ -196,6 +197,10 @@ class Job:
         _within("servers", self.servers, 0, MAX_SERVERS)
         if self.max_workers is not None:
             _within("max-workers", self.max_workers, self.workers, MAX_WORKERS)
+        if self.max_servers is not None:
+            if not self.servers:
+                raise UsageError("max-servers is for runs with servers; a run without any stays so", fix="--servers 1")
+            _within("max-servers", self.max_servers, self.servers, MAX_SERVERS)
         _within("restarts", self.restarts, 0, _MAX)
         _within("keep", self.keep, 1, _MAX)
         if self.min_workers is not None:
@@ -216,6 +221,11 @@ class Job:
         if self.max_workers is not None:
             return self.max_workers
         return self.workers if self.data == "served" else min(max(2 * self.workers, 8), MAX_WORKERS)
+
+    @property
+    def server_places(self) -> int:
+        """How many servers there may ever be."""
+        return self.max_servers if self.max_servers is not None else min(2 * self.servers, MAX_SERVERS)
 
     def _check_pace(self) -> None:
         pace = self.pace

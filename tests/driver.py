@@ -20,7 +20,14 @@ from paceline.engine.remote import Line, RemoteWorker
 from paceline.engine.server import serve
 from paceline.engine.setup import Door
 from paceline.protocol import messages, remote
-from paceline.protocol.coordinator import Abort, Allocate, Came, Coordinator, Died, Done
+from paceline.protocol.coordinator import Coordinator
+from paceline.protocol.effects import (
+    Abort,
+    Allocate,
+    Came,
+    Died,
+    Done,
+)
 from paceline.protocol.link import Peer
 from paceline.run.session import Run
 from paceline.transport import segment
@@ -54,7 +61,7 @@ def run_job(
     ``elsewhere``: each worker is a stub with a deputy, over a link.
     """
     job = Job(name="test", workers=workers, servers=servers, **options)
-    board_fd = Board.create(workers, servers, places=(job.places, servers))
+    board_fd = Board.create(workers, servers, places=(job.places, job.server_places))
     board = Board(segment.attach(board_fd))
     events: list[tuple[str, int, Any]] = []
     arrived = threading.Condition()

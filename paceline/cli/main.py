@@ -112,23 +112,25 @@ RUN is a run directory or a part of its name; the newest without. Workers that
 are added run the script from its top, with one batch of each epoch that is
 over, and then train with the others. Those with the highest numbers leave,
 between two steps, or at the end of the epoch where their part of it is fixed
-(--assign). Without options it says how many there are.
+(--assign). Servers come and leave between two steps, where there are any.
+Without options it says how many there are.
 
 Examples:
   paceline scale --workers 4
-  paceline scale 20260131-0900-train-sync --workers 1""",
+  paceline scale 20260131-0900-train-sync --workers 1 --servers 2""",
 )
 def scale(
     run: Annotated[str | None, Parameter(help="a run directory, or part of its name", show_default=False)] = None,
     /,
     *,
     workers: Annotated[int | None, Parameter(help="how many there shall be", show_default=False)] = None,
+    servers: Annotated[int | None, Parameter(help="how many there shall be", show_default=False)] = None,
     run_dir: Annotated[str | None, FOLDER] = None,
 ) -> int:
-    """Add workers to a run that is going on, or let some leave."""
+    """Add workers or servers to a run that is going on, or let some leave."""
     from paceline.cli.scale import scale_run
 
-    return scale_run(run, workers, _folder(run_dir))
+    return scale_run(run, workers, servers, _folder(run_dir))
 
 
 @app.command(

@@ -43,6 +43,9 @@ class JobFlags:
     max_workers: Annotated[
         str | None, _option("N", "room for so many, see paceline scale [default: twice as many, at least 8]")
     ] = None
+    max_servers: Annotated[
+        str | None, _option("K", "room for so many, see paceline scale [default: twice as many]")
+    ] = None
     pace: Annotated[str | None, _option("PACE", f"{', '.join(PACES)} [default: sync]")] = None
     assign: Annotated[
         str | None,

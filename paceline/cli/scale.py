@@ -1,4 +1,4 @@
-"""``paceline scale``: tells a run that is going on how many workers it shall have."""
+"""``paceline scale``: tells a run that is going on how many workers and servers it shall have."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from paceline.protocol.messages import Scale, Scaled
 from paceline.report.runs import find_run
 
 
-def scale_run(wanted: str | None, workers: int | None, folder: Path) -> int:
+def scale_run(wanted: str | None, workers: int | None, servers: int | None, folder: Path) -> int:
     """The command ``scale``; returns the exit code. Raises UsageError or HostError."""
     found = find_run(folder, wanted)
-    answer = ask(found.directory, Scale(workers))
+    answer = ask(found.directory, Scale(workers, servers))
     if not isinstance(answer, Scaled):
         raise HostError(f"run {found.name!r} answers {type(answer).__name__}")
     if answer.kind:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from paceline.config import Bounded, Pace, Quorum
 from paceline.engine.applier import Applier
 from paceline.engine.meeting import Push, Round
+from paceline.protocol.crew import crew_size
 from paceline.protocol.log import COPY, LOAD, SAVE, STEP, Entry
 from paceline.protocol.rounds import NEVER, Waiting, is_out, quorum_met, within_bound
 from paceline.transport.board import Board
@@ -181,7 +182,7 @@ class Arrivals:
         board.ring(self._rank)
 
     def _append(self, kind: int, members: tuple[int, ...], staleness: int = 0) -> Entry:
-        entry = self._log.append(kind, self._rank, members, staleness)
+        entry = self._log.append(kind, self._rank, members, staleness, self._board.crew if self._spec.servers else 0)
         if self._rank in members:
             self._last_fate = entry.number
         if kind == STEP:
@@ -244,7 +245,7 @@ class Arrivals:
 
     def _is_orphan(self, entry: Entry) -> bool:
         """Has the worker died that would apply it?"""
-        by_worker = not self._spec.servers or entry.kind in (LOAD, SAVE)
+        by_worker = not entry.crew or entry.kind in (LOAD, SAVE)
         return by_worker and self._memory.since[entry.by] > entry.number
 
     def _adopt(self, part: int) -> None:
@@ -280,6 +281,6 @@ class Arrivals:
 def applied_by(spec: Spec, entry: Entry, part: int) -> int:
     """The member that applies ``entry`` to ``part``: a server where there are any, but a load or a save is the worker's
     own."""
-    if not spec.servers or entry.kind in (LOAD, SAVE):
+    if not entry.crew or entry.kind in (LOAD, SAVE):
         return entry.by
-    return spec.workers + part % spec.servers
+    return spec.workers + part % crew_size(entry.crew)

@@ -106,7 +106,7 @@ class _Front:
 
     def _make_board(self, resume: Loaded | None) -> None:
         job = self._job
-        fd = Board.create(job.workers, job.servers, places=(job.places, job.servers))
+        fd = Board.create(job.workers, job.servers, places=(job.places, job.server_places))
         self._keep(messages.Hold("board"), fd)
         setup = msgspec.msgpack.encode(self._setup)
         self._begin = messages.Begin(setup, str(self._directory), list(self._argv), os.getpid())

@@ -36,12 +36,12 @@ from paceline.engine.telling import Telling
 from paceline.engine.watch import StepTimes, Watch, Whose
 from paceline.engine.wishes import Wishes
 from paceline.protocol import messages
-from paceline.protocol.coordinator import (
+from paceline.protocol.coordinator import Coordinator, how_ended
+from paceline.protocol.effects import (
     Abort,
     Allocate,
     AskToLeave,
     Came,
-    Coordinator,
     Died,
     Done,
     Effect,
@@ -50,9 +50,9 @@ from paceline.protocol.coordinator import (
     Interrupted,
     Open,
     Replace,
+    Serve,
     Tell,
     Wished,
-    how_ended,
 )
 from paceline.protocol.rounds import LEFT
 from paceline.transport import segment
@@ -220,9 +220,10 @@ class _Launcher:
             self._telling.note_now("died", text, "launcher", 0)
 
     def _write_config(self) -> None:
-        """As the run is now, so that ``paceline resume`` goes on with as many workers as it had last."""
+        """As the run is now, so that ``paceline resume`` goes on with as many workers and servers as it had last."""
         setup = msgspec.msgpack.decode(self._setup, type=Setup)
-        job = replace(self._job, workers=self._coordinator.wanted)
+        wanted = {"workers": self._coordinator.wanted, "servers": self._coordinator.wanted_servers}
+        job = replace(self._job, **wanted)  # type: ignore[arg-type]
         text = config_file.dump(job, setup.script or None, setup.args)
         (self._directory / "config.toml").write_text(text)
 
@@ -342,7 +343,8 @@ class _Launcher:
             case messages.Scale():
                 self._scale(message)
             case messages.Joined():
-                self._saver.joined(rank)
+                if role == "worker":
+                    self._saver.joined(rank)
                 self._obey(self._coordinator.handle(Came(role, rank, message)))
             case messages.Pass(number=number, steps=steps):
                 self._wishes.epoch = number + 1
@@ -416,6 +418,12 @@ class _Launcher:
                     self._tell_death(rank, for_good=False)
                     self._expected += 1
                     self._fork("worker", rank)
+                case Open(rank=rank, role="server"):
+                    self._expected += 1
+                    self._fork("server", rank)
+                case Serve(crew=crew, kept=kept):
+                    if not self._silent:
+                        self._board.set_servers(crew, kept)
                 case Open(rank=rank):
                     self._died[rank] += 1  # to the others it is as if one had
                     if not self._silent:
@@ -446,10 +454,10 @@ class _Launcher:
         if self._info.status != "running" or self._failure is not None:
             return messages.Scaled(kind="UsageError", what="the run is just beginning, or ending", fix="try again")
         answer = self._wishes.answer(question)
-        if answer.kind or question.workers is None:
+        if answer.kind or (question.workers is None and question.servers is None):
             return answer
         try:
-            for rank in range(self._coordinator.wanted, question.workers):
+            for rank in range(self._coordinator.wanted, question.workers or 0):
                 for memory, fd in self._memories.values():
                     segment.reserve_place(fd, f"worker {rank}", memory.by_place, rank)
         except errors.HostError as error:
@@ -459,16 +467,16 @@ class _Launcher:
 
     def _scale(self, wish: messages.Scale) -> None:
         """Of a wish that is not refused."""
-        assert wish.workers is not None
         for text in self._wishes.answer(wish).told:
             self._telling.note("scale", text)
-        threads = self._job.threads or max(1, len(os.sched_getaffinity(0)) // wish.workers)
-        setup = msgspec.msgpack.decode(self._setup, type=Setup)
-        self._setup = msgspec.msgpack.encode(msgspec.structs.replace(setup, threads=threads))
-        if not self._silent:
-            self._board.want(wish.workers)
-        self._obey(self._coordinator.handle(Wished(wish.workers)))
-        self._info.workers = wish.workers
+        if wish.workers is not None:
+            threads = self._job.threads or max(1, len(os.sched_getaffinity(0)) // wish.workers)
+            setup = msgspec.msgpack.decode(self._setup, type=Setup)
+            self._setup = msgspec.msgpack.encode(msgspec.structs.replace(setup, threads=threads))
+            if not self._silent:
+                self._board.want(wish.workers)
+        self._obey(self._coordinator.handle(Wished(wish.workers, wish.servers)))
+        self._info.workers, self._info.servers = self._coordinator.wanted, self._coordinator.wanted_servers
         self._telling.write_info()
         self._write_config()
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from paceline.engine.meeting import Push, Round
 from paceline.engine.stepper import Stepper
@@ -19,6 +19,7 @@ from paceline.protocol.rounds import (
     Rescue,
     Waiting,
     all_stepped,
+    at_work,
     close_round,
     is_over,
     reached,
@@ -53,12 +54,12 @@ class Rounds:
         """
         board, memory = self._board, self._memory
         number = self.number + 1
-        self._slot.write(number, push.weight, push.loss, push.stop, push.steps, push.place)
+        self._slot.write(number, push.weight, push.loss, push.stop, push.steps, push.place, board.crew)
         memory.pushed[self._rank] = number
         board.ring(self._rank)
         pushed = time.monotonic()
         if self._servers:
-            board.wait(lambda: reached(number, memory.stepped, self._servers))
+            board.wait(lambda: self._is_stepped(number))
             contributors = tuple(w for w in range(board.width) if memory.slots[w].pushed_in(number))
             closed = stepped = pushed  # all the time until the servers are done is waiting
         else:
@@ -145,9 +146,21 @@ class Rounds:
                 self.finish_abandoned()
             board.ring(rank)
 
+    def _is_stepped(self, number: int) -> Closed | Waiting:
+        """By servers, of whom the first tells how many they are. For contributors: that stays until they push again."""
+        answer = reached(number, self._memory.stepped, self._servers[:1])
+        return answer if isinstance(answer, Waiting) else reached(number, self._memory.stepped, self._at_work(number))
+
+    def _at_work(self, number: int) -> Sequence[int]:
+        return at_work(number, self._memory.stepped, self._servers, self._memory.crew)
+
     def _is_over(self, number: int) -> bool | Abandoned | Waiting:
-        memory = self._memory
-        return is_over(number, memory.pushed, memory.stepped, self._servers, memory.since, self._board)
+        memory, servers = self._memory, self._at_work(number)
+        while True:
+            answer = is_over(number, memory.pushed, memory.stepped, servers, memory.since, self._board)
+            before, servers = servers, self._at_work(number)
+            if servers == before:
+                return answer
 
     def _begun(self) -> int:
         """The last round that anybody has pushed, or asked a norm for."""

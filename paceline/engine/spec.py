@@ -67,8 +67,8 @@ def describe(
         settings_bytes=4 * len(encoded) + 4096,
         state=items,
         workers=job.places,
-        servers=job.servers,
-        shares=job.servers or job.workers,
+        servers=job.server_places,
+        shares=job.server_places or job.workers,
         parts=_parts(job, sum(e.size for e in table.entries if not e.row))
         if isinstance(pace, Quorum | Bounded | Async)
         else 0,
@@ -85,7 +85,7 @@ def sends_gradients(pace: Pace) -> bool:
 
 def _parts(job: Job, values: int) -> int:
     if job.servers:
-        return job.servers * _PARTS_PER_SERVER
+        return max(job.servers * _PARTS_PER_SERVER, job.server_places)
     return max(1, min(job.workers, values // _VALUES_PER_PART))
 
 

@@ -1,4 +1,4 @@
-"""What is said to a wish for other numbers of workers: why not, or what is going to happen."""
+"""What is said to a wish for other numbers of workers or servers: why not, or what is going to happen."""
 
 from __future__ import annotations
 
@@ -16,15 +16,24 @@ class Wishes:
 
     def answer(self, wish: Scale) -> Scaled:
         """Changes nothing."""
-        if wish.workers is None:
-            return Scaled((f"the run has {_count(self._coordinator.wanted)}",))
-        refused = self._coordinator.refusal(wish.workers) or self._refusal(wish.workers)
+        known = self._coordinator
+        if wish.workers is None and wish.servers is None:
+            servers = [_count(known.wanted_servers, "server")] if known.wanted_servers else []
+            return Scaled((f"the run has {' and '.join([_count(known.wanted), *servers])}",))
+        refused = known.refusal(wish.workers, wish.servers) or self._refusal(wish)
         if refused is not None:
             return Scaled(kind=refused.kind, what=refused.what, why=refused.why, fix=refused.fix)
-        return Scaled(tuple(self._told(wish.workers)))
+        told = [] if wish.workers is None else self._told(wish.workers)
+        return Scaled((*told, *([] if wish.servers is None else self._told_of_servers(wish.servers))))
 
-    def _refusal(self, workers: int) -> Failed | None:
-        job, pace = self._job, self._job.pace
+    def _refusal(self, wish: Scale) -> Failed | None:
+        job, pace, workers = self._job, self._job.pace, wish.workers
+        if wish.servers is not None and wish.servers > job.server_places:
+            fix = f"{job.server_places} at most, or start the run with --max-servers {wish.servers}"
+            what = f"servers is {wish.servers}; the run has room for {job.server_places}"
+            return Failed("UsageError", what, fix=fix)
+        if workers is None:
+            return None
         if self._elsewhere:
             return Failed("UsageError", "a run that torchrun has started has the workers that torchrun started")
         if job.data == "served":
@@ -37,6 +46,17 @@ class Wishes:
             what = f"workers is {workers}; pace {pace} waits for {pace.count} pushes a round"
             return Failed("UsageError", what, fix=f"{pace.count} or more")
         return None
+
+    def _told_of_servers(self, servers: int) -> list[str]:
+        before = self._coordinator.wanted_servers
+        if servers == before:
+            return [f"the run has {_count(servers, 'server')}"]
+        told = [f"{_count(servers, 'server')} instead of {before}"]
+        if servers > before:
+            some = _names(range(before, servers), "server")
+            return [*told, f"{some} {'steps' if servers == before + 1 else 'step'} a part of the parameters once there"]
+        some = _names(range(servers, before), "server")
+        return [*told, f"{some} {'leaves' if servers == before - 1 else 'leave'} as soon as the others have taken over"]
 
     def _told(self, workers: int) -> list[str]:
         before = self._coordinator.wanted
@@ -55,11 +75,11 @@ class Wishes:
         return [*told, f"{gone} {leaves} {when}"]
 
 
-def _count(workers: int) -> str:
-    return f"{workers} worker" if workers == 1 else f"{workers} workers"
+def _count(number: int, role: str = "worker") -> str:
+    return f"{number} {role}" if number == 1 else f"{number} {role}s"
 
 
-def _names(ranks: range) -> str:
+def _names(ranks: range, role: str = "worker") -> str:
     if len(ranks) == 1:
-        return f"worker {ranks[0]}"
-    return f"workers {', '.join(str(rank) for rank in ranks[:-1])} and {ranks[-1]}"
+        return f"{role} {ranks[0]}"
+    return f"{role}s {', '.join(str(rank) for rank in ranks[:-1])} and {ranks[-1]}"

@@ -5,118 +5,27 @@ Pure: ``handle`` takes what has happened and returns what to do. It does not kno
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import msgspec
 
 from paceline.protocol import messages
-
-
-@dataclass(frozen=True, slots=True)
-class Came:
-    """A message arrived from a process."""
-
-    role: str
-    rank: int
-    message: messages.Any
-
-
-@dataclass(frozen=True, slots=True)
-class Died:
-    """A process has ended with this exit status, minus the signal if one killed it."""
-
-    role: str
-    rank: int
-    pid: int
-    status: int
-
-
-@dataclass(frozen=True, slots=True)
-class Wished:
-    """A user wishes for so many workers; there is room for them."""
-
-    workers: int
-
-
-@dataclass(frozen=True, slots=True)
-class Interrupted:
-    """The user has asked for the run's end: who dies from here on is not replaced."""
-
-
-Event = Came | Died | Wished | Interrupted
-
-
-@dataclass(frozen=True, slots=True)
-class Allocate:
-    """Make a segment and send it as Memory to these workers, and to the servers if ``servers``."""
-
-    request: messages.Wrap
-    servers: bool
-    workers: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Give:
-    """Send the memory of this collective, made before, to a newcomer that has come to it."""
-
-    rank: int
-    number: int
-
-
-@dataclass(frozen=True, slots=True)
-class Replace:
-    """A worker or a server has died: tell the others, and start another in its place."""
-
-    rank: int
-    role: str = "worker"
-
-
-@dataclass(frozen=True, slots=True)
-class Open:
-    """Start a worker at a place that nobody has, or that one has left."""
-
-    rank: int
-
-
-@dataclass(frozen=True, slots=True)
-class AskToLeave:
-    """Let this worker leave when it can."""
-
-    rank: int
-
-
-@dataclass(frozen=True, slots=True)
-class GiveUp:
-    """A worker has died, and the others go on without one in its place."""
-
-    rank: int
-
-
-@dataclass(frozen=True, slots=True)
-class Abort:
-    """Stop everyone; the run has failed for this reason (a Failed message, whoever said it)."""
-
-    role: str
-    rank: int
-    failure: messages.Failed
-
-
-@dataclass(frozen=True, slots=True)
-class Tell:
-    """Something a person may want to know."""
-
-    kind: str
-    text: str
-    role: str = ""
-    rank: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Done:
-    """All workers have finished; servers may end."""
-
-
-Effect = Allocate | Give | Replace | Open | AskToLeave | GiveUp | Abort | Tell | Done
+from paceline.protocol.effects import (
+    Abort,
+    Allocate,
+    AskToLeave,
+    Came,
+    Died,
+    Done,
+    Effect,
+    Event,
+    Give,
+    GiveUp,
+    Interrupted,
+    Open,
+    Replace,
+    Tell,
+    Wished,
+)
+from paceline.protocol.servers import Servers
 
 
 class Coordinator:
@@ -128,14 +37,14 @@ class Coordinator:
     """
 
     def __init__(self, workers: int, servers: int, *, restarts: int = 0, min_workers: int | None = None) -> None:
-        self._workers, self._servers = set(range(workers)), servers  # ranks that have a process, or have had the last
+        self._workers = set(range(workers))  # ranks that have a process, or have had the last
+        self._servers = Servers(servers, restarts)
         self.wanted = workers
         self.coming: set[int] = set()  # of those that were added: who has not joined yet
         self._leaving: set[int] = set()  # who was asked to leave
         self._restarts, self._min_workers = restarts, min_workers
         self._deaths: dict[int, int] = {}  # of a worker since it last got on
         self._outs: dict[int, int] = {}  # of a worker whose gradients were not finite; getting on is no excuse for them
-        self._server_deaths: dict[int, int] = {}  # since any worker last got on
         self._given: dict[int, messages.Wrap] = {}
         self._lost: set[int] = set()
         self._raised: dict[int, messages.Failed] = {}  # by workers that are about to end of it
@@ -157,7 +66,9 @@ class Coordinator:
                 self._told[rank] = self._told.get(rank, 0) + 1
                 if self._gets_on(rank):
                     self._deaths.pop(rank, None)
-                    self._server_deaths.clear()
+                    self._servers.deaths.clear()
+            case Came(role="server", rank=rank, message=messages.Joined()):
+                return self._servers.joined(rank)
             case Came(role="worker", rank=rank, message=messages.Joined(epoch=epoch)):
                 self.coming.discard(rank)
                 return [Tell("join", f"worker {rank} trains with the others, from epoch {epoch} on", "worker", rank)]
@@ -186,8 +97,9 @@ class Coordinator:
                 return [Tell("stop", f"training is over: {reason}")]
             case Died(role=role, rank=rank, pid=pid, status=status):
                 return self._died(role, rank, pid, status)
-            case Wished(workers=workers):
-                return self._scale(workers)
+            case Wished(workers=workers, servers=servers):
+                effects = [] if workers is None else self._scale(workers)
+                return effects if servers is None else [*effects, *self._servers.scale(servers)]
             case Interrupted():
                 self._interrupted = True
         return []
@@ -211,7 +123,7 @@ class Coordinator:
         for other, its in sorted(asked.items()):
             if its.kind != first.kind:
                 return self._fail("worker", other, _not_alike(other, its, first))
-        servers = first.kind == "exchange" and self._servers > 0
+        servers = first.kind == "exchange" and self._servers.wanted > 0
         return [Allocate(first, servers=servers, workers=tuple(sorted(asked)))]
 
     def _allocate_all(self) -> list[Effect]:
@@ -282,10 +194,23 @@ class Coordinator:
 
     # --- scaling ---
 
-    def refusal(self, workers: int) -> messages.Failed | None:
-        """Why there cannot be so many workers now, if there cannot. Whether there is room for them others know."""
+    @property
+    def wanted_servers(self) -> int:
+        return self._servers.wanted
+
+    def refusal(self, workers: int | None, servers: int | None = None) -> messages.Failed | None:
+        """Why there cannot be so many workers or servers now, if there cannot. Whether there is room for them others
+        know."""
         if self._failed or self._interrupted or self.reason or self._finished - self._leaving:
             return messages.Failed("UsageError", "the run is coming to its end", "training is over")
+        if servers is not None and not self._servers.wanted:
+            why = "its workers step the parameters, and servers would have to know their optimizers"
+            fix = "start it with --servers 1, or more"
+            return messages.Failed("UsageError", "a run that was started without servers stays so", why, fix)
+        if servers is not None and servers < 1:
+            return messages.Failed("UsageError", f"servers is {servers}; it must be 1 or more")
+        if workers is None:
+            return None
         if workers < 1:
             return messages.Failed("UsageError", f"workers is {workers}; it must be 1 or more")
         if self._min_workers is not None and workers < self._min_workers:
@@ -352,10 +277,11 @@ class Coordinator:
             f"its last output is in logs/{role}-{rank}.log",
         )
         deaths = 1
-        if role == "server":
-            deaths = self._server_deaths[rank] = self._server_deaths.get(rank, 0) + 1
-            if deaths <= self._restarts and not (self._interrupted or clean):
-                return [Tell("died", f"{failure.what}; another takes its place", role, rank), Replace(rank, "server")]
+        if role == "server" and not clean:
+            effects = self._servers.died(rank, status, failure.what, may_replace=not self._interrupted)
+            if effects:
+                return effects
+            deaths = self._servers.deaths.get(rank, 1)
         if deaths > 1:
             why = f"the {_ordinal(deaths)} time without any worker's getting on in between"
             failure = msgspec.structs.replace(failure, why=why)

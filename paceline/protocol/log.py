@@ -10,7 +10,7 @@ The laws
 
 An entry is a STEP (fold the gradients of its members, step the parameters, copy them to the members), a COPY (only
 copy them), a LOAD (the worker puts its own parameters and state in their place), or a SAVE (it copies all of them for a
-checkpoint). ``version`` counts STEPs.
+checkpoint). ``version`` counts STEPs. Where servers apply entries, each entry says which do: its *crew*.
 
 The words are anything indexable: memory shared by processes, or a list in a test.
 """
@@ -22,22 +22,25 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from paceline.config import MAX_WORKERS
+from paceline.protocol.crew import crew_size, crew_word
 
 Words: TypeAlias = "MutableSequence[int] | memoryview[int]"
 
 STEP, COPY, LOAD, SAVE = 1, 2, 3, 4
 RING = 2 * MAX_WORKERS
 _SETS = MAX_WORKERS // 64  # words of a set of workers
-_HEADER = 8
+_HEADER = 16
 _ENTRY = 8
 _FATE = 4  # words a worker: what became of its last offer
 _APPENDED, _VERSION, _LOADED, _SEEN, _OFFERED = 0, 1, 2, 3, 4
+_CREW = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
     """Entry ``number``, appended ``by`` a worker; ``version`` is the parameters' once it is applied. ``staleness``
-    is how many STEPs lie between what the members' gradients were computed on and what they are applied to."""
+    is how many STEPs lie between what the members' gradients were computed on and what they are applied to. ``crew``:
+    which servers apply it (protocol/crew.py)."""
 
     number: int
     kind: int
@@ -45,6 +48,7 @@ class Entry:
     version: int
     staleness: int
     members: tuple[int, ...]
+    crew: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,23 +95,32 @@ class Log:
         """The number of the last LOAD."""
         return self.words[_LOADED]
 
-    def append(self, kind: int, by: int, members: Sequence[int], staleness: int = 0) -> Entry:
+    @property
+    def crew(self) -> tuple[int, int]:
+        """The first entry with a crew as large as the last one's, and how many that is. Read without the lock, behind
+        ``seen``, it tells the crew of all entries from there up to that one, if there are any."""
+        word = self.words[_CREW]
+        return word >> 16, crew_size(word)
+
+    def append(self, kind: int, by: int, members: Sequence[int], staleness: int = 0, crew: int = 0) -> Entry:
         """Append an entry, and tell each member of it."""
         words, kept = self.words, self._kept
         number = words[_APPENDED] + 1
         version = words[_VERSION] + (kind == STEP)
         start = _place(number)
-        words[start], words[start + 1], words[start + 2], words[start + 3] = kind, by, version, staleness
+        words[start], words[start + 1], words[start + 2], words[start + 3] = kind | crew << 8, by, version, staleness
         self._write_set(words, start + 4, members)
         for member in members:
             fate = self._fates + member * _FATE
             kept[fate + 1], kept[fate + 2], kept[fate + 3] = version, by, len(members)
             kept[fate] = number
         kept[_VERSION] = version
+        if crew_size(crew) != crew_size(words[_CREW]):
+            kept[_CREW] = crew_word(number, crew_size(crew))
         if kind == LOAD:
             kept[_LOADED] = number
         kept[_APPENDED] = number  # last: from here on it is in the log
-        return Entry(number, kind, by, version, staleness, tuple(members))
+        return Entry(number, kind, by, version, staleness, tuple(members), crew)
 
     def go_on_from(self, version: int) -> None:
         """Before anything is appended: so many STEPs lie behind the parameters."""
@@ -117,7 +130,7 @@ class Log:
         """Entry ``number``, one of the last RING."""
         words, start = self.words, _place(number)
         kind, by, version, staleness = words[start], words[start + 1], words[start + 2], words[start + 3]
-        return Entry(number, kind, by, version, staleness, self._read_set(start + 4))
+        return Entry(number, kind & 0xFF, by, version, staleness, self._read_set(start + 4), kind >> 8)
 
     def fate(self, worker: int) -> Fate:
         """What became of its last offer: final if the entry's number is not above ``seen``."""

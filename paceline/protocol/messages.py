@@ -133,15 +133,17 @@ class Part(Message, frozen=True, tag=14):
 
 
 class Joined(Message, frozen=True, tag=40):
-    """...I have come to a place that nobody had, and train from here on, in epoch ``epoch``. No answer."""
+    """...I have come to a place that nobody had, and train from here on, in epoch ``epoch``; or, as a server, I am
+    there. No answer."""
 
     epoch: int
 
 
 class Scale(Message, frozen=True, tag=41):
-    """...user of this host, let the run have so many workers (None: as it has). Answer: Scaled."""
+    """...user of this host, let the run have so many workers, and servers (None: as it has). Answer: Scaled."""
 
     workers: int | None = None
+    servers: int | None = None
 
 
 class Scaled(Message, frozen=True, tag=42):

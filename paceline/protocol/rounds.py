@@ -29,6 +29,11 @@ left. Who dies before r is over holds it open until the consequences are drawn, 
 is in it. A newcomer that has published since when it counts, and then sees that nobody has pushed that round, is seen
 by all who push it later; else it tries a later one, and has not pushed before.
 
+Where servers step, a round has a *crew*: as many of them, lowest first, as its lowest contributor has found on the
+board when it pushed. A server that has closed a round reads there whether it is in the crew; it is only if nobody has
+pushed the next by then, since that waits for it. The first server is in every crew, and tells how many they are when it
+has stepped.
+
 Columns are read in the order pushed, gone, parked, passes, and the rest. A column is anything indexable by rank: memory
 shared by processes, or a list in a test or a simulation.
 """
@@ -345,6 +350,14 @@ def reached(number: int, column: Column, members: Sequence[int]) -> Closed | Wai
         if column[member] < number:
             return Waiting(member, f"member {member} is not done with round {number}")
     return Closed(tuple(members))
+
+
+def at_work(number: int, stepped: Column, servers: Sequence[int], crew: Column) -> Sequence[int]:
+    """Of all ``servers`` those that step round ``number``, which is the last that has begun: the first, and as soon as
+    that has done so the whole ``crew``, whose number it has told then."""
+    if not servers or stepped[servers[0]] < number:
+        return servers[:1]
+    return servers[: crew[0]]
 
 
 def barrier_open(loader: int, number: int, board: Board) -> bool:

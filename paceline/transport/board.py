@@ -3,8 +3,8 @@
 Every cell has one writer and is an aligned 8-byte word, so a store is never seen half done. Behind the
 columns of ``protocol/rounds.py`` it holds, for every member, a count of its changes: the word others sleep
 on. Members are the workers by rank, then the servers. The launcher writes ``abort``, ``interrupt``, ``deaths``,
-``given_up``, ``leaving``, ``width`` and what is wanted. Columns with many writers are written under the run's lock,
-through its journal.
+``given_up``, ``leaving``, ``width``, the crew and what is wanted. Columns with many writers are written under the run's
+lock, through its journal.
 
 There is a place for every worker and server that there may ever be. A worker's place that nobody has had is LEFT, and
 lies at or behind ``width``, so that nobody looks at it.
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
+from paceline.protocol.crew import crew_size
 from paceline.protocol.rounds import LEFT, Waiting
 from paceline.transport import futex, segment
 from paceline.transport.journal import WORDS as JOURNAL_WORDS
@@ -152,7 +153,7 @@ class Board:
             words = memoryview(memory).cast("Q")
             for worker in range(workers, most):
                 words[offsets["gone"] + worker] = LEFT
-            words[13], words[10], words[12] = workers, workers, servers
+            words[13], words[10], words[12], words[14] = workers, workers, servers, servers
             words[1], words[2], words[0] = most, most_servers, MAGIC
             words.release()
         return fd
@@ -209,6 +210,21 @@ class Board:
     def wanted(self) -> int:
         """How many workers the run is to have now."""
         return self._words[10]
+
+    @property
+    def crew(self) -> int:
+        """By which servers a push is stepped that is made now (protocol/crew.py)."""
+        return self._words[12]
+
+    @property
+    def kept_servers(self) -> int:
+        """A server with this rank, or a higher one, is to leave."""
+        return self._words[14]
+
+    def set_servers(self, crew: int, kept: int) -> None:
+        """The launcher: which crew there is from now on, and how many servers stay."""
+        self._words[12], self._words[14] = crew, kept
+        self.wake_all()
 
     @property
     def joins(self) -> int:
@@ -329,7 +345,7 @@ class Board:
         answer = ask()
         # Sleeping costs a wake-up of 10 to 50 microseconds; looking again for a while costs a core. It pays only where
         # every process has a core of its own.
-        spins = _SPINS if self._words[10] + self._words[12] <= self._cores else 0
+        spins = _SPINS if self._words[10] + crew_size(self._words[12]) <= self._cores else 0
         while isinstance(answer, Waiting):
             if self._words[3]:
                 raise Aborted(answer.reason)

@@ -3,14 +3,15 @@
     words   pushed[worker], stepped[member]: the round each has pushed, and has stepped its share of; asked[worker],
             answered[worker]: the same for norms; loads[0]: checkpoints loaded over what is here; since[worker]: the
             first round, or entry of the log, that the process counts in which is this worker now; attached[worker]:
-            how many have been this worker before it. ``workers`` is how many places there are, most of them unused
+            how many have been this worker before it; crew[0]: by how many servers the last round was stepped.
+            ``workers`` and ``servers`` are how many places there are, most of them unused
     undo    an area for each who steps (of each part, where there are parts): params/undo.py
     log     where there are parts (paces quorum, bounded, async): the log (protocol/log.py), applied[part], and
             clocks[worker], steps each has finished
     state   the optimizer's state (params/state.py)
     params  the table's flat vectors: the parameters, once on this host
-    slots   by worker: a header (weight, loss sums, stop, settings, mask), the row numbers of sparse gradients, the
-            flat gradient, and where there are parts the worker's own copy of the parameters
+    slots   by worker: a header (weight, loss sums, stop, crew, settings, mask), the row numbers of sparse gradients,
+            the flat gradient, and where there are parts the worker's own copy of the parameters
 
 Parameters whose gradients are sparse rows are not copied: tables are large and a step touches few of their rows, so
 with parts, too, workers compute on the one set of them, while others' turns write rows (Hogwild, Recht et al. 2011).
@@ -47,10 +48,9 @@ class Spec(msgspec.Struct, frozen=True):
     """All that must be equal in every process of an exchange; its bytes are compared and sent to servers.
 
     ``settings`` is the groups' hyper-parameters as they are stepped, encoded; a slot has room for
-    ``settings_bytes`` of them. ``whole``: parameters are never cut. ``workers``: places for so many. ``shares``: what
-    the grid is made for, who steps at the start. ``parts``: into how many the parameters are cut for good; 0 where each
-    round cuts them anew. ``damping`` and ``compensate`` are what is done about stale gradients
-    (engine/applier.py).
+    ``settings_bytes`` of them. ``whole``: parameters are never cut. ``workers``, ``servers``: places for so many.
+    ``shares``: what the grid is made for. ``parts``: into how many the parameters are cut for good; 0 where each round
+    cuts them anew. ``damping`` and ``compensate`` are what is done about stale gradients (engine/applier.py).
     """
 
     table: Table
@@ -96,7 +96,7 @@ class _Offsets:
         count = len(spec.table.entries)
         vectors = spec.table.offsets_bytes()
         self.plan = StatePlan(spec.table, spec.state, spec.blocks)
-        self.headers = (6 * spec.workers + spec.servers + 1 + 7) // 8 * 8
+        self.headers = (6 * spec.workers + spec.servers + 2 + 7) // 8 * 8
         self.log = page_up((self.headers + spec.seats * HEADER_WORDS) * _WORD)
         self.log_words = log.words_needed(spec.workers) if spec.parts else 0
         self.state = page_up(self.log + (self.log_words + spec.parts + spec.workers) * _WORD)
@@ -182,6 +182,10 @@ class Slot:
         """Does this worker ask that the round be the last?"""
         return self._words[_half(number) + 4] != 0
 
+    def crew(self, number: int) -> int:
+        """By which servers the round is stepped, if this worker is the lowest in it (protocol/crew.py)."""
+        return self._words[_half(number) + 6]
+
     def write_weight(self, number: int, weight: float) -> None:
         self._floats[_half(number) + 1] = weight
 
@@ -193,12 +197,13 @@ class Slot:
         stop: bool,
         steps: int = 1,
         place: tuple[int, int] = (0, 0),
+        crew: int = 0,
     ) -> None:
         """The header of a push. There are two, for even rounds and odd ones: when a round is over, a fast worker may
         push the next before a slow one has looked at this one's headers; further ahead nobody can be."""
         half = _half(number)
         self._floats[half + 1], self._floats[half + 2], self._floats[half + 3] = weight, *loss
-        self._words[half + 4], self._words[half + 5] = stop, steps
+        self._words[half + 4], self._words[half + 5], self._words[half + 6] = stop, steps, crew
         self._words[half] = number
         # A worker that was not in the round between writes over the header of its last push, and may die before this
         # one is pushed. How far that one was stays.
@@ -249,6 +254,7 @@ class ExchangeMemory:
         self.loads: log.Words = words[self._loads_at : self._loads_at + 1]
         self.since = words[self._loads_at + 1 : self._loads_at + 1 + spec.workers]
         self.attached = words[self._loads_at + 1 + spec.workers : self._loads_at + 1 + 2 * spec.workers]
+        self.crew = words[self._loads_at + 1 + 2 * spec.workers : self._loads_at + 2 + 2 * spec.workers]
         entries = memoryview(memory)[offsets.log : offsets.state].cast("Q")
         self.log = log.Log(entries[: offsets.log_words], spec.workers)
         self._log_at = offsets.log // _WORD

@@ -5,35 +5,27 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.process.kills import COUNTING
 from tests.process.runner import Runner, Running
+from tests.process.standing import at, prepare
 
 SAMPLES, EPOCHS = 800, 7
 
-# Worker 0 stands still in three of its epochs, each time until the test writes to a pipe.
+# Worker 0 stands still in three of its epochs.
 SCRIPT = """
 import json
 import sys
 
 from counting import job, mark
+from standing import stand
 
 import paceline
 
 samples, epochs = int(sys.argv[1]), int(sys.argv[2])
-
-
-def stand(where):
-    print("stands", where, flush=True)
-    with open(where) as pipe:
-        pipe.read()
-
-
 run = paceline.init()
 counts, optimizer, loader = job(samples, shuffle=True)
 optimizer, loader = run.wrap(optimizer, loader)
@@ -42,7 +34,7 @@ for epoch in range(epochs):
     for (numbers,) in loader:
         mark(counts, numbers)
         if run.rank == 0 and steps == 3 and epoch in (1, 3, 5):
-            stand(f"in epoch {epoch}")
+            stand(epoch)
         optimizer.step()
         run.log(loss=float(steps))
         steps += 1
@@ -71,19 +63,8 @@ while True:
 
 def start(runner: Runner, *options: str) -> Running:
     runner.write("counting.py", COUNTING)
-    for epoch in (1, 3, 5):
-        os.mkfifo(runner.folder / f"in epoch {epoch}")
+    prepare(runner)
     return runner.start_run(SCRIPT, *options, args=[str(SAMPLES), str(EPOCHS)])
-
-
-@contextmanager
-def at(runner: Runner, running: Running, epoch: int) -> Iterator[Running]:
-    """While worker 0 stands in this epoch: the run's events, as they come."""
-    running.until(f"stands in epoch {epoch}\n")
-    (told,) = (runner.folder / "runs").glob("*/events.jsonl")
-    with runner.follow(told) as events:
-        yield events
-    runner.write(f"in epoch {epoch}", "")
 
 
 @pytest.mark.parametrize(
@@ -145,6 +126,8 @@ def test_wishes_that_cannot_be_are_refused_in_words(runner: Runner) -> None:
     assert (code, text.splitlines()[0]) == (2, "error: workers is 0; it must be 1 or more")
     code, text = scale("--workers", "1")
     assert (code, text.splitlines()[0]) == (2, "error: workers is 1; the run was started with --min-workers 2")
+    code, text = scale("--servers", "1")
+    assert (code, text.splitlines()[0]) == (2, "error: a run that was started without servers stays so")
     running.close()
     code, text = scale("--workers", "2")
     assert code == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import TypeAlias
 
 from paceline.config import Bounded, Local, Quorum
@@ -33,6 +34,7 @@ class Claims:
         self.given_up: set[int] = set()
         self.dealt: dict[int, set[Batch]] = {}  # to a worker, where they are not leased
         self.stepping: set[str] = set()  # names of tasks
+        self.on_step: Callable[[], None] = lambda: None
         self.kills = 0
         self.met: Counter[str] = Counter()  # what was there to be seen
         host.on_park, host.on_drain = self._parks, self._drains
@@ -77,6 +79,7 @@ class Claims:
 
     def begin_step(self) -> None:
         self.stepping.add(self._task)
+        self.on_step()
 
     def end_step(self) -> None:
         self.stepping.discard(self._task)

@@ -116,8 +116,10 @@ class Cells(MutableSequence[Any]):
 class Host:
     """The memory of one run, before any process has mapped it."""
 
-    def __init__(self, scheduler: Scheduler, begin: int, workers: int, servers: int, parts: int) -> None:
-        """``begin`` workers, with places for ``workers``."""
+    def __init__(
+        self, scheduler: Scheduler, begin: int, workers: int, begin_servers: int, servers: int, parts: int
+    ) -> None:
+        """``begin`` workers, with places for ``workers``; servers likewise."""
         self.scheduler, self.workers, self.servers, self.parts = scheduler, workers, servers, parts
         offsets = _offsets(workers, servers)
         names = sorted((name for name in offsets if name != "end"), key=lambda name: offsets[name])
@@ -126,7 +128,7 @@ class Host:
         columns |= {name: stop - offsets[name] for name, stop in zip(names, stops, strict=True)}
         self.board = Segment(scheduler, columns)
         self.over = False  # has the launcher told the servers so?
-        self.board.stored |= {13: begin, 10: begin, 12: servers}
+        self.board.stored |= {13: begin, 10: begin, 12: begin_servers, 14: begin_servers}
         self.board.stored |= {offsets["gone"] + place: LEFT for place in range(begin, workers)}
         self.board_floats = Segment(scheduler, columns)
         members, seats = workers + servers, parts or servers or workers
@@ -140,6 +142,7 @@ class Host:
                 "loads": 1,
                 "since": workers,
                 "attached": workers,
+                "crew": 1,
                 "applied": parts,
                 "clocks": workers,
                 "undo": seats * HEADER_WORDS,
@@ -207,6 +210,8 @@ class SimulatedBoard(Board):
             return True  # the launcher's call came between its last look and its sleep
         if host.over:
             return True  # the launcher's message to a server came then
+        if task.name.startswith("server") and host.board.stored[14] <= int(task.name.split()[1]):
+            return True  # so did the word that it is to leave
         deaths = host.board.raw("deaths")[: host.workers]
         for worker, died in enumerate(deaths):
             own = task.name == f"worker {worker}" and any(deaths)
@@ -287,6 +292,7 @@ class SimulatedMemory:
         self.asked, self.answered = segment.column("asked"), segment.column("answered")
         self.loads: Any = segment.column("loads")
         self.since, self.attached = segment.column("since"), segment.column("attached")
+        self.crew = segment.column("crew")
         self.applied, self.clocks = segment.column("applied"), segment.column("clocks")
         undo = segment.column("undo")
         self.undo = [

@@ -45,6 +45,9 @@ class Plan:
     weights: tuple[int, ...]  # how fast each worker is
     places: int  # how many workers there may be
     wishes: tuple[tuple[int, int], ...]  # turns to wait, then so many workers are wished for
+    server_places: int  # how many servers there may be
+    server_wishes: tuple[tuple[int, int], ...]  # as ``wishes``
+    kills_servers: bool
 
     def script(self, rank: int) -> Script:
         return self.scripts[rank % self.workers]
@@ -113,8 +116,11 @@ def draw(random_: random.Random, world: str) -> Plan:
         weights=tuple(random_.choice((1, 1, 1, 20)) for _ in range(workers)),
         places=workers,
         wishes=(),
+        server_places=servers,
+        server_wishes=(),
+        kills_servers=False,
     )
-    return _without_what_is_known(_with_wishes(plan, random_))
+    return _without_what_is_known(_with_server_wishes(_with_wishes(plan, random_), random_))
 
 
 def _with_wishes(plan: Plan, random_: random.Random) -> Plan:
@@ -129,6 +135,18 @@ def _with_wishes(plan: Plan, random_: random.Random) -> Plan:
     # A gradient that waits for its step when a worker leaves is gone with it.
     scripts = tuple(replace(script, accumulate=(1,) * len(plan.batches)) for script in plan.scripts)
     return replace(plan, places=places, wishes=wishes, scripts=scripts)
+
+
+def _with_server_wishes(plan: Plan, random_: random.Random) -> Plan:
+    """In half of the plans with servers these come and leave, too, and are killed where workers are."""
+    if not plan.servers or random_.random() < 1 / 2:
+        return plan
+    places = plan.servers + random_.randint(0, 2)
+    wishes = tuple(
+        (int(random_.expovariate(1 / 150)), random_.randint(1, places)) for _ in range(random_.randint(1, 5))
+    )
+    parts = plan.parts and max(plan.parts, places)
+    return replace(plan, server_places=places, parts=parts, server_wishes=wishes, kills_servers=random_.random() < 0.7)
 
 
 def _without_what_is_known(plan: Plan) -> Plan:

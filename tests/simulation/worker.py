@@ -69,7 +69,8 @@ class Life:
         lock: Any = SimulatedLock(host.scheduler, board.journal)
         channel: Any = SimpleNamespace(send=self._send, receive=self._receive)
         assign = "lease" if plan.leased else "round_robin"
-        job = Job("simulated", plan.workers, plan.servers, plan.places, pace=plan.pace, assign=assign)
+        places = {"max_workers": plan.places, "max_servers": plan.server_places or None}
+        job = Job("simulated", plan.workers, plan.servers, **places, pace=plan.pace, assign=assign)
         context = Context(job, "worker", rank, Path(), channel, board, lock)
         worker = Worker(context)
         model: Any = SimpleNamespace(training=True)
@@ -292,9 +293,7 @@ class SimulatedExchange(Exchange):
         self._context, self._pace, self._share = context, context.job.pace, True
         self._stepped_by: Any = SimpleNamespace() if isinstance(self._pace, Local) else self.optimizer
         self.memory: Any = SimulatedMemory(host)
-        job = context.job
-        spec = SimpleNamespace(workers=job.places, servers=job.servers, parts=host.parts, damping=False, compensate=0)
-        self.spec: Any = spec
+        self.spec: Any = spec_of(host)
         self.inner = None
         self.was_finite = True
         self._loads = 0
@@ -461,27 +460,28 @@ class RecordingApplier(Applier):
         super()._step(shard, part, entry)
 
 
-def serve(host: Host, plan: Plan, claims: Claims, rank: int, channel: int) -> None:
+def spec_of(host: Host) -> Any:
+    return SimpleNamespace(workers=host.workers, servers=host.servers, parts=host.parts, damping=False, compensate=0)
+
+
+def serve(host: Host, claims: Claims, rank: int, channel: int) -> None:
     """engine/server.py's ``serve`` with one exchange, which is there from the beginning."""
-    board, memory = SimulatedBoard(host), SimulatedMemory(host)
-    spec: Any = SimpleNamespace(
-        workers=plan.places, servers=plan.servers, parts=host.parts, damping=False, compensate=0
-    )
+    board, memory, spec = SimulatedBoard(host), SimulatedMemory(host), spec_of(host)
     shards = SimulatedShards(claims, spec, memory, type(None), {})
     stepper, applier = RecordingStepper(claims, shards, memory), RecordingApplier(claims, spec, shards, memory)
-    parts = range(rank, host.parts, plan.servers)
-    one: Any = SimpleNamespace(spec=spec, memory=memory, published_as=1, stepper=stepper, applier=applier, parts=parts)
-    member = plan.places + rank
+    one: Any = server.Served(spec, memory, 1, stepper, applier)  # type: ignore[arg-type]
+    board.ring(board.workers + rank)
     while True:
-        answer: Any = board.wait(lambda: server._next(board, [one], member, channel))
-        if answer == "message":
+        answer: Any = board.wait(lambda: server.next_turn(board, [one], rank, channel))
+        if answer in ("message", "leave"):
+            claims.met["a server has left"] += answer == "leave"
             return
         _, number, what = answer
         if isinstance(what, tuple):
-            server._step(board, one, number, what, member)
+            server.step(board, one, number, what, rank)
         else:
             applier.apply(number, what)
-            board.ring(member)
+            board.ring(board.workers + rank)
 
 
 @contextmanager

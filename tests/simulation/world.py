@@ -5,15 +5,16 @@ from __future__ import annotations
 import random
 import signal
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from paceline.protocol import messages
-from paceline.protocol.coordinator import (
+from paceline.protocol.coordinator import Coordinator
+from paceline.protocol.effects import (
     Abort,
     Allocate,
     AskToLeave,
     Came,
-    Coordinator,
     Died,
     Done,
     Event,
@@ -21,6 +22,7 @@ from paceline.protocol.coordinator import (
     GiveUp,
     Open,
     Replace,
+    Serve,
     Wished,
 )
 from paceline.protocol.rounds import LEFT
@@ -41,11 +43,14 @@ class World:
         random_ = random.Random(f"{world} {seed}")
         self.plan = plan = plans.draw(random_, world)
         self.scheduler = Scheduler(random_, trace)
-        self.host = Host(self.scheduler, plan.workers, plan.places, plan.servers, plan.parts)
+        self.host = Host(self.scheduler, plan.workers, plan.places, plan.servers, plan.server_places, plan.parts)
         self.claims = Claims(self.host, plan)
         self._random, self._trace = random_, trace
         self._lives: dict[int, Life] = {}  # by rank, the newest
         self._tasks: dict[int, Task] = {}
+        self._serving: dict[int, Task] = {}  # by rank, the newest
+        self._aimed: int | None = None  # the server that is to be killed next
+        self.claims.on_step = self._aim
         self._opened = 0
         self._inbox: list[Event] = []
         self.late_looks = 0
@@ -60,12 +65,14 @@ class World:
         try:
             with in_place(self.host, self.claims):
                 for rank in range(plan.servers):
-                    scheduler.start(f"server {rank}", lambda rank=rank: self._serve(rank, its.fileno()))  # type: ignore[misc]
+                    self._start_server(rank, its)
                 for rank in range(plan.workers):
                     self._start_worker(rank)
-                scheduler.start("launcher", lambda: self._launch(mine))
+                scheduler.start("launcher", lambda: self._launch(mine, its))
                 if plan.wishes:
-                    scheduler.start("user", self._wish)
+                    scheduler.start("user", lambda: self._wish(plan.wishes, Wished))
+                if plan.server_wishes:
+                    scheduler.start("another", lambda: self._wish(plan.server_wishes, partial(Wished, None)))
                 self._plan_kill()
                 scheduler.run()
         finally:
@@ -79,8 +86,13 @@ class World:
         """What there was to be seen in this schedule."""
         return self.claims.met + Counter(leased=int(self.plan.leased), servers=self.plan.servers)
 
-    def _serve(self, rank: int, channel: int) -> None:
-        serve(self.host, self.plan, self.claims, rank, channel)
+    def _start_server(self, rank: int, channel: Channel) -> None:
+        def live() -> None:
+            self._tell(Came("server", rank, messages.Joined(0)))
+            serve(self.host, self.claims, rank, channel.fileno())
+            self._tell(Died("server", rank, 0, 0))
+
+        self._serving[rank] = self.scheduler.start(f"server {rank}", live)
 
     def _start_worker(self, rank: int) -> None:
         life = Life(self.host, self.plan, self.claims, rank, lambda message: self._tell(Came("worker", rank, message)))
@@ -92,11 +104,11 @@ class World:
         weight = self.plan.weights[rank % self.plan.workers]
         self._lives[rank], self._tasks[rank] = life, self.scheduler.start(f"worker {rank}", live, weight)
 
-    def _wish(self) -> None:
-        for turns, workers in self.plan.wishes:
+    def _wish(self, wishes: Sequence[tuple[int, int]], wished: Callable[[int], Wished]) -> None:
+        for turns, number in wishes:
             for _ in range(turns):
                 self.scheduler.turn()
-            self._tell(Wished(workers))
+            self._tell(wished(number))
 
     def _tell(self, event: Event) -> None:
         self._inbox.append(event)
@@ -104,13 +116,14 @@ class World:
 
     # --- the launcher, as engine/launcher.py: the real coordinator decides ---
 
-    def _launch(self, to_servers: Channel) -> None:
+    def _launch(self, to_servers: Channel, its: Channel) -> None:
         board = SimulatedBoard(self.host)
         board.journal.map(1, self.host.exchange.words)
         for loader, segment in enumerate(self.host.ledgers):
             board.journal.map(100 + loader, segment.words)
         lock = SimulatedLock(self.scheduler, board.journal)
         coordinator = Coordinator(self.plan.workers, self.plan.servers, restarts=0, min_workers=1)
+        coordinator._servers._restarts = _RESTARTS
         over, given = False, 0
         while not over:
             while not self._inbox:
@@ -121,15 +134,17 @@ class World:
                 self._lives[event.message.rank].kept.append(event.message)
                 self.scheduler.wake(f"worker {event.message.rank}'s channel")
                 continue
-            if isinstance(event, Died) and event.status:
+            if isinstance(event, Died) and event.role == "worker" and event.status:
                 coordinator._restarts = 0 if self._gives_up(event.rank) else _RESTARTS
             if isinstance(event, Died):
                 lock.try_to_mend()  # it may have been killed while it was leaving
             if isinstance(event, Wished):
-                if coordinator.refusal(event.workers) is not None:
+                if coordinator.refusal(event.workers, event.servers) is not None:
                     continue
-                board.want(event.workers)
-            left = isinstance(event, Died) and event.rank not in coordinator.coming and board.gone[event.rank] == LEFT
+                if event.workers is not None:
+                    board.want(event.workers)
+            died = isinstance(event, Died) and event.role == "worker" and event.rank not in coordinator.coming
+            left = died and board.gone[event.rank] == LEFT
             if left:
                 board.wake_all()
             told = coordinator.handle(Came("worker", event.rank, messages.Finished())) if left else []
@@ -139,6 +154,12 @@ class World:
                         given = request.number
                         for rank in workers:
                             self._give(rank, request.number)
+                    case Open(rank=rank, role="server") | Replace(rank=rank, role="server"):
+                        self._opened += 1
+                        self._start_server(rank, its)
+                    case Serve(crew=crew, kept=kept):
+                        self.claims.met["another crew"] += 1
+                        board.set_servers(crew, kept)
                     case Open(rank=rank):
                         self._opened += 1
                         self.claims.met["added"] += 1
@@ -189,7 +210,13 @@ class World:
             self.scheduler.look_out()
 
     def _kill(self) -> None:
-        """Kill one worker, or several; they may be asleep, in the midst of a step, or under the lock."""
+        """Kill one worker, or several; they may be asleep, in the midst of a step, or under the lock. With them a
+        server; or one alone, in a step."""
+        if self._aimed is not None:
+            self._kill_server(self._aimed)
+            self._aimed = None
+            self._plan_kill()
+            return
         alive = [rank for rank in sorted(self._lives) if self._is_alive(rank)]
         current = [rank for rank in alive if self._tasks[rank] is self.scheduler.current]
         if alive:
@@ -206,7 +233,31 @@ class World:
                 self.scheduler.kill(self._tasks[rank])
                 self.claims.dies(rank)
                 self._tell(Died("worker", rank, 0, -signal.SIGKILL))
+        serving = [rank for rank, task in sorted(self._serving.items()) if not (task.killed or task.ended)]
+        if self.plan.kills_servers and serving and self._random.random() < 0.5:
+            self._kill_server(self._random.choice(serving))
         self._plan_kill()
+
+    def _aim(self) -> None:
+        """A server that has just begun to step may be killed before it is done, or soon after."""
+        ranks = [rank for rank, task in self._serving.items() if task is self.scheduler.current]
+        most = self.claims.kills < self.plan.most_kills
+        if self.plan.kills_servers and ranks and most and self._random.random() < 0.2:
+            (self._aimed,) = ranks
+            self.scheduler.next_kill = self.scheduler.turns + self._random.randint(1, 15)
+            self.scheduler.look_out()
+
+    def _kill_server(self, rank: int) -> None:
+        task = self._serving[rank]
+        if task.killed or task.ended:
+            return
+        if self._trace:
+            self._trace(f"{self.scheduler.turns:6} --- server {rank} is killed ---")
+        self.claims.met["a server killed in a step"] += f"server {rank}" in self.claims.stepping
+        self.claims.stepping.discard(f"server {rank}")
+        self.scheduler.kill(task)
+        self.claims.kills += 1
+        self._tell(Died("server", rank, 0, -signal.SIGKILL))
 
     def _is_alive(self, rank: int) -> bool:
         if self.host.board.raw("gone")[rank] == LEFT and not known.LEFT_ARE_KILLED:
@@ -218,7 +269,9 @@ class World:
         self.late_looks += 1
         asleep = [task for task in self.scheduler.asleep if task in self.host.boards]
         asleep = [task for task in asleep if self.host.boards[task].may_sleep_through(self.host, task)]
-        if self.late_looks > _LATE_LOOKS * (self.claims.kills + self._opened) + self.plan.servers:
+        if self.late_looks > _LATE_LOOKS * (self.claims.kills + self._opened) + self.plan.server_places + len(
+            self.plan.server_wishes
+        ):
             return False
         for task in asleep:
             self.scheduler.rouse(task)

@@ -31,6 +31,8 @@ def job(of: dict[str, Any], workers: int, **options: Any) -> Job:
     needed = of["pace"].count if isinstance(of["pace"], Quorum) else 1
     if options["data"] == "own":
         options["assign"] = None
+    if options["max_servers"] is not None:
+        options["max_servers"] = max(options["max_servers"], options["servers"]) if options["servers"] else None
     return Job(**of, workers=max(workers, needed), **options)
 
 
@@ -40,6 +42,7 @@ jobs = st.builds(
     name=st.text(),
     workers=st.integers(1, 256),
     servers=st.integers(0, 64),
+    max_servers=st.none() | st.integers(1, 64),
     assign=st.none() | st.sampled_from(ASSIGNMENTS),
     data=st.sampled_from(DATA),
     clip=st.none() | st.floats(1e-300, 1e300),

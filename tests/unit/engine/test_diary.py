@@ -10,7 +10,12 @@ from hypothesis import strategies as st
 
 from paceline.engine.diary import Diary, Entry, without_rows
 from paceline.protocol import messages
-from paceline.protocol.coordinator import Came, Coordinator, Died, Effect
+from paceline.protocol.coordinator import Coordinator
+from paceline.protocol.effects import (
+    Came,
+    Died,
+    Effect,
+)
 from paceline.transport.frame import encode
 
 RANKS = st.integers(0, 2)

@@ -7,12 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from paceline.protocol import messages
-from paceline.protocol.coordinator import (
+from paceline.protocol.coordinator import Coordinator
+from paceline.protocol.crew import crew_word
+from paceline.protocol.effects import (
     Abort,
     Allocate,
     AskToLeave,
     Came,
-    Coordinator,
     Died,
     Done,
     Effect,
@@ -22,6 +23,7 @@ from paceline.protocol.coordinator import (
     Interrupted,
     Open,
     Replace,
+    Serve,
     Tell,
     Wished,
 )
@@ -418,3 +420,29 @@ def test_what_cannot_be_wished_for(events: list[Event], workers: int, why: str) 
     refused = coordinator.refusal(workers)
     assert (refused is None) == (not why)
     assert refused is None or why in refused.what
+
+
+def test_servers_are_wished_for_with_workers_or_alone() -> None:
+    coordinator = Coordinator(1, 1, restarts=1)
+    effects(coordinator, wrap(0))
+    assert coordinator.handle(Wished(2, 2)) == [Open(1), Open(1, "server"), Serve(crew_word(0, 1), 2)]
+    there = coordinator.handle(Came("server", 1, messages.Joined(0)))
+    assert there[-1] == Serve(crew_word(1, 2), 2)
+    assert coordinator.handle(Wished(servers=1)) == [Serve(crew_word(2, 1), 1)]
+    left = coordinator.handle(died(1, 0, "server"))
+    assert left == [Tell("leave", "server 1 has left; 1 goes on", "server", 1)]
+    assert coordinator.wanted_servers == 1
+
+
+def test_wishes_for_servers_that_cannot_be_are_refused() -> None:
+    without, one = Coordinator(1, 0), Coordinator(1, 1)
+    assert without.refusal(None, 1) is not None
+    assert without.refusal(2) is None
+    assert one.refusal(None, 0) is not None
+    assert one.refusal(None, 3) is None
+
+
+def test_a_server_that_leaves_may_do_so_after_ctrl_c() -> None:
+    coordinator = Coordinator(1, 2, restarts=1)
+    effects(coordinator, wrap(0), Wished(servers=1), Interrupted())
+    assert not aborts(coordinator.handle(died(1, 0, "server")))

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paceline.config import MAX_WORKERS
+from paceline.protocol.crew import crew_size, crew_word
 from paceline.protocol.log import COPY, LOAD, RING, STEP, Entry, Fate, Log, words_needed
 
 
@@ -68,6 +69,23 @@ def test_it_is_a_list_of_entries_with_a_count_of_steps_and_of_loads(
         assert its.loaded == max((entry.number for entry in entries if entry.kind == LOAD), default=0)
     assert [its.entry(number) for number in range(1, len(entries) + 1)] == entries
     assert {worker: its.fate(worker) for worker in range(workers)} == fates
+
+
+@given(st.lists(st.tuples(st.integers(0, 2**39), st.integers(0, 64)), max_size=2 * RING), st.data())
+def test_an_entry_has_its_crew_and_the_log_tells_since_when_crews_are_as_large(
+    crews: list[tuple[int, int]], data: st.DataObject
+) -> None:
+    log, words = make_log(2)
+    its = Log(words, 2)
+    given_ = [crew_word(*crew) for crew in sorted(crews)]
+    for crew in given_:
+        assert log.append(STEP, 0, (0,), 3, crew).crew == crew
+    newest = range(max(1, len(given_) - RING + 1), len(given_) + 1)
+    assert [its.entry(number).crew for number in newest] == [given_[number - 1] for number in newest]
+    assert all(its.entry(number).kind == STEP for number in newest)
+    since, size = its.crew
+    assert {crew_size(crew) for crew in given_[max(since, 1) - 1 :]} <= {size}
+    assert since <= 1 or crew_size(given_[since - 2]) != size
 
 
 def test_the_ring_keeps_the_newest_entries_only() -> None:

@@ -18,6 +18,7 @@ from paceline.protocol.rounds import (
     Rescue,
     Waiting,
     all_stepped,
+    at_work,
     barrier_open,
     close_round,
     held_at_end,
@@ -316,6 +317,14 @@ def test_what_servers_step_is_never_abandoned_once_it_is_pushed() -> None:
     waiting = Waiting(2, "member 2 is not done with round 3")
     assert is_over(3, [3, 2], [0, 0, 2], (2,), since("--"), where) == waiting
     assert is_over(3, [3, 2], [0, 0, 3], (2,), since("--"), where) is True
+
+
+def test_the_first_server_tells_how_many_step_a_round_when_it_has_stepped_it() -> None:
+    servers = (2, 3, 4)
+    assert at_work(5, [0, 0, 4, 4, 0], servers, [3]) == (2,)
+    assert at_work(5, [0, 0, 5, 4, 0], servers, [2]) == (2, 3)
+    assert at_work(5, [0, 0, 5, 4, 0], servers, [1]) == (2,)
+    assert at_work(5, [5, 5], (), [0]) == ()
 
 
 def test_the_end_of_a_pass_waits_for_a_newcomer_and_nobody_stands_before_it() -> None:

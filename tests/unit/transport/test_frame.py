@@ -43,7 +43,7 @@ WIRE: list[tuple[Any, list[Any]]] = [
     (messages.Letter(70_000), [36, 70_000]),
     (messages.Drop(7), [37, 7]),
     (messages.Joined(2), [40, 2]),
-    (messages.Scale(4), [41, 4]),
+    (messages.Scale(4, 2), [41, 4, 2]),
     (messages.Scaled(("t",), "K", "w", "y", "f"), [42, ["t"], "K", "w", "y", "f"]),
 ]
 EXAMPLES = [message for message, _ in WIRE]
