@@ -114,6 +114,32 @@ def test_with_one_server_then_three_then_one_each_sample_counts_once_an_epoch(op
     assert "3 servers instead of 1" in ended.err + ended.out
 
 
+@pytest.mark.parametrize("pace", ["async", pytest.param("sync", marks=LONG)])
+def test_the_launcher_may_die_of_a_wish_before_it_is_fulfilled(pace: str, runner: Runner) -> None:
+    runner.write("counting.py", kills.COUNTING)
+    prepare(runner)
+    arguments = [str(SAMPLES), str(EPOCHS), "0", "0", "1"]
+    running = runner.start_run(SCRIPT, "--pace", pace, "--servers", "1", "--max-servers", "3", args=arguments)
+    with at(runner, running, 1) as events:
+        scale(runner, 3)
+        running.signal_launcher(signal.SIGKILL)
+        events.until("server 1 steps its part")
+        events.until("server 2 steps its part")
+    with at(runner, running, 3):
+        scale(runner, 1)
+        running.signal_launcher(signal.SIGKILL)
+    with at(runner, running, 5) as events:
+        events.until("server 1 has left")
+        events.until("server 2 has left")
+    ended = running.end()
+    assert ended.code == 0, ended.err
+    assert json.loads((ended.directory / "counts.json").read_text()) == [EPOCHS] * SAMPLES
+    assert sorted(of_servers(ended, "join")) == sorted(of_servers(ended, "leave")) == [1, 2]
+    assert not of_servers(ended, "died")
+    roles = [event["role"] for event in ended.events if event.get("kind") == "died"]
+    assert roles == ["launcher", "launcher"]
+
+
 def test_at_sync_the_number_of_servers_changes_no_bit(runner: Runner) -> None:
     prepare(runner)
     given = ["--workers", "2", "--servers", "2"]
