@@ -424,6 +424,8 @@ class _Launcher:
                 case Serve(crew=crew, kept=kept):
                     if not self._silent:
                         self._board.set_servers(crew, kept)
+                    if self._info.servers != self._coordinator.wanted_servers:
+                        self._tell_of_numbers()
                 case Open(rank=rank):
                     self._died[rank] += 1  # to the others it is as if one had
                     if not self._silent:
@@ -476,6 +478,10 @@ class _Launcher:
             if not self._silent:
                 self._board.want(wish.workers)
         self._obey(self._coordinator.handle(Wished(wish.workers, wish.servers)))
+        self._tell_of_numbers()
+
+    def _tell_of_numbers(self) -> None:
+        """In the run's files: how many workers and servers there are to be."""
         self._info.workers, self._info.servers = self._coordinator.wanted, self._coordinator.wanted_servers
         self._telling.write_info()
         self._write_config()
