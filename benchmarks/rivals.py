@@ -47,6 +47,7 @@ class Way:
     keeps: bool = False  # is its allocator told to keep what steps free, as that of paceline's workers is?
     pace: str = "sync"
     bare: bool = False  # without the undo area, so as to measure what it costs
+    small_pages: bool = False  # shared memory as the kernel gives it, so as to measure what huge pages bring
 
     @property
     def together(self) -> bool:
@@ -89,6 +90,7 @@ WAYS = {
         Way("async_server", "paceline async, 1 server", "paceline", servers=1, pace="async"),
         Way("local", "paceline local:16", "paceline", pace="local:16"),
         Way("sync_bare", "paceline sync, no undo area", "paceline", bare=True),
+        Way("sync_small", "paceline sync, small pages", "paceline", small_pages=True),
         Way("async_bare", "paceline async, no undo area", "paceline", pace="async", bare=True),
     )
 }
@@ -184,9 +186,12 @@ def _launch_paceline(way: Way, job: Job, path: str) -> None:
 def _train_paceline(rank: int, way: str, job: str, path: str) -> None:
     """What each of paceline's workers runs."""
     import paceline
+    from paceline.transport import segment
 
     if find_way(way).bare:
         _save_nothing()
+    if find_way(way).small_pages:
+        segment.enlarge = lambda memory, ranges: None
     run = paceline.init()
     model, optimizer = run.wrap(*_make(find_way(way), JOBS[job]))
     _answer(JOBS[job], model, optimizer, rank, path)
