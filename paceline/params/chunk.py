@@ -126,6 +126,7 @@ class Chunk:
                 self._live += [vectors[run.vector][run.start : run.stop]]
                 self._live += state.beside(run.vector, run.start, run.stop)
         self._saved: dict[Undo, list[torch.Tensor]] = {}
+        self._saved_rows: dict[Undo, tuple[torch.Tensor, list[torch.Tensor]]] = {}
 
     def set(self, settings: Sequence[Group]) -> None:
         for group, place in zip(self._optimizer.param_groups, self._groups, strict=True):
@@ -331,9 +332,12 @@ class Chunk:
 
     def _rows_places(self, undo: Undo, count: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Where the undo area has the numbers of so many rows, and their values in each table, [count, row]."""
-        sizes = [(torch.int64, 1), *((one.dtype, one.stride(0)) for one in self._tables)]
-        indices, *values = lay_over(undo.area, [(dtype, count * row) for dtype, row in sizes], self._rows_at)
-        return indices, [flat.view(count, -1) for flat in values] if count else []
+        known = self._saved_rows.get(undo)
+        if known is None or len(known[0]) != count:  # most batches have as many as the one before
+            sizes = [(torch.int64, 1), *((one.dtype, one.stride(0)) for one in self._tables)]
+            indices, *values = lay_over(undo.area, [(dtype, count * row) for dtype, row in sizes], self._rows_at)
+            known = self._saved_rows[undo] = indices, [flat.view(count, -1) for flat in values] if count else []
+        return known
 
     def _save_rows(self, undo: Undo, indices: torch.Tensor) -> None:
         torch._foreach_copy_(self._places(undo), self._cells)
