@@ -29,11 +29,13 @@ from paceline.engine.channels import Channels, forget
 from paceline.engine.checkpoints import Checkpoints
 from paceline.engine.control import Control
 from paceline.engine.diary import LONG_BYTES, NAME, Diary, Entry
+from paceline.engine.lookout import Lookout
+from paceline.engine.memories import Memories
 from paceline.engine.metrics import seconds_a_step
 from paceline.engine.saver import PARTS, Saver
 from paceline.engine.setup import Setup, decode_job
 from paceline.engine.telling import Telling
-from paceline.engine.watch import StepTimes, Watch, Whose
+from paceline.engine.watch import Whose
 from paceline.engine.wishes import Wishes
 from paceline.protocol import messages
 from paceline.protocol.coordinator import Coordinator, how_ended
@@ -62,7 +64,6 @@ from paceline.transport.frame import encode
 from paceline.transport.lock import Lock
 
 _TICK_S = 0.05
-_LOOK_S = 0.2  # how often processes are looked after
 _GRACE_S = 2.0  # between telling processes to stop and killing them
 _INTERRUPT_S = 10.0  # between Ctrl-C and the same
 _PR_SET_PDEATHSIG = 1
@@ -108,8 +109,7 @@ class _Launcher:
         self._coordinator = Coordinator(job.workers, job.servers, restarts=restarts, min_workers=job.min_workers)
         self._wishes = Wishes(job, self._coordinator, elsewhere=setup.door is not None)
         self._control = Control(directory)
-        self._silent = False
-        self._memories: dict[int, tuple[messages.Memory, int]] = {}  # what newcomers get, by number
+        self._silent = False  # while what is long done is only read again
         checkpoints = Checkpoints(directory, job.keep)
         self._saver = Saver(checkpoints, job.workers, telling.note_now)
         self._channels = Channels(front)
@@ -119,7 +119,6 @@ class _Launcher:
         self._kill_at_s: float | None = None
         self._done = False
         self._interrupts = 0
-        self._watch, self._looked_s = Watch(job.hang_timeout), 0.0
         self._dropped = 0
         self._births: dict[tuple[str, int], int] = {}
         self._died: Counter[int] = Counter()  # processes of a worker
@@ -153,14 +152,13 @@ class _Launcher:
             case "board":
                 self._board_fd = fd
                 self._board = Board(segment.attach(fd))
-                self._steps = StepTimes(self._board.longest_ns)
+                self._memories = Memories(self._front, self._board)
+                self._lookout = Lookout(self._board, self._job.hang_timeout)
                 self._lock = Lock(fd, self._board.journal)
             case "payload":
                 self._payload = fd
             case "memory":
-                memory = msgspec.msgpack.decode(hold.about, type=messages.Memory)
-                self._board.journal.map(hold.number, memoryview(segment.attach(fd)).cast("Q"))
-                self._memories[hold.number] = memory, fd
+                self._memories.keep(msgspec.msgpack.decode(hold.about, type=messages.Memory), fd)
             case what if what in PARTS:
                 self._parts[hold.rank, hold.number, what == PARTS[0]] = fd
 
@@ -336,7 +334,7 @@ class _Launcher:
                 self._exited(whose, its, pid, status, left=self._has_left(entry, whose, its))
             case messages.Steps(rows=rows):
                 self._merger.add(rows, rank)
-                self._steps.add(seconds_a_step(rows))
+                self._lookout.steps_took(seconds_a_step(rows))
                 self._coordinator.handle(Came(role, rank, message))
             case messages.Logged(step=step, values=values):
                 self._merger.log(step, values)
@@ -372,9 +370,8 @@ class _Launcher:
             self._front.send(messages.Hold("channel", role, rank), descriptors)
             self._channels.open((role, rank), descriptors[0])
         if role == "server":
-            for memory, fd in self._memories.values():
-                if memory.kind == "exchange":
-                    self._channels.send((role, rank), memory, (fd,))
+            for memory, fd in self._memories.of_exchanges():
+                self._channels.send((role, rank), memory, (fd,))
             if self._done:  # while it was forked
                 self._channels.send((role, rank), messages.Stop("all workers have finished"))
         self._alive[role, rank] = pid
@@ -429,7 +426,7 @@ class _Launcher:
                 case Open(rank=rank):
                     self._died[rank] += 1  # to the others it is as if one had
                     if not self._silent:
-                        self._board.open_place(rank, max(self._memories, default=0), deaths=self._died[rank])
+                        self._board.open_place(rank, self._memories.newest, deaths=self._died[rank])
                     self._expected += 1
                     self._fork("worker", rank)
                 case AskToLeave(rank=rank):
@@ -460,8 +457,7 @@ class _Launcher:
             return answer
         try:
             for rank in range(self._coordinator.wanted, question.workers or 0):
-                for memory, fd in self._memories.values():
-                    segment.reserve_place(fd, f"worker {rank}", memory.by_place, rank)
+                self._memories.reserve_place(rank)
         except errors.HostError as error:
             return messages.Scaled(kind="HostError", what=error.what, why=error.why, fix=error.fix)
         self._note("launcher", 0, encode(question))
@@ -496,17 +492,12 @@ class _Launcher:
     def _allocate(self, request: messages.Wrap, servers: bool, workers: Sequence[int]) -> None:
         if self._silent:
             return
-        if request.number not in self._memories:
-            memory = messages.Memory(request.number, request.size_bytes, request.kind, request.spec, request.by_place)
-            hold = messages.Hold("memory", number=request.number, about=msgspec.msgpack.encode(memory))
-            try:
-                fd = segment.create(request.what, request.size_bytes, request.by_place, self._board.width)
-                self._take_over(hold, fd)
-            except errors.HostError as error:
-                failure = messages.Failed("HostError", error.what, error.why, error.fix)
-                self._note("launcher", 0, encode(failure))  # the coordinator must know why workers leave
-                return
-            self._front.send(hold, (fd,))
+        try:
+            self._memories.make(request)
+        except errors.HostError as error:
+            failure = messages.Failed("HostError", error.what, error.why, error.fix)
+            self._note("launcher", 0, encode(failure))  # the coordinator must know why workers leave
+            return
         memory, fd = self._memories[request.number]
         # Servers first: they are ready when the first push comes.
         if servers:
@@ -515,7 +506,7 @@ class _Launcher:
             self._channels.send(("worker", rank), memory, (fd,))
         if request.kind == "exchange":
             optimizer, _, rest = request.what.partition(" over ")
-            size_bytes = os.fstat(fd).st_blocks * 512  # what nobody has been given is not there
+            size_bytes = self._memories.size_bytes(request.number)
             self._telling.record(events.Wrapped(self._telling.at_s, int(rest.split()[0]), size_bytes, optimizer))
 
     # --- stopping ---
@@ -530,27 +521,17 @@ class _Launcher:
     def _look_after(self) -> None:
         """Kill processes that do not get on: their deaths are then told, and mended, as any other's."""
         now_s = time.monotonic()
-        if now_s < self._looked_s + _LOOK_S:
+        if not self._lookout.is_due(now_s):
             return
-        self._looked_s = now_s
         if not self._board.journal.is_clean:
             self._lock.try_to_mend()  # who takes the lock does so, but for one who cannot
         if self._failure is not None or self._interrupts:
             return
-        for whose, what in self._watch.look(self._alive, now_s, self._hangs, self._in_hand, self._steps):
+        for whose, what in self._lookout.stuck(self._alive, now_s):
             role, rank = whose
             text = f"{role} {rank} (pid {self._alive[whose]}) {what}: it is killed"
             self._telling.note_now("stuck", text, role, rank)
             os.kill(self._alive[whose], signal.SIGKILL)
-
-    def _hangs(self, role: str, rank: int) -> bool:
-        """Do others wait, and this one not for them?"""
-        member = rank if role == "worker" else self._board.workers + rank
-        asleep = self._board.asleep
-        return not asleep[member] and any(asleep[w] for w in range(self._board.width))
-
-    def _in_hand(self, role: str, rank: int) -> int:
-        return self._board.in_hand[rank] if role == "worker" else 0
 
     def _interrupted(self, times: int) -> None:
         """Ctrl-C or SIGTERM: first, let the round finish; second, now."""
