@@ -40,7 +40,7 @@ class Way:
 
     name: str
     told: str
-    kind: Literal["apart", "ddp", "rpc", "ray", "paceline"]
+    kind: Literal["apart", "ddp", "rpc", "ray", "paceline", "elsewhere"]
     workers: int = 2
     servers: int = 0
     fused: bool = False
@@ -91,6 +91,7 @@ WAYS = {
         Way("local", "paceline local:16", "paceline", pace="local:16"),
         Way("sync_bare", "paceline sync, no undo area", "paceline", bare=True),
         Way("sync_small", "paceline sync, small pages", "paceline", small_pages=True),
+        Way("elsewhere", "paceline sync, started by others", "elsewhere"),
         Way("async_bare", "paceline async, no undo area", "paceline", pace="async", bare=True),
     )
 }
@@ -118,6 +119,8 @@ def main(way: Way, job: Job, rank: int, path: str) -> None:
             _drive_ray(way, job, path)
         case "paceline":
             _launch_paceline(way, job, path)
+        case "elsewhere":
+            _train_paceline(rank, way.name, job.name, path)
 
 
 def _make(way: Way, job: Job) -> tuple[nn.Module, optim.Optimizer]:
@@ -130,7 +133,7 @@ def _train_ddp(way: Way, job: Job, rank: int, path: str) -> None:
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
-    # GLOO_SOCKET_IFNAME=lo comes from the benchmark; the file only tells the ranks each other's address.
+    # GLOO_SOCKET_IFNAME comes from the benchmark; the file only tells the ranks each other's address.
     dist.init_process_group(
         "gloo",
         init_method=f"file://{path}.store",

@@ -20,7 +20,7 @@ from paceline.engine import allocator
 
 _START_S, _END_S = 180.0, 15.0
 _LEAD_S = 0.01  # between telling workers and the moment they begin: all are awake by then
-_ROOT = str(Path(__file__).resolve().parent.parent)
+ROOT = str(Path(__file__).resolve().parent.parent)
 
 
 class TeamError(Exception):
@@ -52,7 +52,7 @@ class Team:
             "TP_SOCKET_IFNAME": "lo",
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_health_check_failure_threshold": "1000",  # it is stopped while others are measured
-            "PYTHONPATH": f"{_ROOT}{os.pathsep}{known}" if known else _ROOT,
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{known}" if known else ROOT,
         }
         if self.way.keeps:
             environment |= allocator.settings(environment)

@@ -10,6 +10,7 @@ ratio is of the same round: median (lowest to highest). The bare socket is block
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import multiprocessing
 import queue
@@ -36,6 +37,7 @@ from paceline.transport.listener import Listener
 KEY = JobKey(bytes(range(32)))  # of nothing but this benchmark
 SIZES_MB = (1.0, 4.0, 25.0, 100.0)
 PIECE_BYTES = 2**20
+_NETWORK = 0x40000000  # CLONE_NEWNET
 Turn = Callable[[memoryview], None]  # push and pull so many bytes, once
 
 
@@ -70,8 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     sizes = [float(size) for size in arguments.sizes.split(",")]
     rows: list[Row] = []
     for secure in (False,) if arguments.plain else (False, True):
-        with _rivals(secure, int(max(sizes) * 1e6), int(arguments.piece_mb * 1e6)) as (link, bare):
-            rows += [_measured(size_mb, secure, link, bare, arguments.rounds) for size_mb in sizes]
+        with rivals(secure, int(max(sizes) * 1e6), int(arguments.piece_mb * 1e6)) as (link, bare):
+            rows += [measured(size_mb, secure, link, bare, arguments.rounds) for size_mb in sizes]
     if arguments.json:
         print(json.dumps([msgspec.to_builtins(row) for row in rows], indent=2))
         return 0
@@ -83,9 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _measured(size_mb: float, secure: bool, link: Turn, bare: Turn, rounds: int) -> Row:
+def measured(size_mb: float, secure: bool, link: Turn, bare: Turn, rounds: int) -> Row:
     vector = memoryview(bytearray(int(size_mb * 1e6)))
-    turns = max(1, round(40 / size_mb))  # of small ones several are one measurement
+    turns = max(1, round(40 / size_mb)) if size_mb < 20 else 1  # of small ones several are one measurement
     took: list[tuple[float, float]] = []
     for number in range(rounds + 1):
         pair = [0.0, 0.0]
@@ -109,17 +111,21 @@ def _measured(size_mb: float, secure: bool, link: Turn, bare: Turn, rounds: int)
 
 
 @contextmanager
-def _rivals(secure: bool, most_bytes: int, piece_bytes: int) -> Iterator[tuple[Turn, Turn]]:
-    """What pushes and pulls over a link, and what does it over a bare socket; the other process answers both."""
+def rivals(
+    secure: bool, most_bytes: int, piece_bytes: int, *, host: str = "127.0.0.1", namespace: str = ""
+) -> Iterator[tuple[Turn, Turn]]:
+    """What pushes and pulls over a link, and what does it over a bare socket; the other process answers both, at
+    ``host``, which is the address of a network namespace if that is given."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    answering = context.Process(target=_answer, args=(there, secure, most_bytes, piece_bytes), daemon=True)
+    arguments = (there, secure, most_bytes, piece_bytes, host, namespace)
+    answering = context.Process(target=_answer, args=arguments, daemon=True)
     answering.start()
     link_port, bare_port = here.recv()
     end, events = _end(1, secure, memoryview(bytearray(most_bytes)))
-    link = connect(end, ("127.0.0.1", link_port))
+    link = connect(end, (host, link_port))
     assert isinstance(events.get(), Joined)
-    bare = socket.create_connection(("127.0.0.1", bare_port))
+    bare = socket.create_connection((host, bare_port))
     bare.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if secure:
         bare = tls.Credentials.issue(KEY).client.wrap_socket(bare, server_hostname=tls.NAME)
@@ -139,14 +145,23 @@ def _rivals(secure: bool, most_bytes: int, piece_bytes: int) -> Iterator[tuple[T
     answering.join(10)
 
 
-def _answer(there: Connection, secure: bool, most_bytes: int, piece_bytes: int) -> None:
+def enter(namespace: str) -> None:
+    """From now on this process, of one thread, is in the network namespace of that name."""
+    with open(f"/run/netns/{namespace}") as file:
+        if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), _NETWORK):
+            raise OSError(ctypes.get_errno(), f"network namespace {namespace} cannot be entered")
+
+
+def _answer(there: Connection, secure: bool, most_bytes: int, piece_bytes: int, host: str, namespace: str) -> None:
     """The other process: two threads would share a core with the main one, so it answers one rival at a time."""
     import threading
 
+    if namespace:
+        enter(namespace)
     vector = memoryview(bytearray(most_bytes))
     end, events = _end(0, secure, vector)
-    listener = Listener(end, "127.0.0.1")
-    door = socket.create_server(("127.0.0.1", 0))
+    listener = Listener(end, host)
+    door = socket.create_server((host, 0))
     there.send((listener.port, door.getsockname()[1]))
 
     def by_socket() -> None:

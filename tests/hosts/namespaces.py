@@ -1,4 +1,5 @@
-"""Two hosts on one machine: network namespaces, each with an interface on a bridge. Needs root and ``ip``."""
+"""Hosts on one machine: network namespaces, each with an interface on a bridge. Needs root and ``ip``, for slow ones
+``tc``."""
 
 from __future__ import annotations
 
@@ -33,6 +34,17 @@ class Host:
         """Before a command, to have it run on this host."""
         return ("ip", "netns", "exec", self.namespace)
 
+    @property
+    def outer(self) -> str:
+        """The interface's other end, at the bridge."""
+        return self.interface + "o"
+
+    def slow(self, rate: str) -> None:
+        """From now on so much comes and goes at most, say 1gbit."""
+        shape = ("root", "tbf", "rate", rate, "burst", "64kb", "latency", "100ms")
+        for where, interface in ((self.inside, self.interface), ((), self.outer)):
+            subprocess.run([*where, "tc", "qdisc", "replace", "dev", interface, *shape], check=True)
+
     def cut(self) -> None:
         """Nothing comes or goes any more; nobody is told."""
         _ip("-n", self.namespace, "link", "set", self.interface, "down")
@@ -40,21 +52,27 @@ class Host:
 
 @contextmanager
 def two_hosts() -> Iterator[tuple[Host, Host]]:
+    with some_hosts(2) as (first, second):
+        yield first, second
+
+
+@contextmanager
+def some_hosts(count: int) -> Iterator[tuple[Host, ...]]:
+    """So many that reach each other."""
     mark = os.getpid()
     bridge = f"pcb{mark}"
-    hosts = tuple(Host(f"paceline-{mark}-{n}", f"10.77.0.{n}", f"pc{mark}n{n}") for n in (1, 2))
+    hosts = tuple(Host(f"paceline-{mark}-{n}", f"10.77.0.{n}", f"pc{mark}n{n}") for n in range(1, count + 1))
     try:
         _ip(*_bridge(bridge))
         _ip("link", "set", bridge, "up")
         for host in hosts:
-            outer = host.interface + "o"
             _ip("netns", "add", host.namespace)
-            _ip("link", "add", outer, "type", "veth", "peer", "name", host.interface, "netns", host.namespace)
-            _ip("link", "set", outer, "master", bridge, "up")
+            _ip("link", "add", host.outer, "type", "veth", "peer", "name", host.interface, "netns", host.namespace)
+            _ip("link", "set", host.outer, "master", bridge, "up")
             _ip("-n", host.namespace, "addr", "add", f"{host.address}/24", "dev", host.interface)
             for interface in ("lo", host.interface):
                 _ip("-n", host.namespace, "link", "set", interface, "up")
-        yield hosts[0], hosts[1]
+        yield hosts
     finally:
         for host in hosts:
             _ip("netns", "del", host.namespace, must=False)

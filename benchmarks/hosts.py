@@ -1,0 +1,331 @@
+"""Training across hosts, beside DDP on gloo, and what a link moves beside bare sockets; hosts are network namespaces.
+
+    python -m benchmarks.hosts --json
+    python -m benchmarks.hosts --hosts 2 --workers 2 --rates 1gbit --jobs mlp,gpt --rounds 5
+
+Needs root, ``ip`` and ``tc``. Every host has an interface on a bridge, slowed in both directions to the rate given. As
+in one_host.py every way has its processes started once and asleep while another is measured, a round gives each way a
+slice, and ratios are of slices of one round. Reported are medians, lower quartile and range. DDP has no encryption, so
+it compares with ``plain``; ``tls`` is what users get.
+
+*wire* is how busy the busiest direction of the first host's interface was, as a share of what one bare TCP socket
+drives through it, by the kernel's count of bytes. *push/pull* sends so many bytes and takes as many back, by a link and
+by a bare socket (TCP for plain, TLS for tls) in turns.
+
+All workers, of all hosts, share this machine's two cores, one thread each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+from benchmarks import wire
+from benchmarks.jobs import JOBS
+from benchmarks.one_host import cores_apart, names, positive
+from benchmarks.rivals import Way
+from benchmarks.teams import ROOT, Team, TeamError
+from paceline.transport.keys import FILE_VARIABLE, new_job_key
+from tests.hosts.namespaces import Host, missing, some_hosts
+
+_DDP = "ddp"
+_WAYS = {
+    _DDP: Way(_DDP, "DistributedDataParallel, gloo", "ddp"),
+    "plain": Way("plain", "paceline sync, no encryption", "elsewhere"),
+    "tls": Way("tls", "paceline sync, TLS 1.3", "elsewhere"),
+}
+_JOBS = ("mlp", "gpt", "sparse")
+_PORT = 29600
+_SIZES_MB = (25.0, 100.0)
+_LEAST_S = 1.0  # a bare socket is measured for so long
+
+
+@dataclass(frozen=True)
+class Spread:
+    median: float
+    lower_quartile: float
+    min: float
+    max: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way on one job. ``x_ddp``: times DDP's rate in the same round. ``wire``: see the module's docstring."""
+
+    samples_per_s: list[float]
+    x_ddp: Spread | None
+    wire: Spread
+
+
+@dataclass(frozen=True)
+class Table:
+    job: str
+    hosts: int
+    workers: int
+    rate: str
+    bare_mb_s: float
+    rows: dict[str, Row]
+
+
+class HostTeam(Team):
+    """The processes of one way, ``workers`` on each host."""
+
+    def __init__(self, way: Way, job: str, directory: Path, hosts: Sequence[Host], port: int) -> None:
+        self._hosts, self._port, self._directory = hosts, port, directory
+        super().__init__(way, job, directory)
+
+    def _start(self, job: str, rank: int) -> subprocess.Popen[bytes]:
+        each = self.way.workers // len(self._hosts)
+        host = self._hosts[rank // each]
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "GLOO_SOCKET_IFNAME": host.interface,
+            "PYTHONPATH": ROOT,
+            "RANK": str(rank),
+            "WORLD_SIZE": str(self.way.workers),
+            "LOCAL_WORLD_SIZE": str(each),
+            "MASTER_ADDR": self._hosts[0].address,
+            "MASTER_PORT": str(self._port),
+            "PACELINE_RUNS": str(self._directory / "runs"),
+        }
+        if self.way.name == "tls":
+            environment[FILE_VARIABLE] = str(self._directory / "job.key")
+        else:
+            environment["PACELINE_INSECURE"] = "1"
+        with self._log(rank).open("wb") as log:
+            return subprocess.Popen(
+                [
+                    *host.inside,
+                    *(sys.executable, "-m", "benchmarks.rivals"),
+                    *(f"{self.way.kind}@{self.way.workers}", job, str(rank), str(self._path)),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                process_group=0,
+                env=environment,
+            )
+
+    def _signal_restless(self, number: signal.Signals) -> None:
+        """Nobody is stopped: links would be given up, and what looks around does so 10 times a second."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = _parse(argv)
+    why = missing()
+    cores = cores_apart()
+    if why:
+        print(f"error: {why}", file=sys.stderr)
+        return 2
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    os.sched_setaffinity(0, cores)
+    machine = {
+        "cpu": platform.processor() or platform.machine(),
+        "cores": len(cores),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "rounds": options.rounds,
+        "seconds": options.seconds,
+    }
+    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    tables: list[Table] = []
+    moved: dict[str, list[wire.Row]] = {}
+    try:
+        for count in options.hosts:
+            with some_hosts(count) as hosts:
+                for rate in options.rates:
+                    for host in hosts:
+                        host.slow(rate)
+                    bare_mb_s = _in_child(_bare_rate, hosts)
+                    if options.sizes and count == min(options.hosts):
+                        moved[rate] = _in_child(_push_and_pull, hosts, options.sizes, options.rounds)
+                        print(f"\n{rate}: push and pull\n" + "\n".join(_wire_lines(moved[rate])), flush=True)
+                    for job in options.jobs:
+                        table = _measure(job, hosts, options, rate, bare_mb_s)
+                        tables.append(table)
+                        print("\n".join(_lines(table)), flush=True)
+    except TeamError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    if options.json:
+        told = {rate: [asdict(row) for row in rows] for rate, rows in moved.items()}
+        print(json.dumps({"machine": machine, "push_pull": told, "jobs": [asdict(table) for table in tables]}))
+    return 0
+
+
+def _parse(argv: Sequence[str] | None) -> Any:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--hosts", type=_numbers(int), default=[2, 4], help="how many (default 2,4)")
+    parser.add_argument("--workers", type=positive(int), default=1, help="of each host (default 1)")
+    parser.add_argument("--rates", type=lambda text: text.split(","), default=["1gbit", "100mbit"], help="as tc has it")
+    parser.add_argument("--jobs", type=names(JOBS), default=list(_JOBS), help=f"of {','.join(JOBS)}")
+    parser.add_argument("--rows", type=names(_WAYS), default=list(_WAYS), help=f"of {','.join(_WAYS)}")
+    parser.add_argument("--rounds", type=positive(int), default=5, help="slices of each way (default 5)")
+    parser.add_argument("--seconds", type=positive(float), default=2.0, help="of a slice (default 2)")
+    parser.add_argument("--sizes", type=_numbers(float), default=_SIZES_MB, help="of push/pull, MB; 0: none")
+    parser.add_argument("--json", action="store_true", help="everything as one JSON object in the last line")
+    options = parser.parse_args(argv)
+    options.sizes = [size for size in options.sizes if size]
+    return options
+
+
+def _numbers(kind: type[int] | type[float]) -> Any:
+    return lambda text: [kind(part) for part in text.split(",")]
+
+
+# --- jobs ---
+
+
+def _measure(job: str, hosts: Sequence[Host], options: Any, rate: str, bare_mb_s: float) -> Table:
+    """Raises TeamError."""
+    rates: dict[str, list[float]] = {way: [] for way in options.rows}
+    busy: dict[str, list[float]] = {way: [] for way in options.rows}
+    workers = len(hosts) * options.workers
+    with tempfile.TemporaryDirectory(prefix="hosts-") as directory, ExitStack() as stack:
+        new_job_key(Path(directory) / "job.key")
+        teams = []
+        for place, way in enumerate(options.rows):
+            team = HostTeam(replace(_WAYS[way], workers=workers), job, Path(directory), hosts, _PORT + place)
+            teams.append(stack.enter_context(team))
+            team.ready()
+        for team in teams:
+            team.warm_up(options.seconds)
+        for number in range(options.rounds):
+            first = number % len(teams)
+            for team in teams[first:] + teams[:first]:
+                before, begun_s = _carried(hosts[0]), time.monotonic()
+                rates[team.way.name].append(team.slice(options.seconds) * JOBS[job].samples)
+                took_s = time.monotonic() - begun_s
+                most = max(b - a for a, b in zip(before, _carried(hosts[0]), strict=True))
+                busy[team.way.name].append(most / took_s / 1e6 / bare_mb_s)
+    rows = {}
+    for way, own in rates.items():
+        x_ddp = _spread([a / b for a, b in zip(own, rates[_DDP], strict=True)]) if _DDP in rates else None
+        rows[way] = Row([round(rate, 2) for rate in own], x_ddp, _spread(busy[way]))
+    return Table(job, len(hosts), options.workers, rate, round(bare_mb_s, 2), rows)
+
+
+def _carried(host: Host) -> tuple[int, int]:
+    """Bytes that the interface has received, and sent."""
+    counts = Path(f"/sys/class/net/{host.outer}/statistics")
+    return int((counts / "rx_bytes").read_text()), int((counts / "tx_bytes").read_text())
+
+
+def _spread(values: list[float]) -> Spread:
+    lower = quantiles(values, n=4, method="inclusive")[0] if len(values) > 1 else values[0]
+    return Spread(*(round(number, 4) for number in (median(values), lower, min(values), max(values))))
+
+
+def _lines(table: Table) -> list[str]:
+    each = f"{table.workers} worker{'s' if table.workers > 1 else ''} each"
+    lines = [
+        f"\n{table.job}, {table.hosts} hosts, {each}, {table.rate} (a bare socket moves {table.bare_mb_s:.1f} MB/s)",
+        f"{'':38}{'samples/s':>10}{'x ddp':>8}{'lower':>7}{'range':>14}{'wire':>7}",
+    ]
+    for way, row in table.rows.items():
+        line = f"{way:8}{_WAYS[way].told:30}{median(row.samples_per_s):10,.0f}"
+        if row.x_ddp is not None:
+            span = f"{row.x_ddp.min:.2f}..{row.x_ddp.max:.2f}"
+            line += f"{row.x_ddp.median:8.2f}{row.x_ddp.lower_quartile:7.2f}{span:>14}"
+        lines.append(f"{line}{row.wire.median:7.0%}")
+    return lines
+
+
+# --- the wire ---
+
+
+def _in_child(work: Any, hosts: Sequence[Host], *arguments: Any) -> Any:
+    """What ``work(hosts, ...)`` returns in a process on the first host."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    child = context.Process(target=_child, args=(there, hosts[0].namespace, work, hosts, *arguments))
+    child.start()
+    there.close()
+    answer = here.recv()
+    child.join()
+    return answer
+
+
+def _child(there: Connection, namespace: str, work: Any, *arguments: Any) -> None:
+    wire.enter(namespace)
+    there.send(work(*arguments))
+
+
+def _bare_rate(hosts: Sequence[Host]) -> float:
+    """MB/s that one TCP socket drives out of the first host's interface, by the kernel's count."""
+    door = socket.create_server((hosts[0].address, 0))
+    port = door.getsockname()[1]
+    taking = multiprocessing.get_context("spawn").Process(
+        target=_take_all, args=(hosts[1].namespace, hosts[0].address, port)
+    )
+    taking.start()
+    sock, _ = door.accept()
+    with sock, open(f"/proc/self/net/dev") as _:
+        data = bytes(2**20)
+        for _ in range(4):
+            sock.sendall(data)
+        before, begun_s = _sent(hosts[0]), time.monotonic()
+        while time.monotonic() < begun_s + _LEAST_S:
+            sock.sendall(data)
+        rate = (_sent(hosts[0]) - before) / (time.monotonic() - begun_s) / 1e6
+    taking.join()
+    return rate
+
+
+def _sent(host: Host) -> int:
+    for line in Path("/proc/self/net/dev").read_text().splitlines():
+        name, _, numbers = line.partition(":")
+        if name.strip() == host.interface:
+            return int(numbers.split()[8])
+    raise LookupError(host.interface)
+
+
+def _take_all(namespace: str, host: str, port: int) -> None:
+    wire.enter(namespace)
+    view = memoryview(bytearray(2**20))
+    with socket.create_connection((host, port)) as sock:
+        while sock.recv_into(view):
+            pass
+
+
+def _push_and_pull(hosts: Sequence[Host], sizes: Sequence[float], rounds: int) -> list[wire.Row]:
+    rows: list[wire.Row] = []
+    for secure in (False, True):
+        most = int(max(sizes) * 1e6)
+        there = {"host": hosts[1].address, "namespace": hosts[1].namespace}
+        with wire.rivals(secure, most, wire.PIECE_BYTES, **there) as (link, bare):
+            rows += [wire.measured(size, secure, link, bare, rounds) for size in sizes]
+    return rows
+
+
+def _wire_lines(rows: Sequence[wire.Row]) -> list[str]:
+    lines = [f"{'':14}{'link MB/s':>12}{'bare MB/s':>12}{'link / bare':>14}"]
+    for row in rows:
+        named = f"{'tls' if row.secure else 'plain'} {row.size_mb:g} MB"
+        spread = f"{row.ratio:.2f} ({row.ratio_low:.2f} to {row.ratio_high:.2f})"
+        lines.append(f"{named:14}{row.link_mb_s:12,.1f}{row.bare_mb_s:12,.1f}   {spread}")
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())
