@@ -18,6 +18,7 @@ All workers, of all hosts, share this machine's two cores, one thread each.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -52,7 +53,7 @@ _WAYS = {
     "tls": Way("tls", "paceline sync, TLS 1.3", "elsewhere"),
 }
 _JOBS = ("mlp", "gpt", "sparse")
-_PORT = 29600
+_PORT, _ports = 29600, itertools.count()  # a store may outlive its job for a moment
 _SIZES_MB = (25.0, 100.0)
 _LEAST_S = 1.0  # a bare socket is measured for so long
 
@@ -204,8 +205,9 @@ def _measure(job: str, hosts: Sequence[Host], options: Any, rate: str, bare_mb_s
     with tempfile.TemporaryDirectory(prefix="hosts-") as directory, ExitStack() as stack:
         new_job_key(Path(directory) / "job.key")
         teams = []
-        for place, way in enumerate(options.rows):
-            team = HostTeam(replace(_WAYS[way], workers=workers), job, Path(directory), hosts, _PORT + place)
+        for way in options.rows:
+            port = _PORT + next(_ports)
+            team = HostTeam(replace(_WAYS[way], workers=workers), job, Path(directory), hosts, port)
             teams.append(stack.enter_context(team))
             team.ready()
         for team in teams:
@@ -280,7 +282,7 @@ def _bare_rate(hosts: Sequence[Host]) -> float:
     )
     taking.start()
     sock, _ = door.accept()
-    with sock, open(f"/proc/self/net/dev") as _:
+    with sock, open("/proc/self/net/dev") as _:
         data = bytes(2**20)
         for _ in range(4):
             sock.sendall(data)

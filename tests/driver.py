@@ -9,14 +9,15 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from paceline.config import Job
 from paceline.engine.context import Context
 from paceline.engine.deputy import deputize
-from paceline.engine.remote import Line, RemoteWorker
+from paceline.engine.line import Line
+from paceline.engine.remote import RemoteWorker
 from paceline.engine.server import serve
 from paceline.engine.setup import Door
 from paceline.protocol import messages, remote
@@ -32,6 +33,7 @@ from paceline.protocol.link import Peer
 from paceline.run.session import Run
 from paceline.transport import segment
 from paceline.transport.board import Aborted, Board
+from paceline.transport.borrow import this_host
 from paceline.transport.channel import Channel, Closed
 from paceline.transport.connect import connect
 from paceline.transport.ends import End
@@ -54,11 +56,17 @@ _finished: list[Any] = []  # jobs are kept: CPython 3.11 has been seen to crash 
 
 
 def run_job(
-    body: Callable[[Run], Any], *, workers: int = 2, servers: int = 0, elsewhere: bool = ELSEWHERE, **options: Any
+    body: Callable[[Run], Any],
+    *,
+    workers: int = 2,
+    servers: int = 0,
+    elsewhere: bool = ELSEWHERE,
+    hosts: Sequence[str] = (),
+    **options: Any,
 ) -> list[Any]:
     """What ``body(run)`` returned in each worker, by rank. Raises what a worker raised first, or Failed.
 
-    ``elsewhere``: each worker is a stub with a deputy, over a link.
+    ``elsewhere``: each worker is a stub with a deputy, over a link; ``hosts``: on the host of that name, "" is home's.
     """
     job = Job(name="test", workers=workers, servers=servers, **options)
     board_fd = Board.create(workers, servers, places=(job.places, job.server_places))
@@ -91,7 +99,7 @@ def run_job(
             if role == "server":
                 serve(context)
             elif elsewhere:
-                results[rank] = _live_elsewhere(context, body)
+                results[rank] = _live_elsewhere(context, body, [name or this_host() for name in hosts])
             else:
                 run = Run(context)
                 _finished.append(run)
@@ -152,7 +160,7 @@ def run_job(
     return [results[rank] for rank in range(workers)]
 
 
-def _live_elsewhere(context: Context, body: Callable[[Run], Any]) -> Any:
+def _live_elsewhere(context: Context, body: Callable[[Run], Any], hosts: Sequence[str]) -> Any:
     """The deputy in a thread of its own, and its worker here."""
     readable, writable = os.pipe()
     raised: list[BaseException] = []
@@ -180,7 +188,7 @@ def _live_elsewhere(context: Context, body: Callable[[Run], Any]) -> Any:
         place=line.mail.place,
         credentials=Credentials.issue(_KEY),
     )
-    worker = RemoteWorker(connect(end, ("127.0.0.1", port)), line, context.rank)
+    worker = RemoteWorker(connect(end, ("127.0.0.1", port)), line, context.rank, hosts)
     run = Run(None, worker)
     _finished.append(run)
     try:

@@ -36,6 +36,8 @@ class Collectives:
         self._lock = context.lock
         self.number = 0
         self.before: Callable[[], None] = lambda: None  # called by who comes to one
+        self.keeps = False  # is the descriptor of what was asked for last to be kept, as ``kept``?
+        self.kept = -1
         self.departed = False  # has this worker left, so that it takes part in none any more?
         self.takes_part = not context.board.deaths[context.rank]  # a newcomer, from when it has caught up
 
@@ -72,6 +74,8 @@ class Collectives:
         if self.takes_part:
             self._board.parked[self._rank] = NOT_PARKED
         memory = segment.attach(descriptors[0])
+        if self.keeps:
+            self.kept = os.dup(descriptors[0])
         for descriptor in descriptors:
             os.close(descriptor)
         return memory, message.spec

@@ -13,6 +13,7 @@ import contextlib
 import os
 import queue
 import select
+import signal
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -20,11 +21,13 @@ import msgspec
 import torch
 from torch import nn, optim
 
-from paceline.config import Local
+from paceline.config import Local, Sync
 from paceline.data.passes import Leases
 from paceline.engine.context import Context
 from paceline.engine.exchange import Exchange
+from paceline.engine.forward import Forward
 from paceline.engine.mail import PATIENCE, Mail, send, send_document
+from paceline.engine.mirror import arithmetic
 from paceline.engine.setup import Door, encode_job
 from paceline.engine.worker import Worker
 from paceline.errors import ConfigError, HostError, PacelineError, WorkersLost
@@ -33,6 +36,7 @@ from paceline.params.table import DTYPES, Entry, Table
 from paceline.protocol import messages, remote
 from paceline.protocol.link import Peer
 from paceline.transport.board import Aborted
+from paceline.transport.borrow import this_host
 from paceline.transport.channel import Closed
 from paceline.transport.ends import End, Ended, Joined, LinkEnded, Received
 from paceline.transport.keys import JobKey
@@ -54,7 +58,7 @@ def deputize(context: Context, door: Door, report: int, key: JobKey | None, made
         me=Peer(context.rank, "deputy"),
         job=door.job,
         messages=remote.Any_,
-        sink=mail.events.put,
+        sink=mail.sink,
         place=mail.place,
         credentials=None if key is None else Credentials.issue(key),
         insecure=door.insecure,
@@ -65,8 +69,9 @@ def deputize(context: Context, door: Door, report: int, key: JobKey | None, made
     link = _await_worker(context, mail, door.starter)
     worker = Worker(context)
     made(worker)
+    deputy = _Deputy(context, worker, link, mail)
     try:
-        _Deputy(context, worker, link, mail).serve()
+        deputy.serve()
     except (Aborted, Closed) as stopped:
         _say_stop(context, link, str(stopped))
         raise
@@ -76,6 +81,7 @@ def deputize(context: Context, door: Door, report: int, key: JobKey | None, made
         _say_stop(context, link, f"its deputy at home failed: {error}")
         raise
     finally:
+        deputy.stop()
         link.close()
         listener.close()
 
@@ -120,19 +126,32 @@ def _say_stop(context: Context, link: Link, reason: str) -> None:
 class _Deputy:
     def __init__(self, context: Context, worker: Worker, link: Link, mail: Mail) -> None:
         self._context, self._worker, self._link, self._mail = context, worker, link, mail
-        self._local = isinstance(context.job.pace, Local)
+        self._local, self._in_slots = isinstance(context.job.pace, Local), isinstance(context.job.pace, Sync)
         self._mode = nn.Module()  # stands for the script's models: in training mode or not
         worker.knows([self._mode])
         self._marks = 0
         worker.passes.marks = lambda: self._marks
         self._gradients: list[dict[str, torch.Tensor]] = []  # by exchange, as they have come
         self._tables: list[dict[int, torch.Tensor]] = []  # by exchange: those with sparse rows, as the worker has them
+        self._process = -1  # the worker's, as a descriptor, if it is on this host
         self._told: list[int] = []  # by exchange: the number of the values that the worker has
         self._buffers: list[list[torch.Tensor]] = []
         self._averaged = 0  # passes after which the worker was told the buffers
         self._leases: dict[int, Leases] = {}
         self._finished = False
         self._sent_bytes = self._counted_bytes = 0
+        self._kinds: list[str] = []  # by exchange: where the worker's parameters lie
+        self._forwards: dict[int, Forward] = {}  # by exchange, of those with a mirror
+        mail.on_took = self._take
+
+    def stop(self) -> None:
+        for forward in self._forwards.values():
+            forward.stop()
+
+    def _take(self, told: remote.Took) -> None:
+        """The link's thread: a mirror has stepped a round."""
+        if told.exchange in self._forwards:
+            self._forwards[told.exchange].took(told.number)
 
     def serve(self) -> None:
         while not self._finished:
@@ -161,6 +180,11 @@ class _Deputy:
                         link.end(f"worker {self._context.rank} has come already")
 
     def _lost(self, reason: str) -> WorkersLost:
+        """The worker is given up. One that maps this memory is killed first: it may be stopped, and write later."""
+        if self._process >= 0 and remote.HOME in self._kinds:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._process, signal.SIGKILL)
+            select.select([self._process], [], [], _LAST_WORD_S)
         return WorkersLost(
             f"worker {self._context.rank} is lost: {reason}",
             why="its process has ended, its host is down, or the network between is cut",
@@ -226,10 +250,20 @@ class _Deputy:
     def _do(self, request: remote.Request) -> Any:
         worker, passes = self._worker, self._worker.passes
         match request:
-            case remote.Who():
-                return {"job": encode_job(self._context.job), "directory": str(self._context.directory)}
+            case remote.Who(host=host, pid=pid):
+                if host == this_host() and pid != os.getpid():
+                    with contextlib.suppress(ProcessLookupError):
+                        self._process = os.pidfd_open(pid)
+                # A descriptor that the worker may try to open, as it would open that of an exchange's memory.
+                home = (os.getpid(), os.memfd_create("paceline-door")) if host == this_host() else None
+                return {
+                    "job": encode_job(self._context.job),
+                    "directory": str(self._context.directory),
+                    "arithmetic": arithmetic(),
+                    "try": home,
+                }
             case remote.WrapOptimizer():
-                self._wrap_optimizer(request)
+                return self._wrap_optimizer(request)
             case remote.CopyFirst(table=data):
                 self._copy_first(msgspec.msgpack.decode(data, type=Table))
             case remote.WrapBuffers(table=data):
@@ -276,7 +310,7 @@ class _Deputy:
                 self._break(failure)
         return None
 
-    def _wrap_optimizer(self, request: remote.WrapOptimizer) -> None:
+    def _wrap_optimizer(self, request: remote.WrapOptimizer) -> tuple[int, int] | None:
         index = len(self._worker.exchanges)
         groups = optimizers.decode(request.settings)
         for group in groups:
@@ -296,19 +330,41 @@ class _Deputy:
         optimizer = optimizers.clone({}, _find(request.optimizer), groups)
         for place, values in self._mail.take_document("state", request.state).items():
             optimizer.state[parameters[int(place)]] = values
+        collectives, is_home = self._worker.collectives, request.memory == remote.HOME
+        collectives.keeps = is_home
         exchange = self._worker.add_exchange(optimizer, names, with_rows, share=True)
+        collectives.keeps = False
         if msgspec.msgpack.encode(exchange.spec) != request.spec:
             raise ConfigError(
                 f"{type(optimizer).__name__} is not the same at home as on worker {self._context.rank}",
                 why="made of the same settings it keeps other state there, so versions differ",
                 fix="install the same versions of torch and of the optimizer's module on all hosts",
             )
-        table = exchange.spec.table
-        self._gradients.append({v: torch.zeros(n, dtype=DTYPES[v]) for v, n in table.dense_sizes.items()})
-        for vector, tensor in self._gradients[-1].items():
-            self._mail.expect(f"gradient/{index}/{vector}", tensor)
+        self._kinds.append(request.memory)
+        self._gradients.append(self._expect(index, exchange))
         self._tables.append({})
         self._told.append(-1)
+        if request.memory == remote.MIRROR:
+            others = [worker for worker in range(self._context.job.workers) if worker != self._context.rank]
+            self._forwards[index] = Forward(exchange, index, others, others[0], self._link)
+        return (os.getpid(), collectives.kept) if is_home else None
+
+    def _expect(self, index: int, exchange: Exchange) -> dict[str, torch.Tensor]:
+        """Where gradients come: in lockstep to the slot itself, which nobody reads until they are pushed."""
+        table, slot = exchange.spec.table, exchange.memory.slots[self._context.rank]
+        if not self._in_slots:
+            vectors = {v: torch.zeros(n, dtype=DTYPES[v]) for v, n in table.dense_sizes.items()}
+        else:
+            vectors = {v: slot.gradient[v] for v in table.dense_sizes}
+            for place, area in slot.rows.items():
+                entry = table.entries[place]
+                self._mail.make_room(f"numbers/{index}/{place}", area[1:])
+                self._mail.make_room(
+                    f"values/{index}/{place}", slot.gradient[entry.vector][entry.offset :][: entry.size]
+                )
+        for vector, tensor in vectors.items():
+            self._mail.expect(f"gradient/{index}/{vector}", tensor)
+        return vectors
 
     def _copy_first(self, table: Table) -> None:
         tensors = [_empty(entry) for entry in table.entries]
@@ -383,7 +439,7 @@ class _Deputy:
         table, vectors = self._exchange(index).spec.table, self._gradients[index]
         return [None if entry.row else table.view(entry, vectors[entry.vector]) for entry in table.entries]
 
-    def _give(self, index: int, mask: bytes, unique: dict[int, bool]) -> None:
+    def _give(self, index: int, mask: bytes, counts: dict[int, int]) -> None:
         """Give the parameters in ``mask`` their gradients, and the others none."""
         exchange = self._exchange(index)
         _forget(exchange)
@@ -393,17 +449,31 @@ class _Deputy:
         if len(mask) != len(entries):
             raise ConfigError(f"{len(mask)} gradients have come for {len(entries)} parameters")
         for place, view in enumerate(self._views(index)):
-            parameter, row = exchange.parameters[place], entries[place].row
+            parameter = exchange.parameters[place]
             if not mask[place]:
                 continue
             if view is not None:
                 parameter.grad = view
                 continue
-            numbers = self._mail.take(f"numbers/{index}/{place}", torch.int64)
-            values = self._mail.take(f"values/{index}/{place}", parameter.dtype).view(-1, row)
+            numbers, values = self._rows_of(index, place, counts[place])
             if len(numbers) != len(values):
                 raise ConfigError(f"{len(values)} rows have come with {len(numbers)} numbers")
-            parameter.grad = rows.gradient_of(rows.Rows(numbers, values, unique[place]), parameter.shape)
+            parameter.grad = rows.gradient_of(rows.Rows(numbers, values, counts[place] >= 0), parameter.shape)
+
+    def _rows_of(self, index: int, place: int, signed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The numbers and values of rows that have come."""
+        exchange, count = self._exchange(index), abs(signed)
+        entry = exchange.spec.table.entries[place]
+        if not self._in_slots:
+            numbers = self._mail.take(f"numbers/{index}/{place}", torch.int64)
+            return numbers, self._mail.take(f"values/{index}/{place}", DTYPES[entry.dtype]).view(-1, entry.row)
+        slot = exchange.memory.slots[self._context.rank]
+        area = slot.rows[place]
+        if count >= len(area):
+            raise ConfigError(f"{count} rows have come of a table of {entry.rows}")
+        area[0] = signed
+        values = slot.gradient[entry.vector][entry.offset : entry.offset + count * entry.row]
+        return area[1 : count + 1], values.view(-1, entry.row)
 
     def _take_buffers(self) -> None:
         """The worker's own have come before a pass ends."""
@@ -419,11 +489,17 @@ class _Deputy:
         worker, passes = self._worker, self._worker.passes
         if self._finished:
             return remote.Status(over=worker.over, step=worker.step_number)
-        fresh = {}
+        fresh, follow = {}, {}
         for index, exchange in enumerate(worker.exchanges[: len(self._told)]):
-            if not exchange.in_period and self._is_due(request, index, exchange):
+            if exchange.in_period or not self._is_due(request, index, exchange):
+                continue
+            told = self._follow(index, exchange)
+            if told is None:
                 fresh[index] = self._send_newest(index, exchange)
-        travelled = self._sent_bytes + self._mail.received_bytes
+            else:
+                follow[index] = told
+        forwarded = sum(forward.sent_bytes for forward in self._forwards.values())
+        travelled = self._sent_bytes + self._mail.received_bytes + forwarded
         worker.progress.row.bytes_sent += travelled - self._counted_bytes
         self._counted_bytes = travelled
         buffers = bool(self._buffers) and worker.progress.passes > self._averaged
@@ -442,20 +518,37 @@ class _Deputy:
             periods=[0 if e.inner is None else e.inner.steps for e in worker.exchanges],
             fresh=fresh,
             buffers=buffers,
+            follow=follow,
         )
+
+    def _follow(self, index: int, exchange: Exchange) -> remote.Follow | None:
+        """What a mirror is told of the round that it has to step to be the newest, if that is one."""
+        if index not in self._forwards or self._told[index] != exchange.number - 1:
+            return None
+        told = self._forwards[index].follow(exchange.number)
+        if told is not None:
+            self._told[index] = exchange.number
+        return told
 
     def _is_due(self, request: remote.Request, index: int, exchange: Exchange) -> bool:
         """May its values be others than those that the worker has?"""
         match request:
             case remote.Step(exchange=stepped):
-                return index == stepped
+                return index == stepped and (index not in self._forwards or exchange.number != self._told[index])
             case remote.WrapOptimizer():
                 return self._told[index] < 0
             case remote.Load(exchange=loaded):
                 return index == loaded
-            case remote.Meet() | remote.More() | remote.End():
+            case remote.Meet() | remote.More() | remote.End() if not self._in_slots:
                 return True
-            case remote.Begin() | remote.Barrier() | remote.CopyFirst() | remote.WrapLoader():
+            case (
+                remote.More()
+                | remote.End()
+                | remote.Begin()
+                | remote.Barrier()
+                | remote.CopyFirst()
+                | remote.WrapLoader()
+            ):
                 return exchange.number != self._told[index]
         return False
 
@@ -463,8 +556,14 @@ class _Deputy:
         """Send them; of parameters whose gradients are sparse rows, those rows that have changed. Which those are."""
         table, vectors = exchange.spec.table, exchange.newest()
         self._told[index] = exchange.number
-        for vector in table.dense_sizes:
+        if self._kinds[index] == remote.HOME:
+            return []  # they lie where the worker sees them
+        for vector in table.sizes if index in self._forwards else table.dense_sizes:
             self._sent_bytes += send(self._link, f"parameters/{index}/{vector}", vectors[vector])
+        if index in self._forwards:
+            self._sent_bytes += send(self._link, f"state/{index}", exchange.memory.state_bytes())
+            self._forwards[index].took(exchange.number)
+            return []
         known, changed_tables = self._tables[index], []
         for place, entry in enumerate(table.entries):
             if not entry.row:

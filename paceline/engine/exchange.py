@@ -61,6 +61,11 @@ class Exchange:
         return self._meeting.number
 
     @property
+    def memory(self) -> ExchangeMemory:
+        """Where all of it lies."""
+        return self._memory
+
+    @property
     def in_rounds(self) -> Rounds | None:
         """The rounds, where the pace has them."""
         return self._meeting if isinstance(self._meeting, Rounds) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,8 +11,8 @@ import torch
 from paceline.params.packing import Tensors, pack, unpack
 from paceline.params.table import DTYPES, dtype_name
 from paceline.protocol.link import Patience
-from paceline.protocol.remote import Piece
-from paceline.transport.ends import Event
+from paceline.protocol.remote import Piece, Took
+from paceline.transport.ends import Event, Received
 from paceline.transport.link import Link
 
 # A host that is cut off, or a process that was killed, is lost within 8 s.
@@ -26,6 +27,8 @@ class Mail:
     def __init__(self) -> None:
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._places: dict[str, memoryview] = {}
+        self._rooms: dict[str, memoryview] = {}
+        self.on_took: Callable[[Took], None] = lambda took: None
         self._boxes: dict[str, bytearray] = {}
         self.received_bytes = 0
 
@@ -33,6 +36,17 @@ class Mail:
         """From now on arrays of this name go straight into ``tensor``, which nobody may be using when they come."""
         if tensor.numel():
             self._places[what] = as_bytes(tensor)
+
+    def make_room(self, what: str, tensor: torch.Tensor) -> None:
+        """As ``expect``, for arrays that are at most as large."""
+        self._rooms[what] = as_bytes(tensor)
+
+    def sink(self, event: Event) -> None:
+        """For a link's end. A Took is told at once: the thread that works may be waiting for what it sets free."""
+        if isinstance(event, Received) and isinstance(event.message, Took):
+            self.on_took(event.message)
+        else:
+            self.events.put(event)
 
     def take(self, what: str, dtype: torch.dtype) -> torch.Tensor:
         """An array that has come and was not expected, flat."""
@@ -53,6 +67,8 @@ class Mail:
         if not isinstance(message, Piece):
             return None
         home = self._places.get(message.what)
+        if home is None and 0 < message.total <= len(self._rooms.get(message.what, b"")):
+            home = self._rooms[message.what][: message.total]
         if home is None:
             box = self._boxes.get(message.what)
             if box is None or (message.start == 0 and len(box) != message.total):
@@ -69,10 +85,16 @@ class Mail:
 
 def send(link: Link, what: str, tensor: torch.Tensor) -> int:
     """Send a tensor, which must not be changed until the peer has answered; its bytes. Raises LinkEnded."""
+    return send_range(link, what, tensor, 0, tensor.numel())
+
+
+def send_range(link: Link, what: str, tensor: torch.Tensor, first: int, end: int) -> int:
+    """The same of values ``[first, end)`` of it."""
     data = as_bytes(tensor)
-    for start in range(0, len(data), _PIECE_BYTES):
-        link.send(Piece(what, start, len(data)), data[start : start + _PIECE_BYTES])
-    return len(data)
+    first, end = first * tensor.element_size(), end * tensor.element_size()
+    for start in range(first, end, _PIECE_BYTES):
+        link.send(Piece(what, start, len(data)), data[start : min(start + _PIECE_BYTES, end)])
+    return end - first
 
 
 def send_document(link: Link, prefix: str, value: Any) -> Any:

@@ -9,12 +9,9 @@ that does, so that a step is one round trip.
 
 from __future__ import annotations
 
-import mmap
 import os
-import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,28 +21,27 @@ from torch import nn, optim
 from torch.utils.data import DataLoader, IterableDataset
 
 from paceline import errors
-from paceline.config import Job, Local, Quorum, Sync
+from paceline.config import Job, Sync
 from paceline.data.loader import Count, share
 from paceline.data.part import Part
 from paceline.engine import clipping
-from paceline.engine.exchange import make_inner
+from paceline.engine.early import Bucket
 from paceline.engine.keeping import Keeper
-from paceline.engine.mail import Mail, send, send_document
+from paceline.engine.line import Line
+from paceline.engine.mail import send_range
 from paceline.engine.meeting import Push
-from paceline.engine.passes import gradient_marks
-from paceline.engine.replica import Replica
+from paceline.engine.mirror import arithmetic
+from paceline.engine.remote_exchange import RemoteExchange
+from paceline.engine.remote_passes import RemotePasses
 from paceline.engine.setup import decode_job
-from paceline.engine.spec import describe
 from paceline.errors import ConfigError, HostError, PacelineError
 from paceline.params import optimizers
 from paceline.params.table import tabulate
 from paceline.protocol import messages, remote
-from paceline.transport.ends import Ended, Event, LinkEnded, Received
+from paceline.transport.borrow import can_borrow, this_host
+from paceline.transport.ends import LinkEnded
 from paceline.transport.link import Link
-from paceline.transport.slots import ExchangeMemory, size_bytes
 
-STOPPED = 75  # the exit status of a worker that was told to stop, or has lost home
-_GRACE_S = 2.0  # for the script to come to its next call
 _MOST_NOTES = 1000
 
 
@@ -54,7 +50,8 @@ class RemoteWorker:
 
     is_behind = False  # there are no newcomers among workers elsewhere
 
-    def __init__(self, link: Link, line: Line, rank: int) -> None:
+    def __init__(self, link: Link, line: Line, rank: int, hosts: Sequence[str] = ()) -> None:
+        """``hosts``: on which host each worker is, by rank; none: all are on this one."""
         self.rank, self._link, self._line, self._mail = rank, link, line, line.mail
         self._status = remote.Status()
         self._notes: list[remote.Note] = []
@@ -62,8 +59,10 @@ class RemoteWorker:
         self._buffers: list[list[torch.Tensor]] = []
         self.is_over = False  # has it said that it has finished, or failed?
         self.passes = RemotePasses(self)
-        told = self._ask(remote.Who())
+        told = self._ask(remote.Who(hosts[rank] if hosts else this_host(), os.getpid()))
         self.job: Job = decode_job(told["job"])
+        self._are_apart = len(set(hosts)) > 1
+        self._kind = self._choose_memory(told["try"], same_bits=told["arithmetic"] == arithmetic())
         self.directory = Path(told["directory"])
         self._part = Part(
             *((0, 1) if self.job.data == "own" else (rank, self.job.workers)),
@@ -72,6 +71,14 @@ class RemoteWorker:
         )
         self.collectives = _Collectives(self)
         self.saving = _Saving()
+
+    def _choose_memory(self, home: tuple[int, int] | None, *, same_bits: bool) -> str:
+        """Where parameters are to lie. ``home``: a descriptor of one of its processes, if it is on this host."""
+        if not isinstance(self.job.pace, Sync) or self.job.servers:
+            return remote.OWN
+        if home is not None and can_borrow(*home):
+            return remote.HOME
+        return remote.MIRROR if self._are_apart and self.job.workers == 2 and same_bits else remote.OWN
 
     @property
     def num_workers(self) -> int:
@@ -106,7 +113,7 @@ class RemoteWorker:
         """As ``Worker.add_exchange``: a collective. Raises ConfigError."""
         _check(optimizer)
         exchange = RemoteExchange(optimizer, names, with_rows, self.job, len(self._exchanges), share=share)
-        exchange.expect(self._mail)
+        exchange.lay_out(self._mail, self._kind, self.rank)
         groups = [g for g, group in enumerate(optimizer.param_groups) for _ in group["params"]]
         if self.rank == 0:
             for place, parameter in enumerate(exchange.parameters):
@@ -122,12 +129,18 @@ class RemoteWorker:
             ],
             state=self._line.put_document(self._link, "state", state),
             spec=msgspec.msgpack.encode(exchange.spec),
+            memory=self._kind,
         )
         self._exchanges.append(exchange)
-        self._ask(request)
+        place = self._ask(request)
+        if self._kind == remote.HOME:
+            exchange.attach(tuple(place), self.rank)
         exchange.adopt(lambda: self._show_state(exchange))
         if isinstance(self.job.pace, Sync):
             clipping.register(self)
+            if self._are_apart:
+                exchange.send_early(self._tell_early)
+                exchange.replica.before_rewriting = self._await_home
         return exchange
 
     def add_store(self, optimizer: optim.Optimizer, names: dict[int, str]) -> NoReturn:
@@ -170,6 +183,7 @@ class RemoteWorker:
         one = self._exchanges[index]
         if self.over:
             self._ask(remote.Step(index, void, b"", {}, b""))  # it has to be told where training was interrupted
+            one.stepped()
             return
         one.replica.check_unchanged()
         if one.inner is not None:
@@ -177,6 +191,7 @@ class RemoteWorker:
             return
         mask, rows = (b"", {}) if void else self._send_gradients(one)
         self._ask(remote.Step(index, void, mask, rows, one.changed_settings()))
+        one.stepped()
 
     def _local_step(self, one: RemoteExchange, *, void: bool) -> None:
         assert one.inner is not None
@@ -187,11 +202,32 @@ class RemoteWorker:
         if ends or len(self._notes) > _MOST_NOTES or (steps is not None and self.step_number >= steps):
             self._ask(remote.Meet({e.index: e.changed_settings() for e in self._exchanges}))
 
-    def _send_gradients(self, one: RemoteExchange) -> tuple[bytes, dict[int, bool]]:
-        one.replica.write_gradients()
-        for what, tensor in one.gradients():
-            self._line.put(self._link, what, tensor)
-        return bytes(one.replica.slot.mask), one.unique_rows()
+    def _send_gradients(self, one: RemoteExchange) -> tuple[bytes, dict[int, int]]:
+        rest = one.gather()
+        if not one.is_home:
+            self._put(one, rest)
+        return bytes(one.replica.slot.mask), one.rows()
+
+    def _put(self, one: RemoteExchange, some: Sequence[Bucket]) -> None:
+        with self._line.kept():
+            for what, tensor, start, stop in one.gradients(some):
+                send_range(self._link, what, tensor, start, stop)
+
+    def _tell_early(self, one: RemoteExchange, place: int) -> None:
+        """A bucket of gradients is in the slot, in the midst of backward."""
+        if one.is_home:
+            one.tell_ready(self.rank, place)
+            return
+        bucket = one.buckets[place]
+        with suppress(LinkEnded):  # the step finds it out
+            name, vector = f"gradient/{one.index}/{bucket.vector}", one.replica.slot.gradient[bucket.vector]
+            send_range(self._link, name, vector, bucket.start, bucket.stop)
+
+    def _await_home(self) -> None:
+        """Until home has all that was sent: what is sent may be written again, the same, until then."""
+        if self._kind != remote.HOME:
+            with self._line.kept():
+                self._link.flush()
 
     def norm(self, exchange: Any, chosen: bytes, order: float) -> float:
         """The norm of a gradient of this exchange over all workers; see engine/clipping.py."""
@@ -288,8 +324,7 @@ class RemoteWorker:
             note = notes[place]
             if isinstance(note, remote.LocalStep) and note.exchange == one.index and not note.void and note.bad is None:
                 one.write_local()
-                for what, tensor in one.gradients():
-                    self._line.put(self._link, what, tensor)
+                self._put(one, one.whole)
                 notes[place] = msgspec.structs.replace(note, brings=True, mask=bytes(one.replica.slot.mask))
                 return
 
@@ -301,6 +336,10 @@ class RemoteWorker:
                 exchange.inner.begin()
         for index, tables in status.fresh.items():
             self._exchanges[index].take_newest(self._mail, tables)
+        for index, told in status.follow.items():
+            self._exchanges[index].follow(told)
+            with self._line.kept():
+                self._link.send(remote.Took(index, told.number))
         if status.buffers:
             for index, tensors in enumerate(self._buffers):
                 self._take(tensors, f"averaged/{index}")
@@ -309,203 +348,6 @@ class RemoteWorker:
         with torch.no_grad():
             for place, tensor in enumerate(tensors):
                 tensor.copy_(self._mail.take(f"{name}/{place}", tensor.dtype).view(tensor.shape))
-
-
-class RemoteExchange:
-    """One wrapped optimizer: its parameters in memory of this process, laid out as at home."""
-
-    def __init__(
-        self,
-        optimizer: optim.Optimizer,
-        names: dict[int, str],
-        with_rows: set[int],
-        job: Job,
-        index: int,
-        *,
-        share: bool,
-    ) -> None:
-        optimizers.check(optimizer)
-        self.optimizer, self.index, self._pace = optimizer, index, job.pace
-        self.parameters: list[nn.Parameter] = [p for g in optimizer.param_groups for p in g["params"]]
-        self.spec, stepped_by = describe(optimizer, names, with_rows, job, job.pace)
-        self.steps_by_itself = stepped_by is not optimizer
-        own = msgspec.structs.replace(self.spec, workers=1, servers=0, parts=0, state=())
-        self._memory = ExchangeMemory(mmap.mmap(-1, size_bytes(own)), own)
-        self.replica = Replica(optimizer, own, self._memory, 0, views=share and not isinstance(job.pace, Local))
-        self.inner = make_inner(self.replica, job.pace)
-        self._settings = optimizers.Settings(optimizer)
-
-    def expect(self, mail: Mail) -> None:
-        for vector in self.spec.table.dense_sizes:
-            mail.expect(f"parameters/{self.index}/{vector}", self._memory.params[vector])
-
-    def adopt(self, show_state: Callable[[], None]) -> None:
-        """The newest values have come: from now on the parameters lie where these come."""
-        self.replica.adopt()
-        if not self.steps_by_itself and self.inner is None:
-            self.optimizer.state.clear()
-            self.optimizer.register_state_dict_pre_hook(lambda _: show_state())
-
-    def take_newest(self, mail: Mail, tables: Sequence[int]) -> None:
-        """They have come; of these tables the rows that have changed."""
-        with torch.no_grad():
-            for place in tables:
-                entry = self.spec.table.entries[place]
-                numbers = mail.take(f"numbers/{self.index}/{place}", torch.int64)
-                shared = self.replica.shared[place]
-                shared[numbers] = mail.take(f"rows/{self.index}/{place}", shared.dtype).view(-1, entry.row)
-        self.replica.pull()
-
-    def gradients(self) -> Iterable[tuple[str, torch.Tensor]]:
-        """What is in the slot: dense vectors, and rows with their numbers; aliases."""
-        slot = self.replica.slot
-        for vector in self.spec.table.dense_sizes:
-            yield f"gradient/{self.index}/{vector}", slot.gradient[vector]
-        for place, count in self._rows().items():
-            entry = self.spec.table.entries[place]
-            values = self.spec.table.view(entry, slot.gradient[entry.vector]).view(-1)
-            yield f"numbers/{self.index}/{place}", slot.rows[place][1 : count + 1]
-            yield f"values/{self.index}/{place}", values[: count * entry.row]
-
-    def unique_rows(self) -> dict[int, bool]:
-        return {place: int(self.replica.slot.rows[place][0]) >= 0 for place in self._rows()}
-
-    def _rows(self) -> dict[int, int]:
-        """How many rows each table's gradient has, of those that have one."""
-        slot = self.replica.slot
-        return {place: abs(int(area[0])) for place, area in slot.rows.items() if slot.mask[place]}
-
-    def write_local(self) -> None:
-        """Into the slot, what local steps have come to: the parameters, or the sum that is there."""
-        assert self.inner is not None
-        if not isinstance(self._pace, Local):
-            self.inner.brought()
-            return
-        entries, vectors = self.spec.table.entries, self.replica.slot.gradient
-        with torch.no_grad():
-            for entry, parameter in zip(entries, self.parameters, strict=True):
-                self.spec.table.view(entry, vectors[entry.vector]).copy_(parameter)
-
-    def first_bad(self) -> int | None:
-        """The first parameter whose gradient is not finite."""
-        if self.replica.has_finite_gradients():
-            return None
-        gradients = [p.grad for p in self.parameters]
-        return next(i for i, g in enumerate(gradients) if g is not None and not torch.isfinite(g.to_dense()).all())
-
-    def changed_settings(self) -> bytes:
-        """The hyper-parameters of the optimizer that steps at home, if they have changed."""
-        changed = None if self.steps_by_itself else self._settings.changed()
-        return b"" if changed is None else optimizers.encode(changed)
-
-
-class RemotePasses:
-    """A ``data.loader.Passes`` that asks the deputy's."""
-
-    def __init__(self, worker: RemoteWorker) -> None:
-        self._worker = worker
-        self.models: list[nn.Module] = []
-        self._epochs: list[int] = []
-        self._skips: dict[int, int] = {}
-        self._draw_ahead: set[int] = set()
-        self._leased: dict[int, bool] = {}
-        self._verdicts: dict[int, bool] = {}
-        self._marks: tuple[int, object] = (0, None)
-
-    def add(self, loader: int, *, draws_ahead: bool) -> None:
-        """One more loader. ``draws_ahead``: batches that it has drawn need not go to the script."""
-        if draws_ahead:
-            self._draw_ahead.add(loader)
-
-    def take(self, status: remote.Status) -> None:
-        """What an answer tells of passes."""
-        if status.epochs:
-            self._epochs = status.epochs
-        for loader, counted in status.verdicts.items():
-            self._verdicts[loader] = counted or self._verdicts.get(loader, False)
-
-    @property
-    def over(self) -> bool:
-        return self._worker.over
-
-    @property
-    def may_drop(self) -> bool:
-        return isinstance(self._worker.job.pace, Quorum)
-
-    def begin(self, loader: int, length: int | None) -> bool:
-        request = remote.Begin(loader, length, self._is_training(), self._count_marks())
-        is_real, self._skips[loader], self._leased[loader] = self._worker.ask(request)
-        return bool(is_real)
-
-    def epoch(self, loader: int) -> int:
-        return self._epochs[loader] if loader < len(self._epochs) else 0
-
-    def skip(self, loader: int) -> int:
-        return self._skips[loader]
-
-    def deal(self, loader: int) -> None:
-        """Nobody comes, and who is lost takes its part along."""
-
-    def fetching(self) -> None:
-        """Only newcomers have something to do here."""
-
-    def fetched(self, loader: int) -> None:
-        self._worker.note(remote.Fetched(loader))
-
-    def border(self) -> None:
-        self._worker.note(remote.Border())
-
-    def needs_ghost(self, loader: int) -> bool:
-        return False
-
-    def drawn(self, samples: int) -> None:
-        self._worker.note(remote.Drawn(samples))
-
-    def leases(self, loader: int) -> _Leases | None:
-        if not self._leased[loader]:
-            return None
-        return _Leases(self._worker, loader, draws_ahead=loader in self._draw_ahead)
-
-    def more(self, loader: int) -> bool:
-        return bool(self._worker.ask(remote.More(loader)))
-
-    def verdict(self, loader: int) -> bool | None:
-        return self._verdicts.pop(loader, None)
-
-    def end(self, loader: int) -> None:
-        self._worker.ask(remote.End(loader, self._is_training(), self._count_marks()))
-
-    def leave(self, loader: int) -> None:
-        self._worker.note(remote.Left(loader, self._count_marks()))
-
-    def _is_training(self) -> bool:
-        return torch.is_grad_enabled() and (not self.models or any(model.training for model in self.models))
-
-    def _count_marks(self) -> int:
-        """Another number whenever a backward pass has added to a gradient."""
-        marks = gradient_marks([p for exchange in self._worker.exchanges for p in exchange.parameters])
-        if marks != self._marks[1]:
-            self._marks = (self._marks[0] + 1, marks)
-        return self._marks[0]
-
-
-class _Leases:
-    """A ``data.loader.Leases``. Each call is a round trip: whose a batch still is, is known at home alone. Where what
-    is drawn is the next that the script gets, it is begun with that."""
-
-    def __init__(self, worker: RemoteWorker, loader: int, *, draws_ahead: bool) -> None:
-        self._worker, self._loader, self._draws_ahead = worker, loader, draws_ahead
-
-    def draw(self, total: int | None, at_least: int = 0) -> int | None:
-        request = remote.DrawLease(self._loader, total, at_least, not self._draws_ahead)
-        ordinal: int | None = self._worker.ask(request)
-        return ordinal
-
-    def drop(self) -> None:
-        self._worker.ask(remote.DropLease(self._loader))
-
-    def begin(self) -> bool:
-        return not self._draws_ahead or bool(self._worker.ask(remote.BeginLease(self._loader)))
 
 
 def _draws_ahead(loader: Any) -> bool:
@@ -526,74 +368,6 @@ class _Saving:
 
     def keep_if_possible(self, item: Any) -> None:
         pass
-
-
-class Line:
-    """This process's end of the link: what comes, and what its end means. ``sink`` is called by the link's thread."""
-
-    def __init__(self, rank: int) -> None:
-        self._rank, self.mail, self.is_over = rank, Mail(), False
-        self.is_leaving = False  # the next answer is the last
-        self._said = threading.Lock()
-
-    def sink(self, event: Event) -> None:
-        """Tell of the end at once, and end a process that does not come to hear it."""
-        is_stop = isinstance(event, Received) and isinstance(event.message, remote.Stop)
-        if self.is_leaving and isinstance(event, Received) and isinstance(event.message, remote.Answer):
-            self.is_over = True  # the deputy hangs up now
-        if not self.is_over and (is_stop or isinstance(event, Ended)):
-            self._tell(event)
-        self.mail.events.put(event)
-
-    @contextmanager
-    def kept(self) -> Iterator[None]:
-        """Sending, within it, ends the process if home is lost."""
-        try:
-            yield
-        except LinkEnded as lost:
-            self.give_up(str(lost))
-
-    def put(self, link: Link, what: str, tensor: torch.Tensor) -> None:
-        with self.kept():
-            send(link, what, tensor)
-
-    def put_document(self, link: Link, prefix: str, value: Any) -> Any:
-        with self.kept():
-            return send_document(link, prefix, value)
-
-    def answer(self) -> remote.Answer:
-        while True:
-            match self.mail.events.get():
-                case Received(message=remote.Answer() as answer):
-                    return answer
-                case Received(message=remote.Stop(reason=reason)):
-                    self.give_up(reason)
-                case Ended(reason=reason):
-                    self.give_up(reason)
-
-    def give_up(self, reason: str) -> NoReturn:
-        """Raises SystemExit. Why has been told already, or is on its way."""
-        self._say(f"home is lost: {reason}")
-        self.is_over = True
-        raise SystemExit(STOPPED)
-
-    def _tell(self, event: Event) -> None:
-        if isinstance(event, Received):
-            self._say(f"told to stop: {event.message.reason}")
-        elif isinstance(event, Ended):
-            self._say(f"home is lost: {event.reason}")
-        watch = threading.Timer(_GRACE_S, self._end_by_force)
-        watch.daemon = True
-        watch.start()
-
-    def _say(self, text: str) -> None:
-        if self._said.acquire(blocking=False):  # once
-            sys.stderr.write(f"paceline: worker {self._rank} ends: {text}\n")
-            sys.stderr.flush()
-
-    def _end_by_force(self) -> None:
-        if not self.is_over:
-            os._exit(STOPPED)
 
 
 def _check(optimizer: optim.Optimizer) -> None:

@@ -12,6 +12,7 @@ GPU, with ``share_parameters=False``, or stepped locally) are copied from there.
 from __future__ import annotations
 
 import cmath
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import nn, optim
 
 from paceline.errors import ConfigError
 from paceline.params import optimizers, rows
+from paceline.params.table import same_bits
 from paceline.transport.slots import ExchangeMemory, Spec
 
 
@@ -51,6 +53,9 @@ class Replica:
         self._settings: optimizers.Settings | None = None
         self._mask = bytes(len(entries))
         self._all = bytes([1]) * len(entries)
+        self.early: set[int] = set()  # parameters whose gradients may be in the slot already
+        self.written: set[int] = set()  # those that ``write_gradients`` has written
+        self.before_rewriting: Callable[[], None] = lambda: None  # called before it writes any of the early ones
 
     def publish_parameters(self) -> None:
         """Fill the shared memory with this worker's parameters."""
@@ -115,6 +120,7 @@ class Replica:
     def write_gradients(self) -> bool:
         """Copy the gradients into the slot, and which parameters have one. Are all values finite?
 
+        Those that are there already, as ``write_early`` or a deputy's link has put them there, are not copied.
         Raises ConfigError, before anything is written, for one that does not fit its parameter.
         """
         gradients = self._given()
@@ -122,20 +128,38 @@ class Replica:
             for param, values in self._by_rows.items():
                 rows.write(self.slot.rows[param], values, gradients[param], raw=param in self._raw)
             given = {param: _dense(gradients[param]) for param in self._dense}
-            there = [gradient for gradient in given.values() if gradient is not None]
-            if there and len(there) == len(given):
-                torch._foreach_copy_(list(self._dense.values()), there, non_blocking=True)
+            others = {param: value for param, value in given.items() if not self._is_there(param, value)}
+            self.written = set(others)
+            if not self.early.isdisjoint(self.written):
+                self.before_rewriting()
+            there = [gradient for gradient in others.values() if gradient is not None]
+            if there and len(there) == len(others):
+                views = list(self._dense.values()) if len(there) == len(given) else [self._dense[p] for p in others]
+                torch._foreach_copy_(views, there, non_blocking=True)
             else:
-                for param, gradient in given.items():
+                for param, gradient in others.items():
                     if gradient is not None:
                         self._dense[param].copy_(gradient, non_blocking=True)
-                    elif self._mask[param]:
+                    elif self._mask[param] or param in self.early:
                         self._dense[param].zero_()
             self._write_mask(bytes(gradient is not None for gradient in gradients))
             self.wait_for_device()
             there = [self.slot.gradient[key] for key in self._vectors]
             there += [_rows_of(gradients[param]) for param in self._by_rows if gradients[param] is not None]
             return all(_is_finite(values) for values in there)
+
+    def write_early(self, param: int) -> None:
+        """Copy one dense gradient into the slot as soon as it is there. It may be another by the time of the step."""
+        gradient = _dense(self.parameters[param].grad)
+        if gradient is not None and gradient.shape == self._shapes[param]:
+            self._dense[param].copy_(gradient)
+            self.early.add(param)
+
+    def _is_there(self, param: int, gradient: torch.Tensor | None) -> bool:
+        if gradient is None:
+            return not (self._mask[param] or param in self.early)
+        view = self._dense[param]
+        return gradient.data_ptr() == view.data_ptr() or (param in self.early and same_bits(view, gradient))
 
     def has_finite_gradients(self) -> bool:
         """The same of the gradients where they are."""

@@ -39,6 +39,8 @@ class Rounds:
     ) -> None:
         self._memory, self._stepper, self._board, self._lock, self._rank = memory, stepper, board, lock, rank
         self._slot = memory.slots[rank]
+        # Called when a round has closed, with its number and contributors, whose slots are not written meanwhile.
+        self.on_close: Callable[[int, tuple[int, ...]], None] = lambda number, contributors: None
         self._servers = tuple(range(spec.workers, spec.workers + spec.servers))
 
     @property
@@ -65,6 +67,7 @@ class Rounds:
         else:
             contributors = board.wait(lambda: close_round(number, memory.pushed, board, memory.since)).contributors
             closed = time.monotonic()
+            self.on_close(number, contributors)
             self._stepper.step(number, contributors, contributors.index(self._rank), len(contributors))
             memory.stepped[self._rank] = number
             board.ring(self._rank)

@@ -57,15 +57,18 @@ class Shards:
 
     def weighted(self, slots: Sequence[Slot], weights: Sequence[float]) -> tuple[list[Slot], list[float]]:
         """The slots whose gradients count, and their weights; none where all pushes are void."""
-        counting = [(slot, weight) for slot, weight in zip(slots, weights, strict=True) if weight >= 0]
-        if any(weight for _, weight in counting):
-            counting = [(slot, weight) for slot, weight in counting if weight]
-        else:
-            counting = [(slot, 1.0) for slot, _ in counting]  # nobody counts samples: all count alike
-        return [slot for slot, _ in counting], [weight for _, weight in counting]
+        shares = [(slot, share) for slot, share in zip(slots, counting(weights), strict=True) if share is not None]
+        return [slot for slot, _ in shares], [share for _, share in shares]
 
     def union(self, masks: Sequence[memoryview[int]]) -> bytes | None:
         """For each parameter, does any mask have it? None: all have all."""
         if all(mask == self._all for mask in masks):
             return None
         return bytes(max(column) for column in zip(*masks, strict=True))
+
+
+def counting(weights: Sequence[float]) -> list[float | None]:
+    """By how much pushes of these weights count; None for one that does not."""
+    if any(weight > 0 for weight in weights):
+        return [weight if weight > 0 else None for weight in weights]
+    return [1.0 if weight >= 0 else None for weight in weights]  # nobody counts samples: all count alike

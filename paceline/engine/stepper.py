@@ -12,10 +12,10 @@ from paceline.transport.slots import ExchangeMemory, Slot
 
 
 class Stepper:
-    """Steps one process's shares of ``memory``, round after round."""
+    """Steps one process's shares of ``memory``, round after round. ``saves``: so that another could go on in the midst."""
 
-    def __init__(self, shards: Shards, memory: ExchangeMemory) -> None:
-        self._shards, self._memory = shards, memory
+    def __init__(self, shards: Shards, memory: ExchangeMemory, *, saves: bool = True) -> None:
+        self._shards, self._memory, self._saves = shards, memory, saves
         self._last: dict[Shard, tuple[int, int]] = {}  # the round it was stepped in, checkpoints loaded by then
 
     def step(self, number: int, contributors: tuple[int, ...], share: int, shares: int) -> None:
@@ -30,7 +30,8 @@ class Stepper:
         if slots:
             shard.fold(slots, weights)
             settings = self._shards.new_settings(shard, contributors[0])
-            mask, undo = self._shards.union([slot.mask for slot in slots]), self._memory.undo[share]
+            mask = self._shards.union([slot.mask for slot in slots])
+            undo = self._memory.undo[share] if self._saves else None
             shard.step(settings, mask, undo=undo, number=number)
 
     def norm(self, number: int, contributors: tuple[int, ...], me: int, order: float) -> float:

@@ -75,6 +75,8 @@ def write(area: torch.Tensor, values: torch.Tensor, gradient: torch.Tensor | Non
         return
     if gradient.is_sparse and gradient.sparse_dim() == 1:
         indices, rows = gradient._indices()[0], gradient._values()
+        if rows.data_ptr() == values.data_ptr():
+            return  # it is made of what is there
         raw = raw and not gradient.is_coalesced() and len(indices) < len(area)
         if not raw and not gradient.is_coalesced():
             indices, rows, _ = summed(indices, rows)

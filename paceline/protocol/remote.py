@@ -17,6 +17,11 @@ class _Said(msgspec.Struct, frozen=True, tag_field="t", array_like=True):
     """Base of all: a msgpack array that begins with the tag."""
 
 
+# Where the parameters of a worker elsewhere lie: in memory of its own, in home's, which is on the same host, or in a
+# mirror of home's, which is stepped there as home steps, with what others have pushed (docs/decisions/0017).
+OWN, HOME, MIRROR = "own", "home", "mirror"
+
+
 class Piece(_Said, frozen=True, tag=1):
     """...these bytes (the payload) belong at ``start`` of what is called ``what``, of ``total`` bytes."""
 
@@ -76,7 +81,12 @@ Note = Fetched | Drawn | Border | Left | Told | LocalStep
 
 
 class Who(_Said, frozen=True, tag=30):
-    """...who am I to be? The job's fields, and the run's directory at home."""
+    """...who am I to be? I am this process on this host. The job's fields, the run's directory at home, what
+    arithmetic home does (processor and torch), and, if home is on the same host, a process and a descriptor of it to
+    try."""
+
+    host: str
+    pid: int
 
 
 class Parameter(msgspec.Struct, frozen=True, array_like=True):
@@ -91,9 +101,11 @@ class Parameter(msgspec.Struct, frozen=True, array_like=True):
 
 
 class WrapOptimizer(_Said, frozen=True, tag=31):
-    """...share this optimizer. ``spec`` is what I take its exchange to be; ``state`` is a document (params/packing.py).
+    """...share this optimizer. ``spec`` is what I take its exchange to be; ``state`` is a document (params/packing.py);
+    ``memory`` is where my parameters are to lie.
 
-    Of worker 0 the values have come before. Answer: nothing; its newest values have come before.
+    Of worker 0 the values have come before. Answer: the process and descriptor of home's memory, to map it (HOME), or
+    nothing, and the newest values have come before; for a MIRROR with the optimizer's state.
     """
 
     optimizer: str
@@ -101,6 +113,7 @@ class WrapOptimizer(_Said, frozen=True, tag=31):
     parameters: list[Parameter]
     state: Any
     spec: bytes
+    memory: str = OWN
 
 
 class CopyFirst(_Said, frozen=True, tag=32):
@@ -170,12 +183,13 @@ class End(_Said, frozen=True, tag=41):
 
 class Step(_Said, frozen=True, tag=42):
     """...step; the gradients of the parameters in ``mask`` have come before. ``rows``: which of them are sparse rows,
-    and whether these are unique. ``settings``: the hyper-parameters, if they have changed. Nothing."""
+    and how many; negative where they are not unique. ``settings``: the hyper-parameters, if they have changed.
+    Nothing."""
 
     exchange: int
     void: bool
     mask: bytes
-    rows: dict[int, bool]
+    rows: dict[int, int]
     settings: bytes
 
 
@@ -190,7 +204,7 @@ class Norm(_Said, frozen=True, tag=44):
 
     exchange: int
     mask: bytes
-    rows: dict[int, bool]
+    rows: dict[int, int]
     chosen: bytes
     order: float
 
@@ -249,10 +263,29 @@ class Ask(_Said, frozen=True, tag=2):
     request: Request
 
 
+class Follow(msgspec.Struct, frozen=True, array_like=True):
+    """Round ``number`` is over. It was stepped with what these workers had pushed, with these weights, for the
+    parameters in these masks; what had not come before has come now. ``settings``: of the first of them, if they have
+    changed. ``loads``: checkpoints that have been loaded by then."""
+
+    number: int
+    loads: int
+    sources: list[tuple[int, float, bytes]]
+    settings: bytes
+
+
+class Took(_Said, frozen=True, tag=5):
+    """...my mirror has stepped this round: what others push in the next may come. No answer."""
+
+    exchange: int
+    number: int
+
+
 class Status(msgspec.Struct, frozen=True, array_like=True):
     """Where the worker is now. ``epochs``: by loader; ``verdicts``: whether a push of a loader's batches counted, where
     that is new; ``periods``: local steps not brought yet, by exchange; ``fresh``: exchanges whose newest values have
-    come before this, with the parameters of which only rows have; ``buffers``: so have the buffers."""
+    come before this, with the parameters of which only rows have; ``buffers``: so have the buffers; ``follow``: by
+    exchange, the round that a mirror is to step."""
 
     over: bool = False
     holds: bool = False
@@ -262,6 +295,7 @@ class Status(msgspec.Struct, frozen=True, array_like=True):
     periods: list[int] = []
     fresh: dict[int, list[int]] = {}
     buffers: bool = False
+    follow: dict[int, Follow] = {}
 
 
 class Answer(_Said, frozen=True, tag=3):
@@ -278,4 +312,4 @@ class Stop(_Said, frozen=True, tag=4):
     reason: str
 
 
-Any_ = Piece | Ask | Answer | Stop
+Any_ = Piece | Ask | Answer | Stop | Took

@@ -25,7 +25,8 @@ from paceline.engine import context as contexts
 from paceline.engine import scaling
 from paceline.engine.context import Context
 from paceline.engine.exchange import Exchange
-from paceline.engine.remote import RemoteExchange, RemoteWorker
+from paceline.engine.remote import RemoteWorker
+from paceline.engine.remote_exchange import RemoteExchange
 from paceline.engine.worker import Worker
 from paceline.errors import ConfigError, UsageError
 from paceline.params.rows import parameters_with_rows

@@ -31,12 +31,14 @@ from typing import Any
 import msgspec
 
 from paceline.config import Pace
+from paceline.engine.line import STOPPED, Line
 from paceline.engine.mail import PATIENCE
 from paceline.engine.program import Order
-from paceline.engine.remote import STOPPED, Line, RemoteWorker
+from paceline.engine.remote import RemoteWorker
 from paceline.errors import ConfigError, HostError, PacelineError
 from paceline.protocol import messages, remote
 from paceline.protocol.link import Peer
+from paceline.transport.borrow import this_host
 from paceline.transport.connect import connect
 from paceline.transport.ends import End
 from paceline.transport.keys import FILE_VARIABLE, VARIABLE, JobKey, job_key, new_job_key, read_job_key
@@ -102,6 +104,7 @@ def join(options: Mapping[str, Any]) -> RemoteWorker:
             f"to every host, set {FILE_VARIABLE}=job.key there; or {INSECURE}=1 on a network that you trust",
         )
     store = _store(place.attempt)
+    store.set(f"host/{place.rank}", this_host())
     if place.rank == 0:
         home = _Home(place, options, insecure=insecure, has_key=given is not None, store=store)
         there, key = home.place, given or home.key
@@ -122,8 +125,9 @@ def join(options: Mapping[str, Any]) -> RemoteWorker:
         patience=PATIENCE,
     )
     link = connect(end, (there.host, there.ports[place.rank]), _CONNECT_S)
-    worker = RemoteWorker(link, line, place.rank)
-    _Life(worker, home if place.rank == 0 else None).begin()
+    hosts = [store.get(f"host/{rank}").decode() for rank in range(place.world)]
+    worker = RemoteWorker(link, line, place.rank, hosts)
+    _Life(worker, home if place.rank == 0 else None, store).begin()
     return worker
 
 
@@ -253,8 +257,9 @@ def _address(master: str) -> str:
 class _Life:
     """From init to the process's end: its signals, its last words, its exit code."""
 
-    def __init__(self, worker: RemoteWorker, home: _Home | None) -> None:
+    def __init__(self, worker: RemoteWorker, home: _Home | None, store: Any) -> None:
         self._worker, self._home = worker, home
+        self._store = store  # rank 0 may serve it, and others come to it later
         self._interrupts, self._pid = 0, os.getpid()
 
     def begin(self) -> None:

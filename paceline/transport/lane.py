@@ -16,6 +16,8 @@ from paceline.transport.wire import Stream
 
 # A write that makes no progress is noticed by the piece: on a slow line a whole payload may take longer than patience.
 _WRITE_BYTES = 256 * 1024
+_WAKE_BYTES = 128 * 1024
+_RECORD_BYTES = 16 * 1024  # TLS gives out no less at once
 
 
 def prepare(sock: socket.socket, timeout_s: float, silence_s: float) -> None:
@@ -80,14 +82,33 @@ class InLane:
     def __init__(self, sock: socket.socket, on_bytes: Callable[[], None], on_wait: Callable[[], None]) -> None:
         self._sock = sock
         self._on_bytes, self._on_wait = on_bytes, on_wait
-        self.stream = Stream(self._receive_into)
+        self._least = 1
+        self.stream = Stream(self._receive_into, self._fill)
 
     def _receive_into(self, view: memoryview) -> int:
+        self._wake_at(1)
+        return self._received(view)
+
+    def _fill(self, view: memoryview) -> int:
+        """As a payload comes over a slow wire, this process is not to be woken for every packet of it: that took more
+        of a core than all else that a link does. What TLS has read and not given out yet does not wake anybody."""
+        self._wake_at(max(1, min(len(view) - _RECORD_BYTES, _WAKE_BYTES)))
+        return self._received(view)
+
+    def _wake_at(self, size_bytes: int) -> None:
+        if size_bytes != self._least:
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size_bytes)
+            self._least = size_bytes
+
+    def _received(self, view: memoryview) -> int:
         while True:
             try:
                 count = self._sock.recv_into(view)
             except TimeoutError:
-                self._on_wait()
+                if self._least > 1:
+                    self._wake_at(1)  # so slow is the wire: take what is there
+                else:
+                    self._on_wait()
             else:
                 self._on_bytes()
                 return count

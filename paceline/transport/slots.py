@@ -3,7 +3,8 @@
     words   pushed[worker], stepped[member]: the round each has pushed, and has stepped its share of; asked[worker],
             answered[worker]: the same for norms; loads[0]: checkpoints loaded over what is here; since[worker]: the
             first round, or entry of the log, that the process counts in which is this worker now; attached[worker]:
-            how many have been this worker before it; crew[0]: by how many servers the last round was stepped.
+            how many have been this worker before it; crew[0]: by how many servers the last round was stepped;
+            ready[worker]: which of its next gradient is in its slot before it is pushed (engine/early.py).
             ``workers`` and ``servers`` are how many places there are, most of them unused
     undo    an area for each who steps (of each part, where there are parts): params/undo.py
     log     where there are parts (paces quorum, bounded, async): the log (protocol/log.py), applied[part], and
@@ -32,12 +33,14 @@ from paceline.params.table import Table, lay_out, vector_dtype
 from paceline.params.undo import BLOCK_VALUES, HEADER_WORDS, Undo, area_bytes
 from paceline.protocol import log
 from paceline.protocol.partition import Piece, deal, grid
+from paceline.transport import futex
 from paceline.transport.journal import Journal
 from paceline.transport.segment import PAGE, Memory, address, page_up
 
 _WORD = 8
 _HEADER_WORDS = 32  # two halves of eight words, settings' version and length, a norm, and two places in the data
 _SETTINGS, _NORM, _PLACES = 16, 18, 24
+_COUNT_BITS = 16
 
 
 def _half(number: int) -> int:
@@ -96,7 +99,7 @@ class _Offsets:
         count = len(spec.table.entries)
         vectors = spec.table.offsets_bytes()
         self.plan = StatePlan(spec.table, spec.state, spec.blocks)
-        self.headers = (6 * spec.workers + spec.servers + 2 + 7) // 8 * 8
+        self.headers = (7 * spec.workers + spec.servers + 2 + 7) // 8 * 8
         self.log = page_up((self.headers + spec.seats * HEADER_WORDS) * _WORD)
         self.log_words = log.words_needed(spec.workers) if spec.parts else 0
         self.state = page_up(self.log + (self.log_words + spec.parts + spec.workers) * _WORD)
@@ -255,6 +258,8 @@ class ExchangeMemory:
         self.since = words[self._loads_at + 1 : self._loads_at + 1 + spec.workers]
         self.attached = words[self._loads_at + 1 + spec.workers : self._loads_at + 1 + 2 * spec.workers]
         self.crew = words[self._loads_at + 1 + 2 * spec.workers : self._loads_at + 2 + 2 * spec.workers]
+        self._ready_at = self._loads_at + 2 + 2 * spec.workers
+        self.ready = words[self._ready_at : self._ready_at + spec.workers]
         entries = memoryview(memory)[offsets.log : offsets.state].cast("Q")
         self.log = log.Log(entries[: offsets.log_words], spec.workers)
         self._log_at = offsets.log // _WORD
@@ -277,6 +282,31 @@ class ExchangeMemory:
         self.slots = [
             Slot(memory, offsets.slots + worker * offsets.slot_bytes, offsets, spec) for worker in range(spec.workers)
         ]
+
+    def state_bytes(self) -> torch.Tensor:
+        """The optimizer's state as it lies in memory (an alias)."""
+        return _carve(self._memory, torch.uint8, self._offsets.state, self._offsets.plan.size_bytes)
+
+    def tell_ready(self, worker: int, number: int, count: int) -> None:
+        """The first ``count`` buckets of what this worker is going to push in round ``number`` are in its slot."""
+        self.ready[worker] = number << _COUNT_BITS | count
+        futex.wake(self._ready_address(worker))
+
+    def count_ready(self, worker: int, number: int) -> int:
+        """As it was told; 0 for another round."""
+        word = self.ready[worker]
+        return word & (1 << _COUNT_BITS) - 1 if word >> _COUNT_BITS == number else 0
+
+    def await_ready(self, worker: int, seen: int, timeout_s: float) -> None:
+        """Sleep while the word ``ready[worker]`` is ``seen``; may return early."""
+        futex.wait(self._ready_address(worker), seen & 0xFFFFFFFF, timeout_s)
+
+    def wake_ready(self, worker: int) -> None:
+        """Wake who sleeps there, though nothing has changed."""
+        futex.wake(self._ready_address(worker))
+
+    def _ready_address(self, worker: int) -> int:
+        return address(self._memory) + (self._ready_at + worker) * _WORD
 
     def keep_journal(self, journal: Journal, segment: int) -> None:
         """From now on this process changes the log under the lock, and what it changes is journaled."""

@@ -124,11 +124,13 @@ class Stream:
     """Bytes as they arrive: small things through a buffer, payloads straight to where they belong.
 
     ``receive_into`` returns how many bytes it stored, 0 at the end of the stream. It may raise, and then the stream
-    stands where it stood.
+    stands where it stood. ``fill``, if given, does the same for what is to be filled whole, and may wait for more.
     """
 
-    def __init__(self, receive_into: Callable[[memoryview], int]) -> None:
-        self._receive_into = receive_into
+    def __init__(
+        self, receive_into: Callable[[memoryview], int], fill: Callable[[memoryview], int] | None = None
+    ) -> None:
+        self._receive_into, self._fill = receive_into, fill or receive_into
         self._buffer = memoryview(bytearray(_BUFFER_BYTES))
         self._start = self._stop = 0
 
@@ -143,7 +145,7 @@ class Stream:
             self._buffer[: len(left)] = left
             self._start, self._stop = 0, len(left)
             while self._stop < count:
-                self._stop += self._received(self._buffer[self._stop :])
+                self._stop += self._received(self._buffer[self._stop :], self._receive_into)
         self._start += count
         return self._buffer[self._start - count : self._start]
 
@@ -153,10 +155,10 @@ class Stream:
         view[:done] = self._buffer[self._start : self._start + done]
         self._start += done
         while done < len(view):
-            done += self._received(view[done:])
+            done += self._received(view[done:], self._fill)
 
-    def _received(self, view: memoryview) -> int:
-        count = self._receive_into(view)
+    def _received(self, view: memoryview, receive_into: Callable[[memoryview], int]) -> int:
+        count = receive_into(view)
         if not count:
             raise EOFError("the peer has hung up")
         return count

@@ -11,7 +11,9 @@ import torch
 from torch import nn, optim
 from torch.utils.data import DataLoader, TensorDataset
 
+from paceline.engine import early
 from paceline.errors import ConfigError
+from paceline.params.table import tabulate
 from tests.driver import run_job
 
 SAMPLES, EPOCHS = 48, 3
@@ -56,6 +58,10 @@ def train(run: Any, make: Callable[[Any], optim.Optimizer], *, norm: bool = Fals
     return [value for tensor in net.state_dict().values() for value in tensor.flatten().tolist()]
 
 
+# Where two workers are: both beside home, so that they map its memory; the second on a host of its own, so that it
+# has a mirror; both away from home, which is then a third host.
+PLACES: dict[str, tuple[str, ...]] = {"beside": ("", ""), "mirror": ("", "b"), "away": ("a", "b")}
+
 MAKES: dict[str, Callable[[Any], optim.Optimizer]] = {
     "adam": lambda p: optim.Adam(p, lr=0.01),
     "adagrad": lambda p: optim.Adagrad(p, lr=0.05, initial_accumulator_value=0.1),
@@ -63,21 +69,65 @@ MAKES: dict[str, Callable[[Any], optim.Optimizer]] = {
 }
 
 
+@pytest.mark.parametrize("hosts", PLACES.values(), ids=PLACES)
 @pytest.mark.parametrize("make", MAKES.values(), ids=MAKES)
 @pytest.mark.parametrize("options", [{}, {"servers": 1}, {"pace": "local:3"}], ids=str)
 def test_workers_elsewhere_are_local_workers_to_the_bit(
-    make: Callable[[Any], optim.Optimizer], options: dict[str, Any]
+    make: Callable[[Any], optim.Optimizer], options: dict[str, Any], hosts: tuple[str, ...]
 ) -> None:
     told = _plain(options)
-    assert run_job(lambda run: train(run, make), elsewhere=True, **told) == run_job(
+    assert run_job(lambda run: train(run, make), elsewhere=True, hosts=hosts, **told) == run_job(
         lambda run: train(run, make), elsewhere=False, **told
     )
 
 
+@pytest.mark.parametrize("hosts", PLACES.values(), ids=PLACES)
 @pytest.mark.parametrize("how", [{"norm": True}, {"clip": True}], ids=str)
-def test_so_they_are_with_batch_norm_and_with_clipping(how: dict[str, bool]) -> None:
-    both = [run_job(lambda run: train(run, MAKES["adam"], **how), elsewhere=there) for there in (True, False)]
-    assert both[0] == both[1]
+def test_so_they_are_with_batch_norm_and_with_clipping(how: dict[str, bool], hosts: tuple[str, ...]) -> None:
+    there = run_job(lambda run: train(run, MAKES["adam"], **how), elsewhere=True, hosts=hosts)
+    assert there == run_job(lambda run: train(run, MAKES["adam"], **how), elsewhere=False)
+
+
+def several(run: Any) -> list[float]:
+    """Uneven passes, gradients over two batches of which one is left out, and one that is changed after backward."""
+    net = drawn(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3), nn.Linear(3, 1)).to(torch.float64))
+    optimizer = optim.Adam(net.parameters(), lr=0.01)
+    few = TensorDataset(*(tensor[:44] for tensor in data().tensors))
+    net, optimizer, loader = run.wrap(net, optimizer, DataLoader(few, batch_size=4))
+    for _ in range(EPOCHS):
+        for number, (inputs, wanted) in enumerate(loader):
+            ((net(inputs) - wanted) ** 2).mean().backward()
+            if number == 1:
+                continue
+            if number == 3:
+                net[2].weight.grad.data.mul_(0.5)
+            if number == 4:
+                net[0].bias.grad = None
+            optimizer.step()
+            optimizer.zero_grad()
+    run.barrier()
+    return [value for parameter in net.parameters() for value in parameter.flatten().tolist()]
+
+
+@pytest.mark.parametrize("hosts", PLACES.values(), ids=PLACES)
+@pytest.mark.parametrize("bucket_bytes", [64, early.BUCKET_BYTES])
+def test_what_goes_early_does_not_count_before_the_step(
+    hosts: tuple[str, ...], bucket_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(early, "BUCKET_BYTES", bucket_bytes)
+    assert run_job(several, elsewhere=True, hosts=hosts) == run_job(several, elsewhere=False)
+
+
+@pytest.mark.parametrize("least", [1, 200, 10**6])
+def test_buckets_are_all_of_a_vector_from_its_end(least: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(early, "BUCKET_BYTES", least)
+    sizes = [40, 7, 300, 5, 64]
+    table = tabulate((f"p{n}", 0, torch.zeros(size)) for n, size in enumerate(sizes))
+    made = early.buckets(table)
+    assert [param for bucket in made for param in bucket.params] == [4, 3, 2, 1, 0]
+    assert [bucket.stop for bucket in made] == [table.sizes["float32"], *(bucket.start for bucket in made[:-1])]
+    assert made[-1].start == 0
+    assert all(4 * (bucket.stop - bucket.start) >= least for bucket in made[:-1])
 
 
 class Counting(optim.Optimizer):
@@ -148,13 +198,17 @@ def embed(run: Any, make: Callable[[Any], optim.Optimizer]) -> list[float]:
     return list(table.weight.flatten().tolist())
 
 
+@pytest.mark.parametrize("hosts", PLACES.values(), ids=PLACES)
 @pytest.mark.parametrize("kind", [optim.SGD, optim.SparseAdam, optim.Adagrad])
-def test_rows_travel_as_rows_and_give_the_same_bits(kind: Callable[..., optim.Optimizer]) -> None:
-    both = [run_job(lambda run: embed(run, lambda p: kind(p, lr=0.1)), elsewhere=there) for there in (True, False)]
-    assert both[0] == both[1]
+def test_rows_travel_as_rows_and_give_the_same_bits(
+    kind: Callable[..., optim.Optimizer], hosts: tuple[str, ...]
+) -> None:
+    there = run_job(lambda run: embed(run, lambda p: kind(p, lr=0.1)), elsewhere=True, hosts=hosts)
+    assert there == run_job(lambda run: embed(run, lambda p: kind(p, lr=0.1)), elsewhere=False)
 
 
-def test_the_optimizers_state_is_shown_and_loaded() -> None:
+@pytest.mark.parametrize("hosts", PLACES.values(), ids=PLACES)
+def test_the_optimizers_state_is_shown_and_loaded(hosts: tuple[str, ...]) -> None:
     def body(run: Any) -> tuple[float, float]:
         weight = nn.Parameter(torch.zeros(3))
         optimizer = run.wrap(optim.Adam([weight], lr=0.1))
@@ -169,10 +223,11 @@ def test_the_optimizers_state_is_shown_and_loaded() -> None:
         again = optimizer.state_dict()
         return float(state["state"][0]["step"]), float(again["state"][0]["step"])
 
-    assert run_job(body, elsewhere=True) == [(1.0, 2.0)] * 2
+    assert run_job(body, elsewhere=True, hosts=hosts) == [(1.0, 2.0)] * 2
 
 
-def test_what_a_script_loads_into_its_model_counts_for_all() -> None:
+@pytest.mark.parametrize("hosts", PLACES.values(), ids=PLACES)
+def test_what_a_script_loads_into_its_model_counts_for_all(hosts: tuple[str, ...]) -> None:
     def body(run: Any) -> float:
         net = nn.Linear(2, 1, bias=False)
         net, optimizer = run.wrap(net, optim.SGD(net.parameters(), lr=1.0))
@@ -181,7 +236,7 @@ def test_what_a_script_loads_into_its_model_counts_for_all() -> None:
         optimizer.step()
         return float(net.weight.detach().sum())
 
-    assert run_job(body, elsewhere=True) == [4.0] * 2
+    assert run_job(body, elsewhere=True, hosts=hosts) == [4.0] * 2
 
 
 def test_training_ends_after_the_same_step() -> None:
