@@ -12,7 +12,7 @@ from paceline.transport.slots import ExchangeMemory, Slot
 
 
 class Stepper:
-    """Steps one process's shares of ``memory``, round after round. ``saves``: so that another could go on in the midst."""
+    """Steps one process's shares of ``memory``, round after round. ``saves``: another may go on in the midst of it."""
 
     def __init__(self, shards: Shards, memory: ExchangeMemory, *, saves: bool = True) -> None:
         self._shards, self._memory, self._saves = shards, memory, saves
