@@ -36,6 +36,7 @@ class Forward:
         self._others, self._of = frozenset(others), early
         self._buckets = buckets(self._table)
         self._outbox: dict[int, dict[str, torch.Tensor]] = {}
+        self._rows: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}  # the same of tables: numbers, values
         self._took = self._closed = exchange.number  # the last round that the mirror has stepped, that has closed here
         self._follow: remote.Follow | None = None
         self._settings = (-1, -1)  # whose settings the mirror has, in which version
@@ -99,10 +100,15 @@ class Forward:
             if not mask[param]:
                 continue
             entry, count = self._table.entries[param], abs(int(area[0]))
-            values = slot.gradient[entry.vector][entry.offset : entry.offset + count * entry.row]
-            self.sent_bytes += send(self._link, f"{name}/count/{param}", area[:1].clone())
-            self.sent_bytes += send(self._link, f"{name}/numbers/{param}", area[1 : count + 1].clone())
-            self.sent_bytes += send(self._link, f"{name}/values/{param}", values.clone())
+            numbers = area[: count + 1].clone()  # how many, then which
+            values = slot.gradient[entry.vector][entry.offset : entry.offset + count * entry.row].clone()
+            sent = self._rows.get((worker, param))
+            if sent is not None and len(sent[0]) == len(numbers) and all(map(same_bits, sent, (numbers, values))):
+                continue
+            self._rows[worker, param] = numbers, values
+            self.sent_bytes += send(self._link, f"{name}/count/{param}", numbers[:1])
+            self.sent_bytes += send(self._link, f"{name}/numbers/{param}", numbers[1:])
+            self.sent_bytes += send(self._link, f"{name}/values/{param}", values)
 
     def _send_early(self, worker: int) -> None:
         memory, done = self._memory, (0, 0)
@@ -112,9 +118,16 @@ class Forward:
             first = done[1] if done[0] == number else 0
             if count > first:
                 with self._busy, suppress(LinkEnded):
-                    # When the round has closed, the slot may soon have another's gradient.
-                    for bucket in self._buckets[first:count] if number > self._closed else ():
-                        self._update(worker, bucket)
+                    if number > self._closed:  # else the slot may soon have the next gradient
+                        self._update_early(worker, first, count)
                 done = (number, count)
             else:
                 memory.await_ready(worker, seen, _LOOK_S)
+
+    def _update_early(self, worker: int, first: int, count: int) -> None:
+        """Buckets ``[first, count)`` are there; one more than there are: the step's gradient is, with its rows."""
+        is_all = count > len(self._buckets)
+        for bucket in self._buckets if is_all else self._buckets[first:count]:
+            self._update(worker, bucket)
+        if is_all:
+            self._send_rows(worker, bytes(self._memory.slots[worker].mask))

@@ -204,7 +204,9 @@ class RemoteWorker:
 
     def _send_gradients(self, one: RemoteExchange) -> tuple[bytes, dict[int, int]]:
         rest = one.gather()
-        if not one.is_home:
+        if one.is_home:
+            one.tell_all_ready(self.rank)
+        else:
             self._put(one, rest)
         return bytes(one.replica.slot.mask), one.rows()
 

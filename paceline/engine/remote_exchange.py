@@ -88,6 +88,12 @@ class RemoteExchange:
         count = next(n for n in range(len(self.buckets) + 1) if n not in self._ready)
         self._memory.tell_ready(rank, max(self._memory.stepped) + 1, count)
 
+    def tell_all_ready(self, rank: int) -> None:
+        """In home's memory: all of the gradient is in the slot, rows too."""
+        if self.early is not None:
+            assert self._memory is not None
+            self._memory.tell_ready(rank, max(self._memory.stepped) + 1, len(self.buckets) + 1)
+
     def follow(self, told: remote.Follow) -> None:
         """The round is over: let the mirror step it."""
         assert self.mirror is not None

@@ -121,8 +121,8 @@ def test_what_goes_early_does_not_count_before_the_step(
 @pytest.mark.parametrize("least", [1, 200, 10**6])
 def test_buckets_are_all_of_a_vector_from_its_end(least: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(early, "BUCKET_BYTES", least)
-    sizes = [40, 7, 300, 5, 64]
-    table = tabulate((f"p{n}", 0, torch.zeros(size)) for n, size in enumerate(sizes))
+    tensors = [torch.zeros(size) for size in (40, 7, 300, 5, 64)]
+    table = tabulate((f"p{n}", 0, tensor) for n, tensor in enumerate(tensors))
     made = early.buckets(table)
     assert [param for bucket in made for param in bucket.params] == [4, 3, 2, 1, 0]
     assert [bucket.stop for bucket in made] == [table.sizes["float32"], *(bucket.start for bucket in made[:-1])]
