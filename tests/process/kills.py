@@ -46,6 +46,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import threading
 
@@ -54,7 +55,7 @@ from counting import job, mark
 import paceline
 
 samples, epochs, kills = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-chance, seed, launchers = float(sys.argv[4]), sys.argv[5], sys.argv[6:] == ["launchers"]
+chance, seed, launchers, wishes = float(sys.argv[4]), sys.argv[5], "launchers" in sys.argv, "wishes" in sys.argv
 luck = random.Random(f"{seed} {os.getpid()}")
 
 
@@ -82,7 +83,16 @@ def kill(pid):
         pass  # another has been faster
 
 
+def wish():
+    # For another number of servers; worker 0 does not wait for the answer.
+    servers = str(luck.randint(1, 4))
+    command = [sys.executable, "-m", "paceline", "scale", str(run.directory), "--servers", servers]
+    subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
 def draw_lots():
+    if wishes and run.rank == 0 and luck.random() < 0.01:
+        wish()
     if luck.random() < chance and (lot := take_one()):
         victim = None
         if launchers and lot == 1:
@@ -120,8 +130,10 @@ def run(
     chance: float,
     seed: int,
     launchers: bool = False,
+    wishes: bool = False,
 ) -> Ended:
+    """``launchers``: they die too; ``wishes``: servers come and leave all the time, up to four."""
     runner.write("counting.py", COUNTING)
-    others = "launchers" if launchers else "servers"
-    arguments = [str(samples), str(epochs), str(kills), str(chance), str(seed), others]
+    arguments = [str(samples), str(epochs), str(kills), str(chance), str(seed)]
+    arguments += ["launchers"] * launchers + ["wishes"] * wishes
     return runner.run(SCRIPT, "--restarts", "1000", *options, args=arguments)

@@ -2,7 +2,7 @@
 
 At every pace jobs run one after the other, each with several kills at random moments, until so many workers have died
 there, so many launchers, and so many servers where there are any. Every sample must have counted exactly once an epoch
-in every job. The last line of each pace is its sum.
+in every job. Where there are servers, they come and leave meanwhile. The last line of each pace is its sum.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from tests.process.runner import Runner
 
 WAYS = (
     "--pace sync",
-    "--pace sync --servers 2",
+    "--pace sync --servers 2 --max-servers 4",
     "--pace sync --assign lease",
     "--pace quorum:2",
     "--pace bounded:1",
     "--pace async",
-    "--pace async --servers 2",
+    "--pace bounded:1 --servers 1 --max-servers 4",
+    "--pace async --servers 2 --max-servers 4",
 )
 SAMPLES, EPOCHS, KILLS_A_JOB = 2000, 4, 8
 ENOUGH = 10  # so many wrong jobs of one way need no more
@@ -73,6 +74,7 @@ def one(way: str, seed: int) -> tuple[str, Counter[str]]:
                 chance=0.02,
                 seed=seed,
                 launchers=True,
+                wishes="--servers" in way,
             )
             deaths = Counter(str(event["role"]) for event in ended.events if event.get("kind") == "died")
             if ended.code:
