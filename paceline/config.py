@@ -18,6 +18,7 @@ _MAX = 2**53
 
 ASSIGNMENTS = ("round_robin", "hash", "random", "block", "lease")
 DATA = ("shared", "own", "served")
+ENGINES = ("local", "ray", "torchrun")
 OUTERS = {"average": (1.0, 0.0), "nesterov": (0.7, 0.9)}  # learning rate and momentum; the second is DiLoCo's
 COMPENSATION = 0.04  # lambda of Zheng et al. 2017
 
@@ -159,6 +160,11 @@ class Job:
     goes on without it while ``min_workers`` are left (None: all).
     ``hang_timeout`` is in seconds: so long a worker may use no processor, or not finish a step, while others
     wait for it; see ``engine/watch.py``.
+    ``engine`` is who starts the workers: this machine's launcher, Ray (at ``ray_address``; None: where Ray finds a
+    cluster), or torchrun. Where it is not the launcher, workers elsewhere come over links: to the address of
+    ``interface`` (a name, an address or a network; None: the one that the others know), from ``port`` on, one a worker
+    (0: any that are free), by TLS unless ``insecure``. ``return_timeout`` is how many seconds a worker elsewhere that
+    was lost may take to come again.
     ``checkpoint_every`` is in steps (None: only at Ctrl-C); the ``keep`` newest checkpoints stay.
     ``threads`` is per process (None: cores // workers, at least 1).
     ``steps`` counts rounds, or pushes of all workers divided by their number at the start, so that every pace sees as
@@ -175,6 +181,12 @@ class Job:
     pace: Pace = field(default_factory=Sync)
     assign: str | None = None
     data: str = "shared"
+    engine: str = "local"
+    ray_address: str | None = None
+    interface: str | None = None
+    port: int = 0
+    insecure: bool = False
+    return_timeout: float = 60.0
     staleness_damping: bool = False
     compensate: float | None = None
     clip: float | None = None
@@ -214,6 +226,7 @@ class Job:
             raise UsageError("until-loss is nan; it must be a number")
         self._check_pace()
         self._check_data()
+        self._check_engine()
 
     @property
     def places(self) -> int:
@@ -241,9 +254,7 @@ class Job:
             number = isinstance(self.clip, int | float) and not isinstance(self.clip, bool)
             if not number or not 0 < self.clip < math.inf:
                 raise UsageError(f"clip is {self.clip!r}; it must be a number above 0")
-        hang = self.hang_timeout
-        if not isinstance(hang, int | float) or isinstance(hang, bool) or not hang > 0:
-            raise UsageError(f"hang-timeout is {hang!r}; it must be a number of seconds above 0")
+        _seconds("hang-timeout", self.hang_timeout)
         if self.compensate is not None:
             number = isinstance(self.compensate, int | float) and not isinstance(self.compensate, bool)
             if not number or not 0 <= self.compensate < math.inf:
@@ -263,6 +274,28 @@ class Job:
             object.__setattr__(self, "assign", "lease" if lease else "round_robin")
         assert self.assign is not None
         _among("assign", self.assign, ASSIGNMENTS)
+
+    def _check_engine(self) -> None:
+        _among("engine", self.engine, ENGINES)
+        _within("port", self.port, 0, 2**16 - 1)
+        _seconds("return-timeout", self.return_timeout)
+        if self.engine == "local":
+            return
+        if self.data == "served":
+            raise UsageError(
+                f"data is served, and workers are started by {self.engine}: batches are not sent to other hosts yet",
+                fix="shared, with the data on every host; or own, with each worker's part with itself",
+            )
+        if self.checkpoint_every is not None:
+            raise UsageError(
+                f"checkpoint-every is set, and workers are started by {self.engine}: such runs cannot be resumed yet",
+                fix="save the model in the script: if run.is_main: save_file(model.state_dict(), ...)",
+            )
+
+
+def _seconds(name: str, value: float) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        raise UsageError(f"{name} is {value!r}; it must be a number of seconds above 0")
 
 
 def _among(name: str, value: str, known: tuple[str, ...]) -> None:

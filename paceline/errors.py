@@ -6,6 +6,7 @@
     ├── ConfigError              3   a file, a batch or a model that cannot be trained as it is
     ├── HostError                4   the machine lacks something: memory, a port, a kernel feature
     ├── WorkersLost              5   fewer workers are left than the job needs
+    │   └── NotBack              5   a worker elsewhere was lost, and has not come again in time
     ├── Diverged                 6   the loss is no longer a number
     │   └── Poisoned             6   one worker's gradients are not, and it cannot be replaced again
     └── Interrupted            130   Ctrl-C
@@ -58,6 +59,10 @@ class HostError(PacelineError):
 
 class WorkersLost(PacelineError):
     exit_code = 5
+
+
+class NotBack(WorkersLost):
+    pass
 
 
 class Diverged(PacelineError):

@@ -16,11 +16,9 @@ from typing import Any
 from paceline.config import Job
 from paceline.engine.context import Context
 from paceline.engine.deputy import deputize
-from paceline.engine.line import Line
-from paceline.engine.remote import RemoteWorker
 from paceline.engine.server import serve
 from paceline.engine.setup import Door
-from paceline.protocol import messages, remote
+from paceline.protocol import messages
 from paceline.protocol.coordinator import Coordinator
 from paceline.protocol.effects import (
     Abort,
@@ -29,17 +27,15 @@ from paceline.protocol.effects import (
     Died,
     Done,
 )
-from paceline.protocol.link import Peer
+from paceline.run.elsewhere import meet
 from paceline.run.session import Run
 from paceline.transport import segment
 from paceline.transport.board import Aborted, Board
 from paceline.transport.borrow import this_host
 from paceline.transport.channel import Channel, Closed
-from paceline.transport.connect import connect
-from paceline.transport.ends import End
 from paceline.transport.keys import JobKey
+from paceline.transport.listener import hold
 from paceline.transport.lock import Lock
-from paceline.transport.tls import Credentials
 
 
 class Failed(Exception):
@@ -163,12 +159,14 @@ def run_job(
 def _live_elsewhere(context: Context, body: Callable[[Run], Any], hosts: Sequence[str]) -> Any:
     """The deputy in a thread of its own, and its worker here."""
     readable, writable = os.pipe()
+    held = hold("127.0.0.1")
+    ports = [held.getsockname()[1]] * (context.rank + 1)
     raised: list[BaseException] = []
 
     def stand() -> None:
         try:
             deputize(
-                context, Door("127.0.0.1", 0, "job", os.getpid(), insecure=False), writable, _KEY, _finished.append
+                context, Door("127.0.0.1", ports, "job", os.getpid(), insecure=False), writable, _KEY, _finished.append
             )
         except BaseException as error:  # noqa: BLE001  the outermost line of a thread that stands for a process
             raised.append(error)
@@ -177,18 +175,10 @@ def _live_elsewhere(context: Context, body: Callable[[Run], Any], hosts: Sequenc
     deputy = threading.Thread(target=stand, daemon=True)
     deputy.start()
     with os.fdopen(readable) as lines:
-        port = int(lines.readline().split()[1])
+        lines.readline()
     os.close(writable)
-    line = Line(context.rank)
-    end = End(
-        me=Peer(context.rank, "worker"),
-        job="job",
-        messages=remote.Any_,
-        sink=line.sink,
-        place=line.mail.place,
-        credentials=Credentials.issue(_KEY),
-    )
-    worker = RemoteWorker(connect(end, ("127.0.0.1", port)), line, context.rank, hosts)
+    worker = meet(context.rank, 0, "job", ("127.0.0.1", ports[-1]), _KEY, hosts)
+    held.close()
     run = Run(None, worker)
     _finished.append(run)
     try:
@@ -197,7 +187,7 @@ def _live_elsewhere(context: Context, body: Callable[[Run], Any], hosts: Sequenc
     except SystemExit as end_:
         raise (raised[0] if raised else Aborted(str(end_))) from None
     except BaseException:
-        line.is_over = True
+        worker.abandon()
         context.board.set_abort()
         raise
     deputy.join(timeout=10)

@@ -123,7 +123,7 @@ def test_legal_imports_pass(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("module", ["paceline", "paceline.cli.main"])
 def test_import_leaves_torch_alone(module: str) -> None:
-    code = f"import sys, {module}; print([name for name in ('torch', 'matplotlib') if name in sys.modules])"
+    code = f"import sys, {module}; print([name for name in ('torch', 'matplotlib', 'ray') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"

@@ -74,12 +74,13 @@ def dry_run(job: Job, program: Script, settings: Settings, show: ShowFlags) -> i
         return 0
     ours = screen(show)
     print_whole(_table(job, settings), ours)
-    threads = job.threads or max(1, cores() // job.workers)
+    threads = job.threads or (max(1, cores() // job.workers) if job.engine == "local" else 1)
     processes = f"{figures.plural(job.workers, 'worker')} of {figures.plural(threads, 'thread')}"
     if job.servers:
         processes += f" and {figures.plural(job.servers, 'server')}"
     command_line = " ".join([str(program.path), *program.args])
-    ours.print(f"would start {processes}, each worker running: {command_line}", soft_wrap=True)
+    starts = "would start" if job.engine == "local" else "would have Ray start"
+    ours.print(f"{starts} {processes}, each worker running: {command_line}", soft_wrap=True)
     ours.print(f"would write {job.runs}/<time>-{job.name}-{job.pace}", soft_wrap=True)
     ours.print("nothing was started", soft_wrap=True)
     return 0

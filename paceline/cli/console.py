@@ -148,10 +148,14 @@ class Console:
 
 def header(job: Job) -> str:
     version = paceline.__version__.removesuffix(".0")
-    processes = figures.plural(job.workers, "worker")
-    if job.servers:
-        processes += f" and {figures.plural(job.servers, 'server')}"
-    return f"paceline {version} · {processes} on this machine ({machine()}) · pace {job.pace} · engine local"
+    workers = figures.plural(job.workers, "worker")
+    servers = figures.plural(job.servers, "server") if job.servers else ""
+    if job.engine == "local":
+        processes = f"{workers} and {servers} on" if servers else f"{workers} on"
+    else:
+        processes = f"{workers} started by {'Ray' if job.engine == 'ray' else job.engine}, "
+        processes += f"{servers} and home on" if servers else "home on"
+    return f"paceline {version} · {processes} this machine ({machine()}) · pace {job.pace} · engine {job.engine}"
 
 
 def model(record: Wrapped) -> str:

@@ -22,7 +22,7 @@ from paceline.cli.figures import plural
 from paceline.cli.host import cores
 from paceline.cli.options import JobFlags, ShowFlags, resolve
 from paceline.cli.progress import Progress
-from paceline.cli.run import Ending, Engine, train
+from paceline.cli.run import Ending, Engine, only_here, train
 from paceline.config import Job, Sync
 from paceline.engine.program import Script
 from paceline.errors import HostError, UsageError
@@ -48,6 +48,7 @@ def run_demo(
     program = Script(example(name), args)
     settings = resolve(flags, os.environ, defaults={"workers": WORKERS[name]})
     job = settings.job(name)
+    only_here(job, "paceline demo")
     if show.dry_run:
         return answers.dry_run(job, program, settings, show)
     following = NEXT[name]

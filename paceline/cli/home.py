@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 
@@ -17,8 +17,12 @@ from paceline.cli.run import train
 from paceline.config import Job, parse_pace
 from paceline.engine.front import run_local
 from paceline.engine.program import Elsewhere, Order, Script
-from paceline.errors import ConfigError, PacelineError, UsageError
+from paceline.errors import PacelineError, UsageError
 from paceline.events import Record, Summary
+from paceline.run.doors import hold_ports, own_address, told, warn_insecure
+
+if TYPE_CHECKING:
+    from paceline.cli.console import Console
 
 
 def main() -> NoReturn:
@@ -26,30 +30,28 @@ def main() -> NoReturn:
     order = msgspec.json.decode(sys.stdin.buffer.read(), type=Order)
     try:
         job = resolved(order)
+        place = own_address(job.interface) if job.interface is not None else None
+        host = order.host if place is None else place.address
+        held = hold_ports(host, job.port, job.places)
     except PacelineError as error:
         report(error, sys.stderr)
         sys.exit(error.exit_code)
-    if order.insecure:
-        sys.stderr.write(
-            "paceline: PACELINE_INSECURE is set: links are neither encrypted nor authenticated; whoever reaches the "
-            "ports can read and change the training\n"
-        )
+    ports = tuple(sock.getsockname()[1] for sock in held)
+    os.write(order.report, f"{host} {' '.join(map(str, ports))}\n".encode())
+    if job.insecure:
+        warn_insecure()
     script = Script(Path(order.script), tuple(order.args))
 
     def engine(job: Job, program: Script, *, watch: Callable[[Record], None], argv: Sequence[str]) -> Summary:
         elsewhere = Elsewhere(
-            program.path,
-            program.args,
-            order.host,
-            order.port,
-            order.job,
-            order.starter,
-            order.report,
-            order.insecure,
+            program.path, program.args, host, ports, order.job, order.starter, order.report, job.insecure
         )
         return run_local(job, elsewhere, watch=watch, argv=argv)
 
-    sys.exit(train(job, script, switched(ShowFlags(), os.environ), engine))
+    def before(console: Console) -> None:
+        console.say(told(host, "where MASTER_ADDR is" if place is None else place.reason, held, insecure=job.insecure))
+
+    sys.exit(train(job, script, switched(ShowFlags(), os.environ), engine, before=before))
 
 
 def resolved(order: Order) -> Job:
@@ -61,16 +63,7 @@ def resolved(order: Order) -> Job:
     unknown = [name for name in given if name not in {field.name for field in fields(Job)}]
     if unknown:
         raise UsageError(f"paceline.init got {unknown[0]!r}, which is no option of a run")
-    values |= given | {"workers": order.workers, "max_workers": order.workers, "restarts": 0}
-    job = Job(name=Path(order.script).stem, **values)
-    if job.data == "served":
-        raise ConfigError(
-            "data is served, and workers were started by torchrun: batches are not sent to other hosts yet",
-            fix="shared, with the data on every host; or own, with each worker's part with itself",
-        )
-    if job.checkpoint_every is not None:
-        raise ConfigError(
-            "checkpoint-every is set, and torchrun has started the workers: such runs cannot be resumed yet",
-            fix="save the model in the script: if run.is_main: torch.save(model.state_dict(), ...)",
-        )
-    return job
+    values |= given | {"workers": order.workers, "max_workers": order.workers, "engine": "torchrun"}
+    if not order.restarts:
+        values["restarts"] = 0  # nobody will come in a lost one's place
+    return Job(name=Path(order.script).stem, **values)

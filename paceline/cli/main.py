@@ -21,6 +21,7 @@ from paceline.errors import Interrupted, PacelineError, UsageError
 
 VALUED = {flag(option) for option in OPTIONS if option not in TRUTHS} | {"--config"}
 BARE = {flag(option) for option in (*TRUTHS, *SWITCHES)}
+EXPORTED = VALUED | {"--nodes", "--output", "--image", "--kind"}
 TRAINING = (["run"], ["demo"])  # the commands that take a script's arguments and print a run as JSON
 
 SCRIPT_ARGS = Parameter(
@@ -44,7 +45,9 @@ Examples:
 )
 runs = App(name="runs", help="List runs, and show what one of them did.", help_epilogue="")
 config = App(name="config", help="Show the options and where their values come from.", help_epilogue="")
+export = App(name="export", help="Write SCRIPT as a job of a cluster: for SLURM, or for Kubernetes.", help_epilogue="")
 app.command(runs)
+app.command(export)
 app.command(config)
 
 
@@ -200,6 +203,82 @@ def doctor(
     return checks.show_machine(os.environ, _folder(run_dir), port or 0, interface, json, screen)
 
 
+@app.command(
+    help_epilogue="""\
+Every process of a job must have its key and nobody else may: copy the file to
+each host as it is (mode 0600), and name it in PACELINE_JOB_KEY_FILE there.
+
+Examples:
+  paceline key
+  paceline key ~/.config/paceline/night.key""",
+)
+def key(
+    file: Annotated[str, Parameter(help="where it is written; it must not exist [default: job.key]")] = "job.key",
+    /,
+) -> int:
+    """Make a job key, which lets the processes of a job on several hosts know each other."""
+    from paceline.cli.key import make_key
+
+    return make_key(Path(file))
+
+
+NODES = Parameter(help="hosts, each with an equal number of workers [default: 1]", metavar="N", show_default=False)
+OUTPUT = Parameter(help="where it is written [default: standard output]", metavar="FILE")
+
+
+@export.command(
+    name="slurm",
+    usage="Usage: paceline export slurm [OPTIONS] SCRIPT [ARGS]",
+    help_epilogue="""\
+A batch script that starts torchrun on every node. The folder it is submitted
+in must be shared by all; the job key is made there, if there is none yet.
+
+Examples:
+  paceline export slurm --nodes 2 --workers 8 train.py > train.sbatch
+  paceline export slurm --nodes 4 --workers 4 --pace bounded:4 train.py --lr 0.1""",
+)
+def export_slurm(
+    script: Annotated[str, Parameter(help="a Python script that calls paceline.init()")],
+    /,
+    *args: Annotated[str, SCRIPT_ARGS],
+    flags: JobFlags = JobFlags(),  # noqa: B008
+    nodes: Annotated[int, NODES] = 1,
+    output: Annotated[str | None, OUTPUT] = None,
+) -> int:
+    """A batch script for sbatch."""
+    from paceline.cli.export import export as write
+
+    return write("slurm", script, args, flags, nodes=nodes, output=output)
+
+
+@export.command(
+    name="k8s",
+    usage="Usage: paceline export k8s --image IMAGE [OPTIONS] SCRIPT [ARGS]",
+    help_epilogue="""\
+A TrainJob of Kubeflow's Trainer, or a RayJob of KubeRay. The image has
+paceline, the script and its data. The job key comes from a Secret; what is
+written says how that is made.
+
+Examples:
+  paceline export k8s --image me/train:1 --nodes 2 --workers 8 /app/train.py
+  paceline export k8s --image me/train:1 --kind rayjob --workers 4 /app/train.py""",
+)
+def export_k8s(
+    script: Annotated[str, Parameter(help="a Python script that calls paceline.init(), as the image has it")],
+    /,
+    *args: Annotated[str, SCRIPT_ARGS],
+    flags: JobFlags = JobFlags(),  # noqa: B008
+    image: Annotated[str | None, Parameter(help="the containers' image", metavar="IMAGE")] = None,
+    kind: Annotated[str, Parameter(help="trainjob or rayjob [default: trainjob]", show_default=False)] = "trainjob",
+    nodes: Annotated[int, NODES] = 1,
+    output: Annotated[str | None, OUTPUT] = None,
+) -> int:
+    """A manifest for kubectl apply."""
+    from paceline.cli.export import export as write
+
+    return write("k8s", script, args, flags, nodes=nodes, image=image, kind=kind, output=output)
+
+
 @runs.command(
     name="list",
     help_epilogue="""\
@@ -294,30 +373,32 @@ def answer(tokens: list[str]) -> int:
 
 def fenced(tokens: list[str]) -> list[str]:
     """The tokens with ``--`` before the script or the demo's name: what follows is not ours to read."""
-    if tokens[:1] not in TRAINING:
+    if tokens[:1] not in (*TRAINING, ["export"]):
         return tokens
-    at = 1
+    is_export = tokens[0] == "export"
+    at = 2 if is_export else 1
     while at < len(tokens):
         if tokens[at] == "--":
             return tokens
         if not tokens[at].startswith("-"):
             return [*tokens[:at], "--", *tokens[at:]]
-        at += 2 if tokens[at] in VALUED else 1
+        at += 2 if tokens[at] in (EXPORTED if is_export else VALUED) else 1
     return tokens
 
 
 def brought_forward(tokens: list[str], source_of: Callable[[str], str]) -> list[str]:
-    """The tokens of ``run`` with options of ours that follow the script put before it.
+    """The tokens of ``run`` or ``export`` with options of ours that follow the script put before it.
 
     They are taken for ours if nothing else follows, or nothing else before a ``--``, and the script's text, which
     ``source_of`` reads, names none of them.
     """
-    at = fenced(tokens).index("--") if tokens[:1] == ["run"] and "--" in fenced(tokens) else len(tokens)
+    takes = tokens[:1] in (["run"], ["export"])
+    at = fenced(tokens).index("--") if takes and "--" in fenced(tokens) else len(tokens)
     if at >= len(tokens) or tokens[at] == "--":
         return tokens
     script, behind = tokens[at], tokens[at + 1 :]
     cut = behind.index("--") if "--" in behind else len(behind)
-    names = _names(behind[:cut])
+    names = _names(behind[:cut], EXPORTED if tokens[0] == "export" else VALUED)
     if not behind or names is None:
         return tokens
     source = source_of(script)
@@ -326,15 +407,15 @@ def brought_forward(tokens: list[str], source_of: Callable[[str], str]) -> list[
     return [*tokens[:at], *behind[:cut], "--", script, *behind[cut + 1 :]]
 
 
-def _names(tokens: list[str]) -> set[str] | None:
+def _names(tokens: list[str], valued: set[str]) -> set[str] | None:
     """The options that these are, with their values; None if anything else is among them."""
     names, at = set(), 0
     while at < len(tokens):
         name, given, _ = tokens[at].partition("=")
-        if name not in VALUED | BARE:
+        if name not in valued | BARE:
             return None
         names.add(name)
-        at += 2 if name in VALUED and not given else 1
+        at += 2 if name in valued and not given else 1
     return names
 
 

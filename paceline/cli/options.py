@@ -20,7 +20,8 @@ from paceline.errors import UsageError
 
 _USUAL_ASSIGNMENT = "lease at bounded and async, else round_robin"
 JOB = Group("The job", sort_key=1)
-SHOWN = Group("What is shown", sort_key=2)
+HOSTS = Group("Several hosts", sort_key=2)
+SHOWN = Group("What is shown", sort_key=3)
 
 
 def _option(metavar: str, text: str, group: Group = JOB) -> Parameter:
@@ -87,6 +88,24 @@ class JobFlags:
         str | None, _option("N", "stop after so many looks (100 rounds or a pass) without a better loss")
     ] = None
     run_dir: Annotated[str | None, _option("DIR", "folder of the run directories [default: runs]")] = None
+    engine: Annotated[
+        str | None, _option("WHO", "who starts workers: local, on this machine, or ray, on its cluster", HOSTS)
+    ] = None
+    ray_address: Annotated[
+        str | None, _option("ADDRESS", "the cluster [default: where Ray finds one, else one on this machine]", HOSTS)
+    ] = None
+    interface: Annotated[
+        str | None, _option("WHICH", "ray: name, address or network that workers come to [default: Ray's own]", HOSTS)
+    ] = None
+    port: Annotated[
+        str | None, _option("N", "ray: the first of the ports for workers, one each [default: any free]", HOSTS)
+    ] = None
+    insecure: Annotated[
+        bool, Parameter(help="ray: links in plain text, nobody checked", negative="", show_default=False, group=HOSTS)
+    ] = False
+    return_timeout: Annotated[
+        str | None, _option("S", "ray: wait so long for a lost worker to come again [default: 60]", HOSTS)
+    ] = None
 
 
 @Parameter(name="*")
@@ -103,8 +122,9 @@ CONFIG = Parameter(name="--config", help="a config.toml to take values from", me
 
 OPTIONS = tuple(field.name for field in dataclasses.fields(JobFlags))
 # Scripts of many people have these; that they follow the script is no sign of a mistake.
-_COMMON = ("threads", "data", "seed", "steps", "epochs", "patience")
+_COMMON = ("port", "interface", "threads", "data", "seed", "steps", "epochs", "patience")
 OPTIONS_OF_OURS_ALONE = tuple(option for option in OPTIONS if option not in _COMMON)
+FOR_ELSEWHERE = ("ray_address", "interface", "port", "insecure", "return_timeout")
 SWITCHES = tuple(field.name for field in dataclasses.fields(ShowFlags))
 
 
@@ -194,9 +214,13 @@ def _converted(option: str, text: str, source: str) -> object:
 
 
 _WHOLE: tuple[Callable[[str], object], str] = (int, "a whole number")
-TRUTHS = ("staleness_damping",)
+TRUTHS = ("staleness_damping", "insecure")
 _KINDS: dict[str, tuple[Callable[[str], object], str]] = {
     "data": (str, "a word"),
+    "engine": (str, "a word"),
+    "ray_address": (str, "an address"),
+    "interface": (str, "a name"),
+    "return_timeout": (float, "a number"),
     "compensate": (float, "a number"),
     "clip": (float, "a number"),
     "hang_timeout": (float, "a number"),

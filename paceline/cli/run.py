@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Protocol
 
 from paceline.cli import answers, figures
 from paceline.cli.failure import nearest, report
-from paceline.cli.options import OPTIONS, OPTIONS_OF_OURS_ALONE, JobFlags, Settings, ShowFlags, flag, resolve
+from paceline.cli.options import (
+    FOR_ELSEWHERE,
+    OPTIONS,
+    OPTIONS_OF_OURS_ALONE,
+    JobFlags,
+    Settings,
+    ShowFlags,
+    flag,
+    resolve,
+)
 from paceline.config import Job
 from paceline.engine.program import Script
 from paceline.errors import PacelineError, ScriptError, UsageError
@@ -60,9 +69,40 @@ def run_script(
     settings = resolve(flags, os.environ, config)
     program = chosen(script, args, settings)
     job = settings.job(program.path.stem)
+    _check_engine(job, settings)
     if show.dry_run:
         return answers.dry_run(job, program, settings, show)
+    if job.engine == "ray":
+        return _train_by_ray(job, program, show)
     return train(job, program, show, engine)
+
+
+def only_here(job: Job, command: str) -> None:
+    """Raises UsageError where the workers are not to be on this machine."""
+    if job.engine != "local":
+        raise UsageError(f"engine is {job.engine!r}; {command} trains on this machine", fix="paceline run --engine ray")
+
+
+def _train_by_ray(job: Job, program: Script, show: ShowFlags) -> int:
+    from paceline.run.ray import Cluster
+
+    cluster = Cluster(job)
+    try:
+        return train(job, program, show, cluster.run, before=lambda console: cluster.open(console.say))
+    finally:
+        cluster.close()
+
+
+def _check_engine(job: Job, settings: Settings) -> None:
+    """Raises UsageError for what this command does not start. The environment may have more than this run needs."""
+    if job.engine == "torchrun":
+        raise UsageError(
+            "paceline run does not start torchrun; it is the other way round",
+            fix="torchrun --nproc-per-node N SCRIPT, and options in the environment: PACELINE_PACE=bounded:4",
+        )
+    typed = [option for option in FOR_ELSEWHERE if settings.sources[option] == flag(option)]
+    if job.engine == "local" and typed:
+        raise UsageError(f"{flag(typed[0])} is for workers that come from elsewhere", fix="--engine ray")
 
 
 def resume_run(wanted: str | None, flags: JobFlags, show: ShowFlags, folder: Path, engine: ResumingEngine) -> int:
@@ -73,10 +113,18 @@ def resume_run(wanted: str | None, flags: JobFlags, show: ShowFlags, folder: Pat
     found = find_run(folder, wanted)
     if found.info is not None and found.info.status in ("starting", "running") and _is_alive(found.info):
         raise UsageError(f"run {found.name!r} is still going on", fix="end it with Ctrl-C first: it saves a checkpoint")
+    if found.info is not None and found.info.engine != "local":
+        raise UsageError(
+            f"run {found.name!r} cannot be resumed: its workers were started by {found.info.engine}",
+            why="its checkpoint has parameters, the optimizer's state and the place in the data, but not what scripts "
+            "keep on other hosts",
+            fix="start it again; the script can load parameters that it has saved itself",
+        )
     loaded = Checkpoints(found.directory).load()
     settings = resolve(flags, os.environ, str(found.directory / "config.toml"))
     program = chosen(None, (), settings)
     job = settings.job(program.path.stem)
+    only_here(job, "paceline resume")
     if show.dry_run:
         return answers.dry_run(job, program, settings, show)
 

@@ -132,6 +132,11 @@ class CatchingUp:
         """Call ``take`` as the script's first batch that is no ghost is fetched."""
         self._to_take, self._is_taken = take, False
 
+    @property
+    def is_to_take(self) -> bool:
+        """Is there something to take as the next batch is fetched?"""
+        return self._to_take is not None and not self._is_taken
+
     def fetching(self) -> None:
         if self._to_take is not None and not self._is_taken:
             self._to_take()

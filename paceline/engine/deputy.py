@@ -4,7 +4,8 @@
 
 It runs no script and has no model: parameters are made from what the worker tells of them, and every call is made by
 the code that a local worker's script calls. So paces, the ledger, stop rules and deaths are what they are on one host.
-If the link is lost for good the deputy ends, as its worker has.
+If the link is lost for good the deputy ends, as its worker has. The next one waits at the same port for a worker that
+comes in the place of the lost one.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import os
 import queue
 import select
 import signal
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import msgspec
@@ -26,12 +28,15 @@ from paceline.data.passes import Leases
 from paceline.engine.context import Context
 from paceline.engine.exchange import Exchange
 from paceline.engine.forward import Forward
-from paceline.engine.mail import PATIENCE, Mail, send, send_document
+from paceline.engine.keeping import Keeper, Kept
+from paceline.engine.mail import PATIENCE, Mail, send, send_document, send_packed
 from paceline.engine.mirror import arithmetic
+from paceline.engine.program import CAME, GONE, WAITS
 from paceline.engine.setup import Door, encode_job
 from paceline.engine.worker import Worker
-from paceline.errors import ConfigError, HostError, PacelineError, WorkersLost
+from paceline.errors import ConfigError, HostError, NotBack, PacelineError, WorkersLost
 from paceline.params import optimizers, rows
+from paceline.params.packing import Tensors, unpack
 from paceline.params.table import DTYPES, Entry, Table
 from paceline.protocol import messages, remote
 from paceline.protocol.link import Peer
@@ -64,12 +69,18 @@ def deputize(context: Context, door: Door, report: int, key: JobKey | None, made
         insecure=door.insecure,
         patience=PATIENCE,
     )
-    listener = Listener(end, door.host, door.port + context.rank if door.port else 0)
-    os.write(report, f"{context.rank} {listener.port}\n".encode())
-    link = _await_worker(context, mail, door.starter)
-    worker = Worker(context)
+    listener = Listener(end, door.host, door.ports[context.rank], shared=True)
+    _report(report, context.rank, WAITS)
+    try:
+        link = _await_worker(context, mail, door.starter)
+    except NotBack:
+        _report(report, context.rank, GONE)
+        raise
+    _report(report, context.rank, CAME)
+    kept = _Kept()
+    worker = Worker(context, kept)
     made(worker)
-    deputy = _Deputy(context, worker, link, mail)
+    deputy = kept.ask_of = _Deputy(context, worker, link, mail)
     try:
         deputy.serve()
     except (Aborted, Closed) as stopped:
@@ -86,23 +97,38 @@ def deputize(context: Context, door: Door, report: int, key: JobKey | None, made
         listener.close()
 
 
+def _report(descriptor: int, rank: int, what: str) -> None:
+    """To whoever starts workers."""
+    with contextlib.suppress(BrokenPipeError):  # it may have ended since
+        os.write(descriptor, f"{rank} {what}\n".encode())
+
+
 def _await_worker(context: Context, mail: Mail, starter: int) -> Link:
-    """The link to the worker, when it comes."""
+    """The link to the worker, when it comes. Raises HostError, NotBack."""
+    rank, limit_s = context.rank, context.job.return_timeout
+    comes_again = context.board.deaths[rank] > 0
+    began_s = time.monotonic()
     with context.board.waiting():
         while True:
             try:
                 event = mail.events.get(timeout=_LOOK_S)
             except queue.Empty:
                 _check_abort(context)
-                if not os.path.exists(f"/proc/{starter}"):
+                if comes_again and time.monotonic() > began_s + limit_s:
+                    raise NotBack(
+                        f"worker {rank} has not come within {limit_s:g} s",
+                        why="nobody has started its process again, or it does not reach home",
+                        fix="--return-timeout, PACELINE_RETURN_TIMEOUT: how long it is waited for",
+                    ) from None
+                if not comes_again and not os.path.exists(f"/proc/{starter}"):
                     raise HostError(
-                        f"worker {context.rank} has not come, and the process that was to start it has ended"
+                        f"worker {rank} has not come, and the process that was to start it has ended"
                     ) from None
                 continue
             if isinstance(event, Joined):
-                if event.link.peer.host == context.rank and event.link.peer.role == "worker":
+                if event.link.peer.host == rank and event.link.peer.role == "worker":
                     return event.link
-                event.link.end(f"this is the deputy of worker {context.rank}")
+                event.link.end(f"this is the deputy of worker {rank}")
 
 
 def _check_abort(context: Context) -> None:
@@ -139,6 +165,7 @@ class _Deputy:
         self._averaged = 0  # passes after which the worker was told the buffers
         self._leases: dict[int, Leases] = {}
         self._finished = False
+        self._had_joined = worker.has_joined
         self._sent_bytes = self._counted_bytes = 0
         self._kinds: list[str] = []  # by exchange: where the worker's parameters lie
         self._forwards: dict[int, Forward] = {}  # by exchange, of those with a mirror
@@ -174,10 +201,13 @@ class _Deputy:
                 match event:
                     case Received(link=link, message=remote.Ask() as ask) if link is self._link:
                         return ask
+                    case Received(link=link, message=remote.Printed(data=data)) if link is self._link:
+                        os.write(1, data)  # its log
                     case Ended(link=link, reason=reason) if link is self._link:
                         raise self._lost(reason)
                     case Joined(link=link) if link is not self._link:
-                        link.end(f"worker {self._context.rank} has come already")
+                        # It comes again, to the deputy after this one: that is a newcomer's.
+                        raise self._lost("another process has come in its place")
 
     def _lost(self, reason: str) -> WorkersLost:
         """The worker is given up. One that maps this memory is killed first: it may be stopped, and write later."""
@@ -209,6 +239,39 @@ class _Deputy:
             return remote.Answer(self._status(ask.request), value, failure)
         except LinkEnded as lost:
             raise self._lost(str(lost)) from None
+
+    def ask_worker(self, asked: remote.Show | remote.Keep) -> remote.Shown:
+        """While the worker waits for an answer: its script stands still. Raises WorkersLost, Aborted, and what it could
+        not do."""
+        try:
+            self._link.send(asked)
+        except LinkEnded as lost:
+            raise self._lost(str(lost)) from None
+        with self._context.board.waiting():
+            while True:
+                try:
+                    event = self._mail.events.get(timeout=_LOOK_S)
+                except queue.Empty:
+                    _check_abort(self._context)
+                    continue
+                match event:
+                    case Received(link=link, message=remote.Shown() as shown) if link is self._link:
+                        if shown.failure is not None:
+                            raise ConfigError(shown.failure.what, why=shown.failure.why, fix=shown.failure.fix)
+                        return shown
+                    case Received(link=link, message=remote.Printed(data=data)) if link is self._link:
+                        os.write(1, data)
+                    case Ended(link=link, reason=reason) if link is self._link:
+                        raise self._lost(reason)
+
+    def shown(self) -> tuple[Any, Tensors]:
+        """What the worker's script keeps."""
+        told: tuple[Any, Tensors] = self._mail.take_packed("kept", self.ask_worker(remote.Show()).kept)
+        return told
+
+    def let_keep(self, document: Any, tensors: Tensors) -> None:
+        """Let it keep this."""
+        self.ask_worker(remote.Keep(send_packed(self._link, "keep", document, tensors)))
 
     # --- notes ---
 
@@ -306,6 +369,12 @@ class _Deputy:
             case remote.Finish():
                 worker.finish()
                 self._finished = True
+            case remote.Counts():
+                return worker.counts()
+            case remote.Fetching():
+                passes.fetching()
+            case remote.NeedsGhost(loader=loader):
+                return passes.needs_ghost(loader)
             case remote.Broke(failure=failure):
                 self._break(failure)
         return None
@@ -488,10 +557,12 @@ class _Deputy:
         """Where the worker is; what it has to know of the newest values is sent before it."""
         worker, passes = self._worker, self._worker.passes
         if self._finished:
-            return remote.Status(over=worker.over, step=worker.step_number)
+            return remote.Status(over=worker.over, step=worker.step_number, workers=worker.num_workers)
+        has_just_joined = worker.has_joined and not self._had_joined
+        self._had_joined = worker.has_joined
         fresh, follow = {}, {}
         for index, exchange in enumerate(worker.exchanges[: len(self._told)]):
-            if exchange.in_period or not self._is_due(request, index, exchange):
+            if exchange.in_period or not (has_just_joined or self._is_due(request, index, exchange)):
                 continue
             told = self._follow(index, exchange)
             if told is None:
@@ -502,7 +573,7 @@ class _Deputy:
         travelled = self._sent_bytes + self._mail.received_bytes + forwarded
         worker.progress.row.bytes_sent += travelled - self._counted_bytes
         self._counted_bytes = travelled
-        buffers = bool(self._buffers) and worker.progress.passes > self._averaged
+        buffers = bool(self._buffers) and (worker.progress.passes > self._averaged or has_just_joined)
         if buffers:
             self._averaged = worker.progress.passes
             for index, tensors in enumerate(self._buffers):
@@ -519,6 +590,11 @@ class _Deputy:
             fresh=fresh,
             buffers=buffers,
             follow=follow,
+            deals=[passes.deal(loader) for loader in range(passes.count)],
+            workers=worker.num_workers,
+            joined=worker.has_joined,
+            behind=worker.is_behind,
+            takes=worker.is_to_take,
         )
 
     def _follow(self, index: int, exchange: Exchange) -> remote.Follow | None:
@@ -545,6 +621,7 @@ class _Deputy:
                 remote.More()
                 | remote.End()
                 | remote.Begin()
+                | remote.Counts()
                 | remote.Barrier()
                 | remote.CopyFirst()
                 | remote.WrapLoader()
@@ -579,6 +656,22 @@ class _Deputy:
                 self._sent_bytes += send(self._link, f"numbers/{index}/{place}", changed)
                 self._sent_bytes += send(self._link, f"rows/{index}/{place}", known[place][changed])
         return changed_tables
+
+
+class _Kept(Keeper):
+    """What a script keeps that runs elsewhere. Its worker is asked for it."""
+
+    ask_of: _Deputy
+
+    def state(self, exchanges: Sequence[Kept], tensors: Tensors) -> dict[str, Any]:
+        document, own = self.ask_of.shown()
+        tensors.update(own)
+        return dict(document)
+
+    def load(self, document: dict[str, Any], tensors: Tensors, exchanges: Sequence[Kept]) -> None:
+        self.ask_of.let_keep(document, tensors)
+        for exchange, settings in zip(exchanges, document["settings"], strict=True):
+            exchange.load_settings(unpack(settings, tensors))
 
 
 def _forget(exchange: Exchange) -> None:

@@ -174,14 +174,7 @@ class Exchange:
 
     def load_settings(self, groups: Sequence[optimizers.Group]) -> None:
         """Set those that the optimizer has."""
-        for group, new in zip(self.optimizer.param_groups, groups, strict=True):
-            for key, value in new.items():
-                if key not in group:
-                    continue
-                if isinstance(group[key], torch.Tensor):
-                    group[key].fill_(value)
-                else:
-                    group[key] = value
+        optimizers.load_settings(self.optimizer, groups)
 
     def own_state(self) -> dict[int, dict[str, Any]]:
         """The state of this worker's own copy of the optimizer, where it takes local steps; by parameter."""

@@ -271,7 +271,7 @@ def _describe(
         args=() if isinstance(program, Call) else program.args,
         call=program.main if isinstance(program, Call) else None,
         resume=str(resume.path.resolve()) if resume is not None else "",
-        door=Door(program.host, program.port, program.job, program.starter, program.insecure)
+        door=Door(program.host, list(program.ports), program.job, program.starter, program.insecure)
         if isinstance(program, Elsewhere)
         else None,
     )

@@ -8,14 +8,26 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from paceline.engine.exchange import Exchange
 from paceline.errors import ConfigError
 from paceline.params.packing import Tensors, pack, unpack
+
+
+class Kept(Protocol):
+    """What of an exchange is its worker's own: of a local one, or of one elsewhere."""
+
+    @property
+    def settings(self) -> Any: ...
+
+    def own_state(self) -> dict[int, dict[str, Any]]: ...
+
+    def load_settings(self, groups: Any) -> None: ...
+
+    def load_own_state(self, state: dict[int, dict[str, Any]]) -> None: ...
 
 
 class Keeper:
@@ -39,7 +51,7 @@ class Keeper:
     def add_buffers(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         self._buffers += tensors
 
-    def state(self, exchanges: Sequence[Exchange], tensors: Tensors) -> dict[str, Any]:
+    def state(self, exchanges: Sequence[Kept], tensors: Tensors) -> dict[str, Any]:
         """All of it but for random states; tensors are aliases until they are written. Raises ConfigError."""
         return {
             "objects": [pack(o.state_dict(), tensors, f"kept.{i}") for i, o in enumerate(self._objects)],
@@ -49,7 +61,7 @@ class Keeper:
             "buffers": [pack(buffer, tensors, f"buffers.{i}") for i, (_, buffer) in enumerate(self._buffers)],
         }
 
-    def load(self, document: dict[str, Any], tensors: Tensors, exchanges: Sequence[Exchange]) -> None:
+    def load(self, document: dict[str, Any], tensors: Tensors, exchanges: Sequence[Kept]) -> None:
         """Raises ConfigError if the script keeps other things than it did then."""
         kinds = [type(item).__qualname__ for item in self._objects]
         if document["kinds"] != kinds:

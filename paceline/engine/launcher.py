@@ -107,7 +107,7 @@ class _Launcher:
         # Who has data that nobody else has, or reads it for all, cannot be replaced.
         restarts = 0 if job.data == "served" else job.restarts
         self._coordinator = Coordinator(job.workers, job.servers, restarts=restarts, min_workers=job.min_workers)
-        self._wishes = Wishes(job, self._coordinator, elsewhere=setup.door is not None)
+        self._wishes = Wishes(job, self._coordinator)
         self._control = Control(directory)
         self._silent = False  # while what is long done is only read again
         checkpoints = Checkpoints(directory, job.keep)

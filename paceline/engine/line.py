@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -20,11 +20,16 @@ STOPPED = 75  # the exit status of a worker that was told to stop, or has lost h
 _GRACE_S = 2.0  # for the script to come to its next call
 
 
+class NotLetIn(Exception):
+    """The link has ended before this process was anybody: whoever had its place before was not gone yet."""
+
+
 class Line:
     """This process's end of the link: what comes, and what its end means. ``sink`` is called by the link's thread."""
 
     def __init__(self, rank: int) -> None:
         self._rank, self.mail, self.is_over = rank, Mail(), False
+        self.is_in = False  # has home said who this is?
         self.is_leaving = False  # the next answer is the last
         self._said = threading.Lock()
 
@@ -33,7 +38,7 @@ class Line:
         is_stop = isinstance(event, Received) and isinstance(event.message, remote.Stop)
         if self.is_leaving and isinstance(event, Received) and isinstance(event.message, remote.Answer):
             self.is_over = True  # the deputy hangs up now
-        if not self.is_over and (is_stop or isinstance(event, Ended)):
+        if not self.is_over and (is_stop or (self.is_in and isinstance(event, Ended))):
             self._tell(event)
         self.mail.events.put(event)
 
@@ -43,7 +48,7 @@ class Line:
         try:
             yield
         except LinkEnded as lost:
-            self.give_up(str(lost))
+            self._lost(str(lost))
 
     def put(self, link: Link, what: str, tensor: torch.Tensor) -> None:
         with self.kept():
@@ -53,15 +58,23 @@ class Line:
         with self.kept():
             return send_document(link, prefix, value)
 
-    def answer(self) -> remote.Answer:
+    def answer(self, heed: Callable[[remote.Show | remote.Keep], None]) -> remote.Answer:
+        """The next. ``heed`` is called for what the deputy asks before."""
         while True:
             match self.mail.events.get():
                 case Received(message=remote.Answer() as answer):
                     return answer
+                case Received(message=remote.Show() | remote.Keep() as asked):
+                    heed(asked)
                 case Received(message=remote.Stop(reason=reason)):
                     self.give_up(reason)
                 case Ended(reason=reason):
-                    self.give_up(reason)
+                    self._lost(reason)
+
+    def _lost(self, reason: str) -> NoReturn:
+        if not self.is_in:
+            raise NotLetIn(reason)
+        self.give_up(reason)
 
     def give_up(self, reason: str) -> NoReturn:
         """Raises SystemExit. Why has been told already, or is on its way."""

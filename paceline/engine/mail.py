@@ -55,13 +55,15 @@ class Mail:
 
     def take_document(self, prefix: str, told: Any) -> Any:
         """What ``send_document`` has sent. Empty for nothing."""
-        if not told:
-            return {}
+        return unpack(*self.take_packed(prefix, told)) if told else {}
+
+    def take_packed(self, prefix: str, told: Any) -> tuple[Any, Tensors]:
+        """What ``send_packed`` has sent."""
         document, described = told
         tensors = {}
         for place, (key, (dtype, shape)) in enumerate(described.items()):
             tensors[key] = self.take(f"{prefix}/{place}", DTYPES[dtype]).view(shape)
-        return unpack(document, tensors)
+        return document, tensors
 
     def place(self, link: Link, message: Any, size_bytes: int) -> memoryview | None:
         if not isinstance(message, Piece):
@@ -102,7 +104,11 @@ def send_document(link: Link, prefix: str, value: Any) -> Any:
     if not value:
         return None
     tensors: Tensors = {}
-    document = pack(value, tensors, prefix)
+    return send_packed(link, prefix, pack(value, tensors, prefix), tensors)
+
+
+def send_packed(link: Link, prefix: str, document: Any, tensors: Tensors) -> Any:
+    """The same of a document that has been made already."""
     for place, tensor in enumerate(tensors.values()):
         send(link, f"{prefix}/{place}", tensor.cpu())
     return document, {key: (dtype_name(tensor.dtype, key), tuple(tensor.shape)) for key, tensor in tensors.items()}

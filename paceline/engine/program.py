@@ -15,20 +15,24 @@ class Script:
     args: tuple[str, ...] = ()
 
 
+WAITS, CAME, GONE = "waits", "came", "gone"
+
+
 @dataclass(frozen=True)
 class Elsewhere:
     """Workers that run the script in processes that somebody else has started, perhaps on other hosts: each has a
     deputy here (``engine/deputy.py``).
 
-    Deputies listen at ``host``, each at a port of its own: from ``port`` on, by rank, or any (0), and write it to
-    ``report``, a descriptor. ``job`` is what both ends of a link call it; ``starter`` the pid of the process that has
-    asked for all this.
+    Deputies listen at ``host``, each at a port of its own, by rank, which is held for them (transport/listener.py), and
+    write "RANK WHAT" to ``report``, a descriptor: that it WAITS for its worker, that this CAME, or has not come again
+    in time and is GONE. ``job`` is what both ends of a link call it; ``starter`` the pid of the process that has asked
+    for all this.
     """
 
     path: Path
     args: tuple[str, ...]
     host: str
-    port: int
+    ports: tuple[int, ...]
     job: str
     starter: int
     report: int
@@ -43,12 +47,29 @@ class Order:
     args: list[str]
     workers: int
     options: dict[str, Any]  # of Job, as given to paceline.init
-    host: str
-    port: int
+    restarts: bool  # will somebody start a process again that has died?
+    host: str  # where deputies listen; may be told otherwise by the options
     job: str
     starter: int
     report: int
+
+
+@dataclass(frozen=True)
+class Errand:
+    """What a worker's process is told by the actor of Ray that starts it; as JSON on its standard input.
+
+    ``key``: of this run, in hex; empty where the node has the job's. ``threads`` is for torch.
+    """
+
+    rank: int
+    job: str
+    host: str
+    port: int
+    script: str
+    args: tuple[str, ...]
+    threads: int
     insecure: bool
+    key: str
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,7 @@ class Recorder:
             pace=str(job.pace),
             workers=job.workers,
             servers=job.servers,
+            engine=job.engine,
             git=_commit(),
             machines=[{"host": platform.node(), "cores": os.cpu_count() or 0, "system": platform.system()}],
             started=datetime.now().astimezone().isoformat(timespec="seconds"),

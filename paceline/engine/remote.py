@@ -28,7 +28,7 @@ from paceline.engine import clipping
 from paceline.engine.early import Bucket
 from paceline.engine.keeping import Keeper
 from paceline.engine.line import Line
-from paceline.engine.mail import send_range
+from paceline.engine.mail import send_packed, send_range
 from paceline.engine.meeting import Push
 from paceline.engine.mirror import arithmetic
 from paceline.engine.remote_exchange import RemoteExchange
@@ -36,6 +36,7 @@ from paceline.engine.remote_passes import RemotePasses
 from paceline.engine.setup import decode_job
 from paceline.errors import ConfigError, HostError, PacelineError
 from paceline.params import optimizers
+from paceline.params.packing import Tensors
 from paceline.params.table import tabulate
 from paceline.protocol import messages, remote
 from paceline.transport.borrow import can_borrow, this_host
@@ -48,10 +49,9 @@ _MOST_NOTES = 1000
 class RemoteWorker:
     """The face of ``engine.worker.Worker`` that ``run/``, the loaders and clipping use. Not for several threads."""
 
-    is_behind = False  # there are no newcomers among workers elsewhere
-
     def __init__(self, link: Link, line: Line, rank: int, hosts: Sequence[str] = ()) -> None:
-        """``hosts``: on which host each worker is, by rank; none: all are on this one."""
+        """``hosts``: on which host each worker is, by rank; none: all are on this one. Raises NotLetIn if the place is
+        not free yet."""
         self.rank, self._link, self._line, self._mail = rank, link, line, line.mail
         self._status = remote.Status()
         self._notes: list[remote.Note] = []
@@ -59,7 +59,11 @@ class RemoteWorker:
         self._buffers: list[list[torch.Tensor]] = []
         self.is_over = False  # has it said that it has finished, or failed?
         self.passes = RemotePasses(self)
+        self.collectives = _Collectives(self)
+        self.saving = _Saving()
         told = self._ask(remote.Who(hosts[rank] if hosts else this_host(), os.getpid()))
+        line.is_in = True
+        self._is_newcomer = not self._status.joined
         self.job: Job = decode_job(told["job"])
         self._are_apart = len(set(hosts)) > 1
         self._kind = self._choose_memory(told["try"], same_bits=told["arithmetic"] == arithmetic())
@@ -69,12 +73,11 @@ class RemoteWorker:
             "round_robin" if self.job.assign == "lease" else self.job.assign or "round_robin",
             self.job.seed,
         )
-        self.collectives = _Collectives(self)
-        self.saving = _Saving()
 
     def _choose_memory(self, home: tuple[int, int] | None, *, same_bits: bool) -> str:
         """Where parameters are to lie. ``home``: a descriptor of one of its processes, if it is on this host."""
-        if not isinstance(self.job.pace, Sync) or self.job.servers:
+        # A newcomer's gradients of ghost batches are nobody's business, so its memory is its own.
+        if not isinstance(self.job.pace, Sync) or self.job.servers or self._is_newcomer:
             return remote.OWN
         if home is not None and can_borrow(*home):
             return remote.HOME
@@ -82,8 +85,13 @@ class RemoteWorker:
 
     @property
     def num_workers(self) -> int:
-        """How many the run was started with."""
-        return self.job.workers
+        """How many the run is to have."""
+        return self._status.workers
+
+    @property
+    def is_behind(self) -> bool:
+        """Has this process still to catch up with what the worker before it in its place had done?"""
+        return self._status.behind
 
     @property
     def exchanges(self) -> Sequence[RemoteExchange]:
@@ -138,7 +146,7 @@ class RemoteWorker:
         exchange.adopt(lambda: self._show_state(exchange))
         if isinstance(self.job.pace, Sync):
             clipping.register(self)
-            if self._are_apart:
+            if self._are_apart and not self._is_newcomer:
                 exchange.send_early(self._tell_early)
                 exchange.replica.before_rewriting = self._await_home
         return exchange
@@ -184,6 +192,8 @@ class RemoteWorker:
         if self.over:
             self._ask(remote.Step(index, void, b"", {}, b""))  # it has to be told where training was interrupted
             one.stepped()
+            return
+        if self.passes.has_ghost or not (self._status.joined or self._ask(remote.Counts())):
             return
         one.replica.check_unchanged()
         if one.inner is not None:
@@ -288,8 +298,17 @@ class RemoteWorker:
             self._leave()
 
     def _leave(self) -> None:
-        self.is_over = self._line.is_over = True
+        self.abandon()
         self._link.close()
+
+    def abandon(self) -> None:
+        """Home is told nothing more."""
+        self.is_over = self._line.is_over = True
+
+    def printed(self, data: bytes) -> None:
+        """For the log at home. May be called by another thread."""
+        with suppress(LinkEnded):
+            self._link.send(remote.Printed(data))
 
     # --- asking ---
 
@@ -300,13 +319,29 @@ class RemoteWorker:
         """Blocks until the deputy has done it. Raises what the deputy's worker raised; ends the process if the run is
         being stopped, or home is lost."""
         self._send(request)
-        answer = self._line.answer()
+        answer = self._line.answer(self._heed)
         self._take_status(answer.status)
         if answer.failure is not None:
             _raise(answer.failure)
         return answer.value
 
     ask = _ask
+
+    def _heed(self, asked: remote.Show | remote.Keep) -> None:
+        """What the deputy asks meanwhile."""
+        keeper, shown = self.saving.keeper, remote.Shown()
+        try:
+            if isinstance(asked, remote.Show):
+                tensors: Tensors = {}
+                document = keeper.state(self._exchanges, tensors)
+                with self._line.kept():
+                    shown = remote.Shown(send_packed(self._link, "kept", document, tensors))
+            else:
+                keeper.load(*self._mail.take_packed("keep", asked.kept), self._exchanges)
+        except PacelineError as error:
+            shown = remote.Shown(failure=messages.Failed(type(error).__name__, error.what, error.why, error.fix))
+        with self._line.kept():
+            self._link.send(shown)
 
     def _send(self, request: remote.Request) -> None:
         notes, self._notes = self._notes, []
@@ -331,6 +366,8 @@ class RemoteWorker:
                 return
 
     def _take_status(self, status: remote.Status) -> None:
+        if status.joined and not self._status.joined:
+            self.forget_gradients()
         self._status = status
         self.passes.take(status)
         for exchange, steps in zip(self._exchanges, status.periods, strict=False):
@@ -345,6 +382,12 @@ class RemoteWorker:
         if status.buffers:
             for index, tensors in enumerate(self._buffers):
                 self._take(tensors, f"averaged/{index}")
+
+    def forget_gradients(self) -> None:
+        """Those of ghost batches, which are not to be in the next step."""
+        for exchange in self._exchanges:
+            for parameter in exchange.parameters:
+                parameter.grad = None
 
     def _take(self, tensors: Sequence[torch.Tensor], name: str) -> None:
         with torch.no_grad():
@@ -363,13 +406,14 @@ class _Collectives:
 
 
 class _Saving:
-    """What scripts keep is not in checkpoints that home makes; it is checked all the same."""
+    """As ``engine.saving.Saving``, of which only what the script keeps is here."""
 
     def __init__(self) -> None:
         self.keeper = Keeper()
 
     def keep_if_possible(self, item: Any) -> None:
-        pass
+        with suppress(ConfigError):  # training is none the worse for it
+            self.keeper.add(item)
 
 
 def _check(optimizer: optim.Optimizer) -> None:

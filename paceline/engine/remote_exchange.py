@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import msgspec
 import torch
@@ -171,3 +172,22 @@ class RemoteExchange:
         """The hyper-parameters of the optimizer that steps at home, if they have changed."""
         changed = None if self.steps_by_itself else self._settings.changed()
         return b"" if changed is None else optimizers.encode(changed)
+
+    # --- what is this worker's own, for a Keeper ---
+
+    @property
+    def settings(self) -> list[optimizers.Group]:
+        """As ``Exchange.settings``."""
+        return optimizers.settings(self.optimizer)
+
+    def load_settings(self, groups: Sequence[optimizers.Group]) -> None:
+        optimizers.load_settings(self.optimizer, groups)
+
+    def own_state(self) -> dict[int, dict[str, Any]]:
+        """As ``Exchange.own_state``."""
+        state = {} if self.inner is None else self.optimizer.state
+        return {index: dict(state[p]) for index, p in enumerate(self.parameters) if p in state}
+
+    def load_own_state(self, state: dict[int, dict[str, Any]]) -> None:
+        for index, values in state.items() if self.inner is not None else ():
+            self.optimizer.state[self.parameters[index]] = values

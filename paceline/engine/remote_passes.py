@@ -28,6 +28,11 @@ class Asking(Protocol):
 
     def note(self, note: remote.Note) -> None: ...
 
+    @property
+    def status(self) -> remote.Status: ...
+
+    def forget_gradients(self) -> None: ...
+
 
 class RemotePasses:
     """A ``data.loader.Passes`` that asks the deputy's."""
@@ -40,6 +45,8 @@ class RemotePasses:
         self._draw_ahead: set[int] = set()
         self._leased: dict[int, bool] = {}
         self._verdicts: dict[int, bool] = {}
+        self._drawn_from: set[int] = set()  # loaders whose pass in progress has had a batch
+        self.has_ghost = False  # is the batch in hand one that only keeps the script from finding a pass empty?
         self._marks: tuple[int, object] = (0, None)
 
     def add(self, loader: int, *, draws_ahead: bool) -> None:
@@ -65,6 +72,7 @@ class RemotePasses:
     def begin(self, loader: int, length: int | None) -> bool:
         request = remote.Begin(loader, length, self._is_training(), self._count_marks())
         is_real, self._skips[loader], self._leased[loader] = self._worker.ask(request)
+        self._drawn_from.discard(loader)
         return bool(is_real)
 
     def epoch(self, loader: int) -> int:
@@ -73,20 +81,24 @@ class RemotePasses:
     def skip(self, loader: int) -> int:
         return self._skips[loader]
 
-    def deal(self, loader: int) -> None:
-        """Nobody comes, and who is lost takes its part along."""
+    def deal(self, loader: int) -> tuple[int, int] | None:
+        deals = self._worker.status.deals
+        return deals[loader] if loader < len(deals) else None
 
     def fetching(self) -> None:
-        """Only newcomers have something to do here."""
+        if self._worker.status.takes:
+            self._worker.ask(remote.Fetching())
 
     def fetched(self, loader: int) -> None:
+        self._drawn_from.add(loader)
         self._worker.note(remote.Fetched(loader))
 
     def border(self) -> None:
         self._worker.note(remote.Border())
 
     def needs_ghost(self, loader: int) -> bool:
-        return False
+        self.has_ghost = loader not in self._drawn_from and bool(self._worker.ask(remote.NeedsGhost(loader)))
+        return self.has_ghost
 
     def drawn(self, samples: int) -> None:
         self._worker.note(remote.Drawn(samples))
@@ -103,9 +115,16 @@ class RemotePasses:
         return self._verdicts.pop(loader, None)
 
     def end(self, loader: int) -> None:
+        self._lay_ghost()
         self._worker.ask(remote.End(loader, self._is_training(), self._count_marks()))
 
+    def _lay_ghost(self) -> None:
+        if self.has_ghost:
+            self.has_ghost = False
+            self._worker.forget_gradients()
+
     def leave(self, loader: int) -> None:
+        self._lay_ghost()
         self._worker.note(remote.Left(loader, self._count_marks()))
 
     def _is_training(self) -> bool:

@@ -27,13 +27,13 @@ class Saving:
     """``position`` tells, under the run's lock, how far all are into their data at a round of the first exchange;
     ``more`` what a worker has of its own beside what the script keeps."""
 
-    def __init__(self, context: Context, exchanges: Sequence[Exchange]) -> None:
+    def __init__(self, context: Context, exchanges: Sequence[Exchange], keeper: Keeper) -> None:
         self._context, self._board, self._exchanges = context, context.board, exchanges
         self._every = context.job.checkpoint_every
         self._due = self._step = self._saved = 0
         self._shares = False
         self.models: list[nn.Module] = []
-        self.keeper = Keeper()
+        self.keeper = keeper
         self.more: Callable[[], dict[str, Any]]
         self.position: Callable[[int], dict[str, Any]]
 

@@ -14,7 +14,7 @@ class Door(msgspec.Struct, frozen=True):
     """Where deputies wait for the workers they stand for; see ``program.Elsewhere``."""
 
     host: str
-    port: int
+    ports: list[int]
     job: str
     starter: int
     insecure: bool

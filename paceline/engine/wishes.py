@@ -8,10 +8,10 @@ from paceline.protocol.messages import Failed, Scale, Scaled
 
 
 class Wishes:
-    """Of the run of ``job``. ``elsewhere``: somebody else started its workers; ``epoch``: the one worker 0 is in."""
+    """Of the run of ``job``. ``epoch``: the one worker 0 is in."""
 
-    def __init__(self, job: Job, coordinator: Coordinator, *, elsewhere: bool) -> None:
-        self._job, self._coordinator, self._elsewhere = job, coordinator, elsewhere
+    def __init__(self, job: Job, coordinator: Coordinator) -> None:
+        self._job, self._coordinator = job, coordinator
         self.epoch = 0
 
     def answer(self, wish: Scale) -> Scaled:
@@ -34,7 +34,7 @@ class Wishes:
             return Failed("UsageError", what, fix=fix)
         if workers is None:
             return None
-        if self._elsewhere:
+        if job.engine == "torchrun":
             return Failed("UsageError", "a run that torchrun has started has the workers that torchrun started")
         if job.data == "served":
             why = "worker 0 reads for those that were there when the run was started"

@@ -25,6 +25,7 @@ from paceline.engine.collectives import Collectives
 from paceline.engine.context import Context
 from paceline.engine.ending import Ending
 from paceline.engine.exchange import Exchange
+from paceline.engine.keeping import Keeper
 from paceline.engine.leases import Leases
 from paceline.engine.leases import size_bytes as leases_bytes
 from paceline.engine.meeting import Push, Round
@@ -45,7 +46,8 @@ from paceline.protocol.log import Entry
 class Worker:
     """The worker side of a run. Not for several threads at once."""
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, keeper: Keeper | None = None) -> None:
+        """``keeper``: who knows what the script keeps, if not this process."""
         job = context.job
         self.context, self.rank, self._pace = context, context.rank, job.pace
         self._board, self._channel, self._lock = context.board, context.channel, context.lock
@@ -55,7 +57,7 @@ class Worker:
         self.collectives = Collectives(context)
         self._catching_up = CatchingUp(context, self._exchanges, is_newcomer=not self.collectives.takes_part)
         self.progress = Progress(context, self._exchanges)
-        self.saving = Saving(context, self._exchanges)
+        self.saving = Saving(context, self._exchanges, keeper or Keeper())
         self._ending = Ending(context, self._exchanges, self.progress, self.saving)
         in_rounds = self.progress.in_rounds
         self._settling = Settling(context, self._exchanges, self._stores, self._leases, in_rounds=in_rounds)
@@ -116,6 +118,16 @@ class Worker:
     def is_behind(self) -> bool:
         """Has this process still to catch up with what the worker before it in its place had done?"""
         return self._catching_up.is_behind
+
+    @property
+    def has_joined(self) -> bool:
+        """Do the others count with this worker?"""
+        return self._catching_up.joined
+
+    @property
+    def is_to_take(self) -> bool:
+        """Is there something of the others' to keep before the next batch is fetched?"""
+        return self._catching_up.is_to_take
 
     @property
     def holds(self) -> bool:
@@ -210,7 +222,7 @@ class Worker:
             ending.raise_if_interrupted()
             ending.idle()
             return
-        if not self._counts:
+        if not self.counts():
             return
         if not self.passes.count:
             self.passes.border()  # there is no better one
@@ -244,8 +256,7 @@ class Worker:
                     ending.end(reason)
         progress.flush_now_and_then()
 
-    @property
-    def _counts(self) -> bool:
+    def counts(self) -> bool:
         """Is what the script does training? A newcomer joins where it first is."""
         if self._catching_up.is_muted or self._catching_up.is_behind:
             return False
@@ -312,7 +323,7 @@ class Worker:
     def norm(self, exchange: Exchange, chosen: bytes, order: float) -> float:
         """The norm of a gradient of this exchange over all workers; see engine/clipping.py."""
         self.passes.tell_left()
-        if not self._counts:
+        if not self.counts():
             return 1.0
         return exchange.norm(chosen, order, self._weight(self._exchanges.index(exchange)))
 

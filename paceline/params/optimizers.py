@@ -153,6 +153,18 @@ def settings(optimizer: optim.Optimizer) -> list[Group]:
     return [{k: _plain(v) for k, v in g.items() if k not in _NOT_SETTINGS} for g in optimizer.param_groups]
 
 
+def load_settings(optimizer: optim.Optimizer, groups: Sequence[Group]) -> None:
+    """Set those hyper-parameters that the optimizer has."""
+    for group, new in zip(optimizer.param_groups, groups, strict=True):
+        for key, value in new.items():
+            if key not in group:
+                continue
+            if isinstance(group[key], torch.Tensor):
+                group[key].fill_(value)
+            else:
+                group[key] = value
+
+
 class Settings:
     """The settings of one optimizer, looked at before every step: whether they have changed must be cheap to tell."""
 

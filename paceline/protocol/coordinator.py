@@ -76,6 +76,8 @@ class Coordinator:
                 self._raised[rank], self._deaths[rank] = failure, self._restarts  # what it finds wrong stays so
             case Came(role="worker", rank=rank, message=messages.Failed(kind="ScriptError") as failure):
                 return self._script_raised(rank, failure)
+            case Came(role="worker", rank=rank, message=messages.Failed(kind="NotBack") as failure):
+                self._raised[rank], self._deaths[rank] = failure, self._restarts  # it has been waited for long enough
             case Came(role="worker", rank=rank, message=messages.Failed(kind="WorkersLost") as failure):
                 self._raised[rank] = failure  # by the deputy of one elsewhere, which is about to end
                 return []
@@ -179,7 +181,7 @@ class Coordinator:
             self.coming.discard(rank)
             self.wanted -= 1
         elif left < (self.wanted if self._min_workers is None else self._min_workers) and not self._interrupted:
-            if deaths > 1 and failure.kind != "Poisoned":
+            if deaths > 1 and failure.kind not in ("Poisoned", "NotBack"):
                 failure = msgspec.structs.replace(
                     failure, why=f"the {_ordinal(deaths)} time without getting on in between"
                 )

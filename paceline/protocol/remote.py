@@ -233,6 +233,22 @@ class Broke(_Said, frozen=True, tag=48):
     failure: Failed
 
 
+class Counts(_Said, frozen=True, tag=49):
+    """...I come in the place of another and have not joined. Does what I do count? Joins where nothing else would:
+    a script without loaders joins at its first step."""
+
+
+class Fetching(_Said, frozen=True, tag=50):
+    """...my first batch that trains is about to be fetched, and I was told that there is something to take before it.
+    Nothing, when I have been told to keep it."""
+
+
+class NeedsGhost(_Said, frozen=True, tag=51):
+    """...a pass of this loader had no batch for me. Is a ghost to keep the script from finding it empty?"""
+
+    loader: int
+
+
 Request = (
     Who
     | WrapOptimizer
@@ -253,7 +269,30 @@ Request = (
     | ShowState
     | Finish
     | Broke
+    | Counts
+    | Fetching
+    | NeedsGhost
 )
+
+
+# What the deputy asks of the worker, while that waits for an answer.
+
+
+class Show(_Said, frozen=True, tag=60):
+    """...what does your script keep? Answer: Shown."""
+
+
+class Keep(_Said, frozen=True, tag=61):
+    """...let your script keep this from now on; its tensors have come before. Answer: Shown, without anything."""
+
+    kept: Any
+
+
+class Shown(_Said, frozen=True, tag=62):
+    """...that is it; its tensors have come before. Or: it could not be done."""
+
+    kept: Any = None
+    failure: Failed | None = None
 
 
 class Ask(_Said, frozen=True, tag=2):
@@ -285,7 +324,11 @@ class Status(msgspec.Struct, frozen=True, array_like=True):
     """Where the worker is now. ``epochs``: by loader; ``verdicts``: whether a push of a loader's batches counted, where
     that is new; ``periods``: local steps not brought yet, by exchange; ``fresh``: exchanges whose newest values have
     come before this, with the parameters of which only rows have; ``buffers``: so have the buffers; ``follow``: by
-    exchange, the round that a mirror is to step."""
+    exchange, the round that a mirror is to step.
+
+    ``deals``: by loader, see ``data.loader.Passes.deal``; ``workers``: how many there are to be. Of one that comes in
+    another's place: ``joined``, whether the others count with it; ``behind``, whether it has passes to catch up with;
+    ``takes``, whether there is something to take before its next batch."""
 
     over: bool = False
     holds: bool = False
@@ -296,6 +339,11 @@ class Status(msgspec.Struct, frozen=True, array_like=True):
     fresh: dict[int, list[int]] = {}
     buffers: bool = False
     follow: dict[int, Follow] = {}
+    deals: list[tuple[int, int] | None] = []
+    workers: int = 0
+    joined: bool = True
+    behind: bool = False
+    takes: bool = False
 
 
 class Answer(_Said, frozen=True, tag=3):
@@ -312,4 +360,10 @@ class Stop(_Said, frozen=True, tag=4):
     reason: str
 
 
-Any_ = Piece | Ask | Answer | Stop | Took
+class Printed(_Said, frozen=True, tag=63):
+    """...my script has printed this. No answer."""
+
+    data: bytes
+
+
+Any_ = Piece | Ask | Answer | Stop | Took | Show | Keep | Shown | Printed

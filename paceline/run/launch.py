@@ -44,6 +44,10 @@ def launch(
         )
     name = str(options.pop("name", getattr(fn, "__name__", "launch")).strip("_<>") or "launch")
     job = Job(name=name, workers=workers, pace=parse_pace(pace) if isinstance(pace, str) else pace, **options)
+    if job.engine != "local":
+        raise UsageError(
+            f"engine is {job.engine!r}; launch starts workers on this machine", fix="paceline run --engine ray SCRIPT"
+        )
     try:
         inspect.signature(fn).bind(0, *args)
     except TypeError as error:

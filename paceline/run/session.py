@@ -215,8 +215,15 @@ def init(**options: Any) -> Run:
     return _current
 
 
+def take_place(worker: RemoteWorker) -> None:
+    """This process is that worker, before its script begins; ``init`` finds it so."""
+    global _current
+    _current = Run(None, worker)
+    contexts.worker = worker
+
+
 def _check_options(options: Mapping[str, Any]) -> None:
-    known = {field.name for field in fields(Job)} - {"name", "workers", "restarts"}
+    known = {field.name for field in fields(Job)} - {"name", "workers", "engine", "ray_address"}
     unknown = next((name for name in options if name not in known), None)
     if unknown is not None:
         raise UsageError(f"paceline.init got {unknown!r}; it takes: {', '.join(sorted(known))}")

@@ -22,7 +22,7 @@ KEY_BYTES = 32
 FILE_VARIABLE = "PACELINE_JOB_KEY_FILE"
 VARIABLE = "PACELINE_JOB_KEY"
 _MAX_FILE_BYTES = 1024
-_HOW_TO_MAKE = "make one with `python -c 'from paceline.transport.keys import new_job_key; new_job_key(\"job.key\")'`"
+_HOW_TO_MAKE = "make one with: paceline key job.key"
 
 
 class JobKey:
@@ -70,7 +70,9 @@ def new_job_key(path: str | Path) -> JobKey:
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except FileExistsError:
-        raise ConfigError(f"{path} exists already", why="whoever uses that key would be locked out") from None
+        raise ConfigError(
+            f"{path} exists already", why="whoever uses that key would be locked out", fix="give another name"
+        ) from None
     except OSError as error:
         raise ConfigError(f"the job key's file {path} cannot be made: {error.strerror}") from None
     with os.fdopen(fd, "w", encoding="ascii") as file:

@@ -12,6 +12,7 @@ same bytes: so a payload must not be changed before its ``Sent`` is ``done``. Ea
 from __future__ import annotations
 
 import logging
+import math
 import random
 import socket
 import ssl
@@ -384,8 +385,11 @@ class Link:
     def _next_connection(self) -> Connection | None:
         """The next one, or None when there will be none. Raises SessionLost, OtherVersion, NotWanted."""
         began_s, attempts = self._end.clock(), 0
+        # How long a first connection may take is for the caller to say (connect.py).
+        is_first = self._dial is not None and not self.joined.is_set()
+        give_up_s = math.inf if is_first else self._end.patience.give_up_s
         while True:
-            left_s = began_s + self._end.patience.give_up_s - self._end.clock()
+            left_s = began_s + give_up_s - self._end.clock()
             with self._changed:
                 if self._ended is not None or left_s <= 0:
                     return None

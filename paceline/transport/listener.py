@@ -7,6 +7,7 @@ say within milliseconds. What was refused is logged once, in words.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import selectors
@@ -59,8 +60,11 @@ class Listener:
         host: str = "",
         port: int = 0,
         on_refused: Callable[[str], None] = logger.warning,
+        *,
+        shared: bool = False,
     ) -> None:
-        """Listens from now on. Port 0: any that is free, see ``port``. Raises HostError.
+        """Listens from now on. Port 0: any that is free, see ``port``. ``shared``: at a port that is held (``hold``).
+        Raises HostError.
 
         A link's first event is Joined. ``on_refused(line)`` is called once for each kind of refusal in ten seconds.
         """
@@ -69,7 +73,7 @@ class Listener:
         self._refusals = Refusals()
         self._links: dict[tuple[int, str], Link] = {}
         self._half_open: dict[int, _HalfOpen] = {}  # by descriptor, the oldest first
-        self._sock = listening(host, port)
+        self._sock = listening(host, port, shared=shared)
         self.port: int = self._sock.getsockname()[1]
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._sock, selectors.EVENT_READ)
@@ -230,28 +234,52 @@ class Listener:
             self._selector.unregister(half.sock)
 
 
-def listening(host: str, port: int) -> socket.socket:
+def hold(host: str, port: int = 0) -> socket.socket:
+    """Keeps a port (0: any that is free) for processes of this user that listen there by and by. Raises HostError."""
+    try:
+        if port:
+            socket.create_server((host, port), family=_family(host, port)).close()  # is it somebody else's?
+        with contextlib.ExitStack() as opened:
+            sock = opened.enter_context(socket.socket(_family(host, port), socket.SOCK_STREAM))
+            # Whoever binds there must say the same, and be the same user. Nobody is let in before somebody listens.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            sock.bind((host, port))
+            opened.pop_all()
+            return sock
+    except OSError as error:
+        raise _not_there(error, host, port) from None
+
+
+def listening(host: str, port: int, *, shared: bool = False) -> socket.socket:
     try:
         # An empty host is every address, of both families where the kernel has both.
         if host:
-            family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
-            return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+            family = _family(host, port)
+            return socket.create_server((host, port), family=family, backlog=_BACKLOG, reuse_port=shared)
         if socket.has_dualstack_ipv6():
             return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=_BACKLOG)
         return socket.create_server(("", port), backlog=_BACKLOG)
     except OSError as error:
-        where = f"{host or 'any address'} port {port}"
-        if error.errno == errno.EADDRINUSE:
-            raise HostError(
-                f"{where} is in use",
-                why="another program listens there, or another run of yours",
-                fix="use another port, or port 0 for any that is free",
-            ) from None
-        if error.errno in (errno.EADDRNOTAVAIL,) or isinstance(error, socket.gaierror):
-            raise HostError(
-                f"this machine has no address {host!r}", fix="give an address of an interface, or none for all of them"
-            ) from None
-        raise HostError(f"cannot listen at {where}: {error.strerror or error}") from None
+        raise _not_there(error, host, port) from None
+
+
+def _family(host: str, port: int) -> socket.AddressFamily:
+    return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
+
+
+def _not_there(error: OSError, host: str, port: int) -> HostError:
+    where = f"{host or 'any address'} port {port}"
+    if error.errno == errno.EADDRINUSE:
+        return HostError(
+            f"{where} is in use",
+            why="another program listens there, or another run of yours",
+            fix="use another port, or port 0 for any that is free",
+        )
+    if error.errno in (errno.EADDRNOTAVAIL,) or isinstance(error, socket.gaierror):
+        return HostError(
+            f"this machine has no address {host!r}", fix="give an address of an interface, or none for all of them"
+        )
+    return HostError(f"cannot listen at {where}: {error.strerror or error}")
 
 
 def _received_bytes(sock: socket.socket) -> int:

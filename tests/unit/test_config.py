@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from paceline.config import (
     ASSIGNMENTS,
     DATA,
+    ENGINES,
     MAX_SERVERS,
     MAX_WORKERS,
     PACES,
@@ -178,6 +179,16 @@ def test_the_outer_step_takes_numbers(value: Any) -> None:
         ({"pace": Async(), "compensate": math.nan}, "compensate is nan; it must be a number, 0 or more"),
         ({"pace": Async(), "compensate": True}, "compensate is True; it must be a number, 0 or more"),
         ({"compensate": -1.0}, "compensate is -1.0; it must be a number, 0 or more"),
+        ({"port": 65536}, "port is 65536; it must be 65535 or less"),
+        ({"return_timeout": 0}, "return-timeout is 0; it must be a number of seconds above 0"),
+        (
+            {"engine": "ray", "data": "served"},
+            "data is served, and workers are started by ray: batches are not sent to other hosts yet",
+        ),
+        (
+            {"engine": "torchrun", "checkpoint_every": 5},
+            "checkpoint-every is set, and workers are started by torchrun: such runs cannot be resumed yet",
+        ),
     ],
 )
 def test_each_field_is_answered_with_its_range(options: dict[str, Any], says: str) -> None:
@@ -218,8 +229,8 @@ def test_samples_are_leased_where_each_push_counts_alone_and_all_have_the_data(p
         Job("test", pace=pace, data=data, assign="block")
 
 
-@pytest.mark.parametrize(("name", "known"), [("assign", ASSIGNMENTS), ("data", DATA)])
-def test_words_for_the_data_are_answered_with_all_there_are(name: str, known: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(("name", "known"), [("assign", ASSIGNMENTS), ("data", DATA), ("engine", ENGINES)])
+def test_words_are_answered_with_all_there_are(name: str, known: tuple[str, ...]) -> None:
     for word in known:
         assert getattr(Job("test", **{name: word}), name) == word  # type: ignore[arg-type]
     with pytest.raises(UsageError) as raised:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paceline.config import ASSIGNMENTS, DATA, Async, Bounded, Job, Local, Quorum, Sync
+from paceline.config import ASSIGNMENTS, DATA, ENGINES, Async, Bounded, Job, Local, Quorum, Sync
 from paceline.config_file import dump, load
 from paceline.errors import ConfigError, UsageError
 
@@ -33,6 +33,8 @@ def job(of: dict[str, Any], workers: int, **options: Any) -> Job:
         options["assign"] = None
     if options["max_servers"] is not None:
         options["max_servers"] = max(options["max_servers"], options["servers"]) if options["servers"] else None
+    if options["engine"] != "local":
+        options |= {"data": "shared", "checkpoint_every": None}
     return Job(**of, workers=max(workers, needed), **options)
 
 
@@ -58,6 +60,12 @@ jobs = st.builds(
     until_loss=st.none() | st.floats(allow_nan=False),
     patience=counts,
     runs=paths,
+    engine=st.sampled_from(ENGINES),
+    ray_address=st.none() | st.text(),
+    interface=st.none() | st.text(),
+    port=st.integers(0, 2**16 - 1),
+    insecure=st.booleans(),
+    return_timeout=st.floats(1e-300, 1e300),
 )
 
 
@@ -101,6 +109,10 @@ def test_none_is_left_out_and_the_rest_is_plain_toml() -> None:
         'pace = "sync"',
         'assign = "round_robin"',
         'data = "shared"',
+        'engine = "local"',
+        "port = 0",
+        "insecure = false",
+        "return_timeout = 60.0",
         "staleness_damping = false",
         "restarts = 3",
         "hang_timeout = 30.0",

@@ -164,6 +164,13 @@ def test_header_names_the_processes_and_the_pace() -> None:
     assert header(JOB).endswith(" · pace sync · engine local")
 
 
+def test_header_does_not_say_that_workers_are_here_where_others_start_them() -> None:
+    assert " · 2 workers started by torchrun, home on this machine (" in header(Job("train", engine="torchrun"))
+    by_ray = header(Job("train", servers=2, engine="ray"))
+    assert " · 2 workers started by Ray, 2 servers and home on this machine (" in by_ray
+    assert by_ray.endswith(" · pace sync · engine ray")
+
+
 def test_ending_says_how_it_went() -> None:
     end = Summary(
         run="a", status="done", pace="sync", workers=2, servers=0, steps=9, samples=99, seconds=58.0,

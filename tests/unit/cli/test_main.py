@@ -12,8 +12,23 @@ from hypothesis import strategies as st
 
 import paceline
 from paceline.cli.main import VALUED, answer, brought_forward, fenced, main
+from paceline.errors import ConfigError
+from paceline.transport.keys import read_job_key
 
-COMMANDS = ("run", "demo", "doctor", "runs", "runs list", "runs show", "config", "config show")
+COMMANDS = (
+    "run",
+    "demo",
+    "doctor",
+    "key",
+    "export",
+    "export slurm",
+    "export k8s",
+    "runs",
+    "runs list",
+    "runs show",
+    "config",
+    "config show",
+)
 ROOT = Path(paceline.__file__).parent.parent
 LATER = ("compare", "plan", "simulate", "lr-find")
 
@@ -61,7 +76,7 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str], command: str
     assert answer([*command.split(), "--help"]) == 0
     out = capsys.readouterr().out
     assert f"paceline {command}" in out
-    assert command in ("runs", "config") or "Examples:\n" in out
+    assert command in ("runs", "config", "export") or "Examples:\n" in out
 
 
 def test_help_names_only_commands_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,6 +110,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("runs show", ["no runs in 'runs'"]),
         ("run absent.py", ["script 'absent.py' does not exist"]),
         ("demo txet", ["demo 'txet' is not known", "fix:   did you mean 'text'?"]),
+        ("demo --engine ray linear", ["engine is 'ray'; paceline demo trains on this machine"]),
+        ("run --engine torchrun train.py", ["paceline run does not start torchrun", "fix:   torchrun --nproc"]),
     ],
 )
 def test_a_wrong_command_line_is_one_block_and_exit_code_2(
@@ -124,6 +141,29 @@ def test_json_is_kept_as_promised_where_a_run_is_refused(
     refused = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (refused["status"], refused["run"], refused["exit_code"]) == ("failed", None, 2)
     assert {"steps", "samples_per_s", "loss"} < set(refused)
+
+
+def test_a_key_is_made_once_and_not_shown(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert answer(["key"]) == 0
+    made, out = (tmp_path / "job.key").read_text(), capsys.readouterr().out
+    assert read_job_key("job.key").fingerprint in out
+    assert made.strip() not in out
+    assert answer(["key"]) == ConfigError.exit_code
+    assert "job.key exists already" in capsys.readouterr().err
+    assert (tmp_path / "job.key").read_text() == made
+
+
+@pytest.mark.parametrize("option", ["--port=1", "--interface=lo", "--insecure", "--ray-address=auto"])
+def test_where_workers_come_to_is_asked_for_runs_that_they_come_to(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, option: str
+) -> None:
+    (tmp_path / "train.py").touch()
+    assert answer(["run", option, "--dry-run", str(tmp_path / "train.py")]) == 2
+    assert f"{option.partition('=')[0]} is for workers that come from elsewhere" in capsys.readouterr().err
+    assert answer(["run", "--engine", "ray", option, "--dry-run", str(tmp_path / "train.py")]) == 0
 
 
 def test_config_show_names_each_source(

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paceline.cli.options import OPTIONS, JobFlags, ShowFlags, job_field, resolve, switched, variable
+from paceline.cli.options import OPTIONS, TRUTHS, JobFlags, ShowFlags, job_field, resolve, switched, variable
 from paceline.config import Bounded, Job
 from paceline.errors import UsageError
 
@@ -56,6 +56,12 @@ def test_every_option_can_stand_in_the_environment() -> None:
         "until_loss": "0.5",
         "patience": "6",
         "run_dir": "elsewhere",
+        "engine": "local",
+        "ray_address": "10.0.0.1:6379",
+        "interface": "eth1",
+        "port": "29600",
+        "insecure": "1",
+        "return_timeout": "90",
     }
     assert set(texts) == set(OPTIONS)
     environment = {variable(option): text for option, text in texts.items()}
@@ -86,9 +92,16 @@ def test_every_option_can_stand_in_the_environment() -> None:
         until_loss=0.5,
         patience=6,
         runs=Path("elsewhere"),
+        engine="local",
+        ray_address="10.0.0.1:6379",
+        interface="eth1",
+        port=29600,
+        insecure=True,
+        return_timeout=90.0,
     )
+    truths = dict.fromkeys(TRUTHS, True)
     assert dict(settings.sources) == {job_field(option): variable(option) for option in OPTIONS}
-    assert settings.job("train") == resolve(JobFlags(**texts | {"staleness_damping": True}), {}).job("train")
+    assert settings.job("train") == resolve(JobFlags(**texts | truths), {}).job("train")
 
 
 def test_nothing_set_is_the_jobs_own_default() -> None:

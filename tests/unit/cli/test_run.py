@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from paceline.cli.options import JobFlags, ShowFlags
-from paceline.cli.run import run_script
+from paceline.cli.run import resume_run, run_script
 from paceline.errors import Diverged, HostError, Interrupted, PacelineError, ScriptError, UsageError
 from tests.unit.cli.played import Played
 
@@ -52,6 +52,16 @@ def test_a_run_is_told_from_header_to_next_step(capsys: pytest.CaptureFixture[st
         "  next    paceline runs show 20260131-0901-train-sync",
     ]
     assert err == ""
+
+
+@pytest.mark.parametrize("engine", ["ray", "torchrun"])
+def test_a_run_with_workers_on_other_hosts_is_not_resumed(folder: Path, engine: str) -> None:
+    run(Played(), show=QUIET)
+    (directory,) = (folder / "runs").iterdir()
+    info = json.loads((directory / "run.json").read_text()) | {"engine": engine}
+    (directory / "run.json").write_text(json.dumps(info))
+    with pytest.raises(UsageError, match=f"cannot be resumed: its workers were started by {engine}"):
+        resume_run(None, JobFlags(), QUIET, folder / "runs", Played())  # type: ignore[arg-type]
 
 
 def test_the_plot_that_is_named_exists(folder: Path) -> None:

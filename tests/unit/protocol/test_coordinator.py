@@ -276,6 +276,17 @@ def test_the_others_go_on_while_they_are_enough() -> None:
     assert aborts(coordinator.handle(died(1, -9)))
 
 
+def test_a_lost_worker_elsewhere_is_waited_for_once() -> None:
+    gone = Came("worker", 1, messages.Failed("WorkersLost", "worker 1 is lost"))
+    late = Came("worker", 1, messages.Failed("NotBack", "worker 1 has not come within 60 s"))
+    coordinator = Coordinator(2, 0, restarts=3, min_workers=1)
+    assert effects(coordinator, gone, died(1, 1))[-1] == Replace(1)
+    told, given_up = effects(coordinator, late, died(1, 1))
+    assert isinstance(told, Tell)
+    assert told.text == "worker 1 has not come within 60 s; the other goes on without it"
+    assert given_up == GiveUp(1)
+
+
 def test_a_wrap_waits_no_more_for_who_is_given_up() -> None:
     coordinator = Coordinator(3, 0, min_workers=1)
     found = effects(coordinator, wrap(1), wrap(2), died(0, -9))

@@ -11,6 +11,7 @@ from paceline.config import Bounded
 from paceline.engine.program import Order
 from paceline.errors import ConfigError, HostError, UsageError
 from paceline.run import torchrun
+from paceline.run.doors import is_insecure
 from paceline.run.session import init
 
 WHOLE = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
@@ -22,12 +23,11 @@ def order(**options: Any) -> Order:
         args=[],
         workers=4,
         options=options,
+        restarts=True,
         host="127.0.0.1",
-        port=0,
         job="a",
         starter=1,
         report=3,
-        insecure=False,
     )
 
 
@@ -45,16 +45,14 @@ def test_only_who_has_all_ranks_beside_it_is_on_one_host(local: str | None, is_o
 
 @pytest.mark.parametrize(("text", "insecure"), [("1", True), ("yes", True), ("0", False), ("", False)])
 def test_going_without_encryption_has_to_be_said(text: str, insecure: bool) -> None:
-    assert torchrun._is_insecure({"PACELINE_INSECURE": text}) is insecure
+    assert is_insecure({"PACELINE_INSECURE": text}) is insecure
 
 
 def test_what_cannot_be_meant_is_refused() -> None:
     with pytest.raises(ConfigError, match="PACELINE_INSECURE is 'maybe'"):
-        torchrun._is_insecure({"PACELINE_INSECURE": "maybe"})
+        is_insecure({"PACELINE_INSECURE": "maybe"})
     with pytest.raises(ConfigError, match="PACELINE_INSECURE is set, and a job key too"):
-        torchrun._is_insecure({"PACELINE_INSECURE": "1", "PACELINE_JOB_KEY": "00" * 32})
-    with pytest.raises(ConfigError, match="PACELINE_PORT is '99999'"):
-        torchrun._port({"PACELINE_PORT": "99999"})
+        is_insecure({"PACELINE_INSECURE": "1", "PACELINE_JOB_KEY": "00" * 32})
     with pytest.raises(HostError, match=r"MASTER_ADDR is 127.0.0.1, .* other hosts do not reach it"):
         torchrun._address("127.0.0.1")
 
@@ -70,7 +68,7 @@ def test_what_init_is_given_wins_over_the_environment(monkeypatch: pytest.Monkey
     ("options", "told"), [({"data": "served"}, "data is served"), ({"checkpoint_every": 5}, "checkpoint-every is set")]
 )
 def test_what_does_not_work_elsewhere_yet_is_refused(options: dict[str, Any], told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(UsageError, match=told):
         resolved(order(**options))
 
 

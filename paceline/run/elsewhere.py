@@ -1,0 +1,135 @@
+"""A worker in a process that home has not forked: the way to its deputy, and its life until the process ends."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from types import FrameType, TracebackType
+from typing import Protocol
+
+from paceline.engine.line import STOPPED, Line, NotLetIn
+from paceline.engine.mail import PATIENCE
+from paceline.engine.remote import RemoteWorker
+from paceline.errors import HostError, PacelineError
+from paceline.protocol import messages, remote
+from paceline.protocol.link import Peer
+from paceline.transport.connect import connect
+from paceline.transport.ends import End
+from paceline.transport.keys import JobKey
+from paceline.transport.tls import Credentials
+
+_CONNECT_S = 30.0
+_AGAIN_S = 0.1
+
+
+def meet(
+    rank: int,
+    incarnation: int,
+    job: str,
+    address: tuple[str, int],
+    key: JobKey | None,
+    hosts: Sequence[str] = (),
+) -> RemoteWorker:
+    """Become worker ``rank`` of ``job``, whose deputy listens at ``address``. ``key``: None for plain text.
+    ``hosts``: on which host each worker is, by rank; none: nothing is known of others.
+
+    If its place had another before, home may have to see first that that one is gone. Raises HostError.
+    """
+    deadline_s = time.monotonic() + _CONNECT_S
+    while True:
+        line = Line(rank)
+        end = End(
+            me=Peer(rank, "worker", incarnation),
+            job=job,
+            messages=remote.Any_,
+            sink=line.sink,
+            place=line.mail.place,
+            credentials=None if key is None else Credentials.issue(key),
+            insecure=key is None,
+            patience=PATIENCE,
+        )
+        link = connect(end, address, _CONNECT_S)
+        try:
+            return RemoteWorker(link, line, rank, hosts)
+        except NotLetIn as reason:
+            if time.monotonic() > deadline_s:
+                raise HostError(f"worker {rank} is not let in: {reason}") from None
+            time.sleep(_AGAIN_S)
+
+
+class Home(Protocol):
+    """The run's home, for the worker whose process has started it or stands for that one."""
+
+    def interrupt(self) -> None: ...
+
+    def wait(self) -> int:
+        """Its exit code, when the run has ended."""
+
+
+class Life:
+    """From init to the process's end: its signals, its last words, its exit code."""
+
+    def __init__(self, worker: RemoteWorker, home: Home | None) -> None:
+        self._worker, self._home = worker, home
+        self._interrupts, self._pid = 0, os.getpid()
+
+    def begin(self) -> None:
+        self._hook, sys.excepthook = sys.excepthook, self._raised
+        atexit.register(self._end)
+        is_usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if is_usual and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self._interrupted)
+
+    def _interrupted(self, number: int, frame: FrameType | None) -> None:
+        """Ctrl-C: home has all end in the same step; the second time this process ends now."""
+        self._interrupts += 1
+        if self._home is not None:
+            self._home.interrupt()
+        if self._interrupts > 1:
+            self._worker.abandon()  # it may wait for an answer, which nobody will take now
+            raise KeyboardInterrupt
+
+    def _raised(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not isinstance(error, KeyboardInterrupt):
+            self._hook(kind, error, trace)
+            self.tell(error)
+
+    def tell(self, error: BaseException) -> None:
+        """Home is to know what the script has raised."""
+        if isinstance(error, PacelineError):
+            failure = messages.Failed(type(error).__name__, error.what, error.why, error.fix)
+        else:
+            last = traceback.format_exception_only(error)[-1].strip()
+            text = "".join(traceback.format_exception(error))
+            failure = messages.Failed("ScriptError", f"worker {self._worker.rank} raised {last}", traceback=text)
+        with contextlib.suppress(SystemExit, PacelineError, KeyboardInterrupt):
+            self._worker.broke(failure)
+
+    def _end(self) -> None:
+        if os.getpid() != self._pid:
+            return  # a child that the script has forked
+        code = self.finish()
+        if self._home is not None:
+            code = self._home.wait() or code
+        if code:
+            with contextlib.suppress(OSError, ValueError):
+                sys.stdout.flush()
+                sys.stderr.flush()
+            os._exit(code)
+
+    def finish(self) -> int:
+        """The script is over; the exit code of this process."""
+        try:
+            self._worker.finish()
+        except SystemExit:
+            return STOPPED
+        except (PacelineError, KeyboardInterrupt):
+            return 1
+        return 0
