@@ -171,12 +171,13 @@ def _live_elsewhere(context: Context, body: Callable[[Run], Any], hosts: Sequenc
         except BaseException as error:  # noqa: BLE001  the outermost line of a thread that stands for a process
             raised.append(error)
             context.board.set_abort()
+        finally:
+            os.close(writable)
 
     deputy = threading.Thread(target=stand, daemon=True)
     deputy.start()
     with os.fdopen(readable) as lines:
         lines.readline()
-    os.close(writable)
     worker = meet(context.rank, 0, "job", ("127.0.0.1", ports[-1]), _KEY, hosts)
     held.close()
     run = Run(None, worker)
