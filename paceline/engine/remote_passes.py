@@ -35,7 +35,7 @@ class Asking(Protocol):
 
 
 class RemotePasses:
-    """A ``data.loader.Passes`` that asks the deputy's."""
+    """A ``data.passes.Passes`` that asks the deputy's."""
 
     def __init__(self, worker: Asking) -> None:
         self._worker = worker
@@ -139,7 +139,7 @@ class RemotePasses:
 
 
 class _Leases:
-    """A ``data.loader.Leases``. Each call is a round trip: whose a batch still is, is known at home alone. Where what
+    """A ``data.passes.Leases``. Each call is a round trip: whose a batch still is, is known at home alone. Where what
     is drawn is the next that the script gets, it is begun with that."""
 
     def __init__(self, worker: Asking, loader: int, *, draws_ahead: bool) -> None:
