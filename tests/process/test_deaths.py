@@ -134,7 +134,13 @@ def check(ended: Ended, role: str, rank: int, how: str, code: int = 5) -> None:
     await_death(open_pids(process["pid"] for process in ended.info["processes"]))
 
 
-@pytest.mark.parametrize("state", ["before init", "waiting in wrap", "in backward", "parked", "after training"])
+LONG = pytest.mark.long
+SAME_SENTENCE = ["waiting in wrap", "parked", "after training"]
+
+
+@pytest.mark.parametrize(
+    "state", ["before init", "in backward", *(pytest.param(state, marks=LONG) for state in SAME_SENTENCE)]
+)
 def test_a_worker_killed_in_any_state_ends_the_run_with_a_sentence(state: str, runner: Runner) -> None:
     """Where none may take its place."""
     ended = runner.run(DYING, "--restarts", "0", args=[state, "1"])

@@ -81,7 +81,12 @@ LINES = {
 }
 
 
-@pytest.mark.parametrize(("pace", "servers"), LINES)
+MORE = {("bounded:1", 1), ("async", 0), ("local:5", 1)}  # `make long` runs these too
+
+
+@pytest.mark.parametrize(
+    ("pace", "servers"), [pytest.param(*line, marks=pytest.mark.long) if line in MORE else line for line in LINES]
+)
 def test_a_pace_trains_on_all_samples_and_tells_of_them(pace: str, servers: int, runner: Runner) -> None:
     options = ["--pace", pace, "--workers", str(WORKERS), "--servers", str(servers), "--assign", "round_robin"]
     ended = runner.run(TRAIN, *options)

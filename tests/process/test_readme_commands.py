@@ -50,6 +50,9 @@ LESS: dict[str, str] = {
 }
 # Others show the same in `make test`; `make long` runs these too.
 LONG = {
+    "paceline run --workers 3 --pace quorum:2 examples/digits.py",
+    "paceline run --workers 2 --pace local:16:nesterov examples/mlp.py",
+    "paceline run --workers 2 --servers 2 examples/mlp.py",
     "paceline run --workers 5 examples/linear.py --method sgd",
     "paceline run --workers 4 examples/mlp.py",
     "paceline run --pace sync examples/digits.py",

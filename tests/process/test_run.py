@@ -176,6 +176,7 @@ def test_a_run_tells_all_of_itself_and_its_config_runs_again(runner: Runner) -> 
     assert [numbers for _, numbers in said(other.out, "batch")] != [numbers for _, numbers in batches[0]]
 
 
+LONG = pytest.mark.long
 STOPS = {
     "steps": (["--steps", "9"], [], "9 steps done"),
     "epochs": (["--epochs", "3"], [], "3 epochs done"),
@@ -184,7 +185,7 @@ STOPS = {
 }
 
 
-@pytest.mark.parametrize("kind", STOPS)
+@pytest.mark.parametrize("kind", ["steps", "patience", *(pytest.param(k, marks=LONG) for k in ("epochs", "loss"))])
 def test_a_stop_rule_ends_all_workers_in_the_same_round(kind: str, runner: Runner) -> None:
     options, own, reason = STOPS[kind]
     ended = runner.run(TRAIN, "--workers", "3", *options, args=["--passes", "40", *own])

@@ -115,7 +115,7 @@ def test_with_one_server_then_three_then_one_each_sample_counts_once_an_epoch(op
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("pace", ["async", "sync"])
+@pytest.mark.parametrize("pace", ["async", pytest.param("sync", marks=LONG)])
 def test_the_launcher_may_die_of_a_wish_before_it_is_fulfilled(pace: str, runner: Runner) -> None:
     runner.write("counting.py", kills.COUNTING)
     prepare(runner)
