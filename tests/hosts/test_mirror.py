@@ -26,7 +26,7 @@ from counting import job
 
 import paceline
 
-run = paceline.init(min_workers=1, assign="lease")
+run = paceline.init(min_workers=1, restarts=0, assign="lease")
 counts, optimizer, loader = job(64)
 optimizer, loader = run.wrap(optimizer, loader)
 steps = 0

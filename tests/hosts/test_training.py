@@ -38,7 +38,7 @@ from counting import job, mark
 
 import paceline
 
-run = paceline.init(min_workers=1, pace="bounded:1")
+run = paceline.init(min_workers=1, restarts=0, pace="bounded:1")
 counts, optimizer, loader = job(64)
 optimizer, loader = run.wrap(optimizer, loader)
 waits = run.rank == 1
