@@ -28,15 +28,17 @@ class Asked(Protocol):
     def norm(self, exchange: Any, chosen: bytes, order: float) -> float: ...
 
 
-_workers: weakref.WeakSet[Asked] = weakref.WeakSet()
-_registering = threading.Lock()  # tests have the workers of a job in one process
+# With the thread that each was made in. Tests have the workers of a job in one process, and a gradient must not be read
+# from another thread: backward passes replace it without Python's lock, and what is read may be freed by then.
+_workers: weakref.WeakKeyDictionary[Asked, int] = weakref.WeakKeyDictionary()
+_registering = threading.Lock()
 _local_norm = clip_grad._get_total_norm
 
 
 def register(worker: Asked) -> None:
     """From now on norms of gradients of this worker's exchanges are those of all workers'."""
     with _registering:
-        _workers.add(worker)
+        _workers[worker] = threading.get_ident()
     clip_grad._get_total_norm = _total_norm
 
 
@@ -51,8 +53,9 @@ def _total_norm(
     order = float(norm_type)
     parts, found = [], 0
     with _registering:
-        workers = list(_workers)
-    for worker, exchange in [(one, exchange) for one in workers for exchange in one.exchanges]:
+        workers = dict(_workers)
+    own = [one for one, thread in workers.items() if thread == threading.get_ident()]
+    for worker, exchange in [(one, exchange) for one in own or workers for exchange in one.exchanges]:
         chosen = bytes(p.grad is not None and id(p.grad) in asked for p in exchange.parameters)
         if any(chosen):
             found += sum(chosen)

@@ -81,13 +81,10 @@ def test_workers_elsewhere_are_local_workers_to_the_bit(
     )
 
 
-@pytest.mark.parametrize(
-    ("how", "place"),
-    [({"norm": True}, "beside"), ({"norm": True}, "mirror"), ({"norm": True}, "away"), ({"clip": True}, "mirror")],
-    ids=str,
-)
-def test_so_they_are_with_batch_norm_and_with_clipping(how: dict[str, bool], place: str) -> None:
-    there = run_job(lambda run: train(run, MAKES["adam"], **how), elsewhere=True, hosts=PLACES[place])
+@pytest.mark.parametrize("hosts", PLACES.values(), ids=PLACES)
+@pytest.mark.parametrize("how", [{"norm": True}, {"clip": True}], ids=str)
+def test_so_they_are_with_batch_norm_and_with_clipping(how: dict[str, bool], hosts: tuple[str, ...]) -> None:
+    there = run_job(lambda run: train(run, MAKES["adam"], **how), elsewhere=True, hosts=hosts)
     assert there == run_job(lambda run: train(run, MAKES["adam"], **how), elsewhere=False)
 
 
