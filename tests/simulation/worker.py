@@ -292,7 +292,7 @@ class SimulatedExchange(Exchange):
         )
         self._context, self._pace, self._share = context, context.job.pace, True
         self._stepped_by: Any = SimpleNamespace() if isinstance(self._pace, Local) else self.optimizer
-        self.memory: Any = SimulatedMemory(host)
+        self._memory: Any = SimulatedMemory(host)
         self.spec: Any = spec_of(host)
         self.inner = None
         self.was_finite = True
