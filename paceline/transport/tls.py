@@ -150,7 +150,7 @@ def in_words(error: ssl.SSLError) -> str:
     reason = error.reason or ""
     if isinstance(error, ssl.SSLCertVerificationError) or reason == "CERTIFICATE_VERIFY_FAILED":
         return "its certificate is not of this job's key: it has another job key, or another job's"
-    if isinstance(error, ssl.SSLEOFError):
+    if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):
         return "it hung up in the midst of TLS"
     return _WORDS.get(reason) or f"TLS failed: {reason.replace('_', ' ').lower() or error}"
 

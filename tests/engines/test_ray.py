@@ -107,6 +107,7 @@ def test_a_node_is_lost_and_one_comes_and_each_sample_counts_once(runner: Runner
     running = runner.start_run("count.py", "--engine", "ray", "--ray-address", cluster.address, "--workers", "2")
     running.until("it trains")
     cluster.remove_node(lost, allow_graceful=False)
+    running.until("is lost")  # its processes outlive their node for a moment
     runner.write("gone", "")
     cluster.add_node(**node(1))
     ended = running.end()
@@ -114,7 +115,6 @@ def test_a_node_is_lost_and_one_comes_and_each_sample_counts_once(runner: Runner
     assert json.loads((runner.folder / "counts.json").read_text()) == [3.0] * 64
     assert (ended.answer["status"], ended.answer["workers"], ended.answer["samples"]) == ("done", 2, 3 * 64)
     assert "all is counted\n" in ended.out
-    assert "is lost" in ended.err
     schedules = sorted(json.loads((runner.folder / f"schedule-{rank}.json").read_text()) for rank in range(2))
     assert schedules[0] == 24
     assert schedules[1] >= 24  # the newcomer's was the other's when it joined, which had ended its part of the epoch
