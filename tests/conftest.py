@@ -2,7 +2,9 @@
 
 import os
 import resource
+from zlib import crc32
 
+import pytest
 from hypothesis import settings
 
 # Before anything imports torch or numpy: their thread pools are sized once. A test of N processes on two
@@ -22,3 +24,11 @@ for name in [name for name in os.environ if name.startswith(FOREIGN)]:
 # No deadline: how long an example takes says nothing here. In CI the examples are the same every time.
 settings.register_profile("paceline", deadline=None, print_blob=True, derandomize="CI" in os.environ)
 settings.load_profile("paceline")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of the settings of a test that is marked ``sampled`` about a third is left to `make test`, always the same."""
+    for item in items:
+        if item.get_closest_marker("sampled") and crc32(item.name.encode()) % 3:
+            item.add_marker(pytest.mark.long)

@@ -85,6 +85,7 @@ def test_a_cut_connection_is_mended_and_nothing_is_lost_or_repeated(secure: bool
         assert {type(event) for event in pair.server.other + pair.client.other} <= {Lost, Back}
 
 
+@pytest.mark.sampled
 @SECURE
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize(

@@ -148,6 +148,7 @@ def test_a_worker_killed_in_any_state_ends_the_run_with_a_sentence(state: str, r
     assert "logs/worker-1.log" in ended.error
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("state", STATES)
 def test_another_takes_the_place_of_a_worker_killed_in_any_state(state: str, runner: Runner) -> None:
     ended = runner.run(DYING, args=[state, "1", "once"])

@@ -61,6 +61,7 @@ print("the end")
 """
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("how", "options", "role", "told"),
     [

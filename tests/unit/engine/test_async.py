@@ -85,6 +85,7 @@ def test_the_last_weight_is_the_sum_of_all_samples(
 # --- one worker ---
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("pace", [Async(), Bounded(0)], ids=str)
 @pytest.mark.parametrize(("name", "servers"), CASES)
 def test_one_worker_is_the_plain_loop_to_the_bit(name: str, servers: int, pace: Pace) -> None:

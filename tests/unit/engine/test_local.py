@@ -93,6 +93,7 @@ def test_averaging_after_every_step_of_sgd_is_sync(workers: int, servers: int, s
         assert_close(result, together[0], 1e-12)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("every", [2, 3, 100])
 @pytest.mark.parametrize(("name", "servers"), CASES)
 def test_averaging_is_the_mean_by_samples_of_what_the_workers_came_to(name: str, servers: int, every: int) -> None:
@@ -117,6 +118,7 @@ def test_more_workers_average_too(workers: int, servers: int) -> None:
             assert_close(result, expected, 1e-11)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("every", [1, 3, 100])
 @pytest.mark.parametrize(("name", "servers"), CASES)
 def test_one_worker_that_averages_with_nobody_is_the_plain_loop(name: str, servers: int, every: int) -> None:
@@ -127,6 +129,7 @@ def test_one_worker_that_averages_with_nobody_is_the_plain_loop(name: str, serve
     assert_close(on_workers(body, workers=1, servers=servers, pace=Local(every))[0], alone, 1e-12)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("lr", "momentum"), [(0.7, 0.9), (1.0, 0.5), (0.3, 0.0)])
 @pytest.mark.parametrize("servers", [0, 2])
 @pytest.mark.parametrize("workers", [1, 2, 3])

@@ -137,6 +137,7 @@ def test_steps_are_as_many_samples_at_every_pace(
         assert total == pytest.approx(steps, rel=1e-12)  # the mean of gradients of -1, in each round
 
 
+@pytest.mark.sampled
 @every_pace
 @servers_or_none
 @pytest.mark.parametrize("workers", [1, 3])
@@ -155,6 +156,7 @@ def test_steps_end_training_in_mid_pass_without_a_schedule(workers: int, servers
 # --- the other rules ---
 
 
+@pytest.mark.sampled
 @every_pace
 @servers_or_none
 @pytest.mark.parametrize("samples", [1, 7, 8])
@@ -264,6 +266,7 @@ def _left_the_last(early: dict[tuple[int, int], int], passes: int, what: str) ->
     return what == "the pass" and any(number == passes - 1 for _, number in early)
 
 
+@pytest.mark.sampled
 @every_pace
 @servers_or_none
 @pytest.mark.parametrize("leaver", [0, 1])
@@ -295,6 +298,7 @@ def test_steps_end_training_of_those_who_are_left(servers: int, pace: Pace) -> N
 # --- all workers end equal ---
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("pace", [Quorum(2), Bounded(1), Async(), Async(3), Local(3), Local(2, 0.7, 0.9)], ids=str)
 @pytest.mark.parametrize(("name", "servers"), CASES)
 def test_all_workers_end_with_the_same_parameters(name: str, servers: int, pace: Pace) -> None:
@@ -305,6 +309,7 @@ def test_all_workers_end_with_the_same_parameters(name: str, servers: int, pace:
         assert_same_bits(result, results[0])
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("pace", [Quorum(2), Bounded(1), Async(), Async(3), Local(3), Local(2, 0.7, 0.9)], ids=str)
 @servers_or_none
 @pytest.mark.parametrize("steps", [1, 4, 9])

@@ -83,6 +83,7 @@ def odd_script(run: Any, kind: type[optim.Optimizer], common: Odd, data: TensorD
     return parameters(model)
 
 
+@pytest.mark.sampled
 @stepping_pace
 @servers_or_none
 @pytest.mark.parametrize("kind", [optim.AdamW, optim.SGD, optim.RMSprop])
@@ -97,6 +98,7 @@ def test_one_worker_does_all_that_the_plain_script_does(kind: type[optim.Optimiz
     assert_close(mine, alone, 1e-11)
 
 
+@pytest.mark.sampled
 @stepping_pace
 @servers_or_none
 @pytest.mark.parametrize("name", ["momentum", "adamw", "adagrad", "adafactor"])

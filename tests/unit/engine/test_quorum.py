@@ -40,6 +40,7 @@ from tests.unit.engine.pacing import (
 BATCH = 4
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("workers", [1, 2, 3])
 @pytest.mark.parametrize(("name", "servers"), CASES)
 def test_a_quorum_of_all_is_sync_to_the_bit(name: str, servers: int, workers: int) -> None:

@@ -124,6 +124,7 @@ def assert_unused_rows_kept(values: Sequence[torch.Tensor], states: Sequence[dic
             assert not torch.equal(tensor[:USED], torch.full_like(tensor[:USED], fill))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("servers", [0, 1, 2])
 @pytest.mark.parametrize("workers", [2, 3])
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -156,6 +157,7 @@ def test_rows_that_nobody_looks_up_stay_to_the_bit_and_so_does_their_state(name:
     assert_unused_rows_kept(values, states, 0.1 if name == "adagrad" else 0.0)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("pace", ["sync", "bounded:0", "quorum:1", "async"])
 @pytest.mark.parametrize("servers", [0, 2])
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -91,6 +91,7 @@ def assert_same_bits(mine: list[torch.Tensor], other: list[torch.Tensor]) -> Non
     assert all(torch.equal(a, b) for a, b in zip(mine, other, strict=True))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("servers", [0, 1, 2])
 @pytest.mark.parametrize("workers", [2, 3, 4])
 @pytest.mark.parametrize("name", OPTIMIZERS)

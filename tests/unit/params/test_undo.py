@@ -53,6 +53,7 @@ def area_of(size: int) -> tuple[memoryview, torch.Tensor]:
     return memoryview(bytearray(8 * HEADER_WORDS)).cast("Q"), torch.zeros(size, dtype=torch.uint8)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("before", [0, 2])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_whoever_goes_on_leaves_the_same_bits(name: str, before: int) -> None:
