@@ -67,7 +67,7 @@ class Ending:
         lowest = contributors[0] == self._rank
         if rounds.asked_to_stop(number, contributors):
             self._saving.want(number, progress.step_number, shares=lowest)
-            self._end(_INTERRUPTED, "interrupted")
+            self._end(_INTERRUPTED, messages.INTERRUPTED)
             self._owes_interrupt = True
             return
         self._saving.after(number, before, progress.step_number, shares=lowest)
@@ -210,7 +210,7 @@ class Ending:
                     self._board.ended[self._rank] = _INTERRUPTED
             if shares or self._progress.in_rounds:
                 self._saving.want(exchange.number, self._progress.step_number, shares=shares)
-        self._end(_INTERRUPTED, "interrupted")
+        self._end(_INTERRUPTED, messages.INTERRUPTED)
         self._owes_interrupt = True
         self.raise_if_interrupted()
 

@@ -169,7 +169,7 @@ class _Launcher:
             self._turn()
         self._saver.close()
         self._control.close()
-        if self._failure is None and self._interrupts:
+        if self._failure is None and self._coordinator.was_interrupted:
             self._failure = ("launcher", 0, messages.Failed("Interrupted", "stopped by Ctrl-C"))
         outcome = self._telling.conclude(self._coordinator.reason, self._failure)
         self._diary.close()
@@ -536,8 +536,8 @@ class _Launcher:
     def _interrupted(self, times: int) -> None:
         """Ctrl-C or SIGTERM: first, let the round finish; second, now."""
         self._interrupts = times
-        self._coordinator.handle(Interrupted())
         self._board.set_interrupt()
+        self._obey(self._coordinator.handle(Interrupted()))
         wait_s = _INTERRUPT_S if self._interrupts == 1 else 0.0
         self._kill_at_s = min(self._kill_at_s or 2**62, time.monotonic() + wait_s)
 

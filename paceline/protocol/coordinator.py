@@ -58,6 +58,11 @@ class Coordinator:
         self._wraps = 0
         self.reason = ""
 
+    @property
+    def was_interrupted(self) -> bool:
+        """Was it the user that ended training, and not what came first: the scripts' own end?"""
+        return self._interrupted and (self.reason == messages.INTERRUPTED or bool(self._lost))
+
     def handle(self, event: Event) -> list[Effect]:
         match event:
             case Came(role="worker", rank=rank, message=messages.Wrap() as request):
@@ -94,16 +99,19 @@ class Coordinator:
                 if rank in self._leaving:
                     return self._allocate_all()
                 return [Tell("leave", f"worker {rank} has finished", "worker", rank), *self._check_stuck()]
-            case Came(role="worker", message=messages.Ended(reason=reason)) if not self.reason:
-                self.reason = reason
-                return [Tell("stop", f"training is over: {reason}")]
+            case Came(role="worker", message=messages.Ended(reason=reason)):
+                known = self.reason
+                if not known or reason == messages.INTERRUPTED:
+                    self.reason = reason
+                return [] if known else [Tell("stop", f"training is over: {reason}")]
             case Died(role=role, rank=rank, pid=pid, status=status):
                 return self._died(role, rank, pid, status)
             case Wished(workers=workers, servers=servers):
                 effects = [] if workers is None else self._scale(workers)
                 return effects if servers is None else [*effects, *self._servers.scale(servers)]
-            case Interrupted():
+            case Interrupted() if not self._interrupted:
                 self._interrupted = True
+                return [Tell("interrupt", "asked to stop: training ends here and is saved; asked again, all ends now")]
         return []
 
     def _wrap(self, rank: int, request: messages.Wrap) -> list[Effect]:

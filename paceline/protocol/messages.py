@@ -60,6 +60,9 @@ class Pass(Message, frozen=True, tag=5):
     steps: int | None
 
 
+INTERRUPTED = "interrupted"  # a reason of ``Ended``
+
+
 class Ended(Message, frozen=True, tag=6):
     """...training is over, all agree, for this reason. No answer."""
 

@@ -1,42 +1,42 @@
-"""Scripts that stand still in some epochs, each time until the test lets them go on."""
+"""Scripts that stand still at some places, each time until the test lets them go on."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from tests.process.runner import Runner, Running
 
-# ``stand`` says where it stands and reads from a pipe, once an epoch, whatever becomes of its process.
+# ``stand`` says where it stands and reads from a pipe, once a place, whatever becomes of its process.
 STANDING = """
 import os
 
 
-def stand(epoch):
+def stand(place):
     try:
-        os.close(os.open(f"stood-{epoch}", os.O_CREAT | os.O_EXCL))
+        os.close(os.open(f"stood-{place}", os.O_CREAT | os.O_EXCL))
     except FileExistsError:
         return
-    print(f"stands in epoch {epoch}.", flush=True)
-    with open(f"epoch-{epoch}") as pipe:
+    print(f"stands at {place}.", flush=True)
+    with open(f"place-{place}") as pipe:
         pipe.read()
 """
 STANDS_IN = (1, 3, 5)
 
 
-def prepare(runner: Runner) -> None:
-    """For scripts that import ``stand`` from ``standing``, and call it in the epochs ``STANDS_IN``."""
+def prepare(runner: Runner, places: Sequence[int] = STANDS_IN) -> None:
+    """For scripts that import ``stand`` from ``standing``, and call it at these places (epochs, steps)."""
     runner.write("standing.py", STANDING)
-    for epoch in STANDS_IN:
-        os.mkfifo(runner.folder / f"epoch-{epoch}")
+    for place in places:
+        os.mkfifo(runner.folder / f"place-{place}")
 
 
 @contextmanager
-def at(runner: Runner, running: Running, epoch: int) -> Iterator[Running]:
-    """While it stands in this epoch: the run's events, as they come."""
-    running.until(f"stands in epoch {epoch}.")
-    (told,) = (runner.folder / "runs").glob("*/events.jsonl")
-    with runner.follow(told) as events:
+def at(runner: Runner, running: Running, place: int) -> Iterator[Running]:
+    """While it stands there: the run's events, as they come."""
+    running.until(f"stands at {place}.")
+    newest = max((runner.folder / "runs").iterdir())
+    with runner.follow(newest / "events.jsonl") as events:
         yield events
-    runner.write(f"epoch-{epoch}", "")
+    runner.write(f"place-{place}", "")

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from tests.process import kills
+from tests.process import kills, standing
 from tests.process.runner import Ended, Runner
 
 # Random numbers in the data set and in dropout, buffers, a scheduler by step, one by epoch, a thing of its own,
@@ -17,6 +17,7 @@ import json
 import sys
 
 import torch
+from standing import stand
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -68,7 +69,7 @@ for epoch in range(epochs):
         average.seen[1] = ("a", average.seen[1][1] + 1)
         run.log(loss=loss)
         if run.step == stop_at and run.is_main:
-            print("there", flush=True)
+            stand(stop_at)
     model.eval()
     with torch.no_grad():
         total = sum(nn.functional.cross_entropy(model(x), y).item() for x, y in test)
@@ -85,11 +86,18 @@ def numbers(ended: Ended) -> dict[str, float]:
     return dict(json.loads((ended.directory / "numbers.json").read_text()))
 
 
-def interrupted(runner: Runner, script: str, *options: str, args: list[str], at: str) -> Ended:
-    """Ctrl-C once the script has said ``at``: a checkpoint is saved."""
+def trained(runner: Runner, *options: str, args: list[str]) -> Ended:
+    standing.prepare(runner, [])
+    return runner.run(TRAINING, *options, args=args)
+
+
+def interrupted(runner: Runner, script: str, *options: str, args: list[str], place: int) -> Ended:
+    """Ctrl-C while worker 0 stands there: a checkpoint is saved."""
+    standing.prepare(runner, [place])
     running = runner.start_run(script, *options, args=args)
-    running.until(at)
-    running.signal(signal.SIGINT)
+    with standing.at(runner, running, place) as events:
+        running.signal(signal.SIGINT)
+        events.until("asked to stop: ")
     ended = running.end()
     assert ended.code == 130, ended.err
     (saved,) = [event["text"] for event in ended.events if event.get("kind") == "checkpoint"]
@@ -112,9 +120,9 @@ def resumed(runner: Runner, ended: Ended, *options: str) -> Ended:
 )
 def test_ctrl_c_and_resume_leave_the_same_bits(options: str, stop_at: int, runner: Runner) -> None:
     """After Ctrl-C in the middle of a pass of 12 steps."""
-    whole = runner.run(TRAINING, *options.split(), args=["4", "0"])
+    whole = trained(runner, *options.split(), args=["4", "0"])
     expected = numbers(whole)
-    first = interrupted(runner, TRAINING, *options.split(), args=["4", str(stop_at)], at="there")
+    first = interrupted(runner, TRAINING, *options.split(), args=["4", str(stop_at)], place=stop_at)
     ended = resumed(runner, first)
     assert numbers(ended) == expected
     steps = [metric["step"] for metric in ended.metrics]
@@ -123,7 +131,7 @@ def test_ctrl_c_and_resume_leave_the_same_bits(options: str, stop_at: int, runne
 
 
 def test_a_run_goes_on_from_its_newest_good_checkpoint(runner: Runner) -> None:
-    first = runner.run(TRAINING, "--checkpoint-every", "10", "--keep", "9", args=["3", "0"])
+    first = trained(runner, "--checkpoint-every", "10", "--keep", "9", args=["3", "0"])
     expected = numbers(first)
     saved = sorted((first.directory / "checkpoints").iterdir())
     assert saved
@@ -153,9 +161,11 @@ def test_a_run_goes_on_from_its_newest_good_checkpoint(runner: Runner) -> None:
 def test_whatever_is_changed_each_sample_counts_once_an_epoch(options: str, then: str, runner: Runner) -> None:
     samples, epochs = 900, 3
     runner.write("counting.py", kills.COUNTING)
-    script = kills.SCRIPT.replace("steps += 1\n", "steps += 1\n        print('at', epoch, steps, flush=True)\n")
+    script = "from standing import stand\n" + kills.SCRIPT.replace(
+        "steps += 1\n", "steps += 1\n        run.is_main and (epoch, steps) == (1, 20) and stand(20)\n"
+    )
     arguments = [str(samples), str(epochs), "0", "0.0", "1"]
-    first = interrupted(runner, script, *options.split(), args=arguments, at="at 1 20")
+    first = interrupted(runner, script, *options.split(), args=arguments, place=20)
     ended = resumed(runner, first, *then.split())
     assert ended.code == 0, ended.err
     assert json.loads((ended.directory / "counts.json").read_text()) == [epochs] * samples
@@ -164,7 +174,7 @@ def test_whatever_is_changed_each_sample_counts_once_an_epoch(options: str, then
 def test_the_checkpoint_is_what_plain_pytorch_knows(runner: Runner) -> None:
     from safetensors.torch import load_file
 
-    ended = interrupted(runner, TRAINING, args=["1000000", "5"], at="there")
+    ended = interrupted(runner, TRAINING, args=["1000000", "5"], place=5)
     (path,) = (ended.directory / "checkpoints").iterdir()
     model = load_file(path / "model.safetensors")
     assert set(model) == {f"{i}.{name}" for i in (0, 1, 3) for name in ("weight", "bias")} | {
@@ -179,6 +189,7 @@ def test_a_scheduler_that_cannot_be_kept_is_told_and_trained_with(runner: Runner
     own = "class Own(torch.optim.lr_scheduler.StepLR):\n    pass\n\n\n"
     own += "by_step = Own(optimizer, 7)\nby_step.rule = print\n"
     script = TRAINING.replace("plateau = ", own + "plateau = ")
+    standing.prepare(runner, [])
     ended = runner.run(script, args=["1", "0"])
     assert ended.code == 0, ended.err
     (told,) = [event["text"] for event in ended.events if event.get("kind") == "alarm"]
@@ -186,11 +197,11 @@ def test_a_scheduler_that_cannot_be_kept_is_told_and_trained_with(runner: Runner
 
 
 def test_what_cannot_be_resumed_is_told(runner: Runner) -> None:
-    ended = runner.run(TRAINING, args=["1", "0"])
+    ended = trained(runner, args=["1", "0"])
     refused = resumed(runner, ended)
     assert refused.code == 3
     assert "there is no checkpoint in" in refused.err
-    first = interrupted(runner, TRAINING, args=["1000000", "5"], at="there")
+    first = interrupted(runner, TRAINING, args=["1000000", "5"], place=5)
     script = runner.folder / "train.py"
     script.write_text(script.read_text().replace("16", "17"))
     other = runner.paceline("resume", "--json", str(max(runner.folder.glob("runs/*"))))

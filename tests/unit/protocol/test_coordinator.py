@@ -318,9 +318,23 @@ def test_what_a_script_raises_at_its_start_is_told_at_once() -> None:
 
 def test_nobody_is_replaced_once_the_user_has_asked_for_the_end() -> None:
     coordinator = Coordinator(2, 0, restarts=3)
-    assert effects(coordinator, wrap(0), wrap(1), Interrupted()) == [Allocate(wrap(0).message, False, (0, 1))]
+    allocated, told = effects(coordinator, wrap(0), wrap(1), Interrupted(), Interrupted())
+    assert allocated == Allocate(wrap(0).message, False, (0, 1))
+    assert isinstance(told, Tell)
+    assert told.kind == "interrupt"
     assert coordinator.handle(died(1, -9))[1:] == [GiveUp(1)]
     assert coordinator.handle(died(0, -9))[1:] == [GiveUp(0), Done()]
+    assert coordinator.was_interrupted
+
+
+@pytest.mark.parametrize("reasons", [[], ["out of data"], ["interrupted"], ["out of data", "interrupted"]])
+def test_a_run_that_was_over_when_ctrl_c_came_was_not_interrupted(reasons: list[str]) -> None:
+    coordinator = Coordinator(2, 0)
+    effects(coordinator, Interrupted())
+    for rank, reason in enumerate(reasons):
+        coordinator.handle(Came("worker", rank, messages.Ended(reason)))
+    effects(coordinator, finished(0), finished(1))
+    assert coordinator.was_interrupted == ("interrupted" in reasons)
 
 
 RANKS = st.integers(0, 2)
