@@ -201,7 +201,7 @@ def _measure(job: str, ways: list[str], rounds: int, seconds: float, cores: list
 
 
 def _spread(rates: list[float], bases: list[float]) -> Spread:
-    ratios = [rate / base for rate, base in zip(rates, bases, strict=True)]
+    ratios = _ratios(rates, bases)
     lower = quantiles(ratios, n=4, method="inclusive")[0] if len(ratios) > 1 else ratios[0]
     numbers = (median(ratios), lower, min(ratios), max(ratios))
     return Spread(*(round(number, 4) for number in numbers))
@@ -221,7 +221,16 @@ def _lines(rows: dict[str, Row]) -> list[str]:
             ratio = row.ratios.get(rival)
             line += f"{ratio.median:8.2f}{ratio.lower_quartile:6.2f}" if ratio else f"{'-':>8}{'-':>6}"
         lines.append(f"{line}{row.workers_mb:8,.0f}{row.all_mb:6,.0f}")
+    if {"sync", "sync_bare"} <= rows.keys():
+        kept = sorted(_ratios(rows["sync"].samples_per_s, rows["sync_bare"].samples_per_s))
+        low, middle, high = quantiles(kept, n=4, method="inclusive") if len(kept) > 1 else kept * 3
+        lines.append(f"saving what a step overwrites costs {1 - middle:.1%} of it ({1 - high:.1%} to {1 - low:.1%})")
     return lines
+
+
+def _ratios(rates: list[float], bases: list[float]) -> list[float]:
+    """The ratios within each round."""
+    return [rate / base for rate, base in zip(rates, bases, strict=True)]
 
 
 def _draw(results: dict[str, Table], path: Path) -> None:
