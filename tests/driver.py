@@ -15,7 +15,7 @@ from typing import Any
 
 from paceline.config import Job
 from paceline.engine.context import Context
-from paceline.engine.deputy import deputize
+from paceline.engine.deputizing import deputize
 from paceline.engine.server import serve
 from paceline.engine.setup import Door
 from paceline.protocol import messages

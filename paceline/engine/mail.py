@@ -53,6 +53,13 @@ class Mail:
         data = self._boxes.pop(what, bytearray())
         return torch.frombuffer(data, dtype=dtype) if data else torch.zeros(0, dtype=dtype)
 
+    def take_into(self, what: str, tensor: torch.Tensor) -> None:
+        """Copy an array of the tensor's shape that has come into it. Where none has, the tensor stays as it is."""
+        value = self.take(what, tensor.dtype)
+        if value.numel():
+            with torch.no_grad():
+                tensor.copy_(value.view(tensor.shape))
+
     def take_document(self, prefix: str, told: Any) -> Any:
         """What ``send_document`` has sent. Empty for nothing."""
         return unpack(*self.take_packed(prefix, told)) if told else {}

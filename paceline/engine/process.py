@@ -23,7 +23,7 @@ import torch
 
 from paceline.engine import context as contexts
 from paceline.engine.context import Context
-from paceline.engine.deputy import deputize
+from paceline.engine.deputizing import deputize
 from paceline.engine.setup import Setup, decode_job
 from paceline.engine.worker import Worker
 from paceline.errors import PacelineError

@@ -95,6 +95,11 @@ class Table(msgspec.Struct, frozen=True):
         return vector.as_strided(entry.shape, entry.stride, vector.storage_offset() + entry.offset)
 
 
+def zeros(shape: tuple[int, ...], stride: tuple[int, ...], dtype: str) -> torch.Tensor:
+    """A tensor of its own, laid out as an entry says."""
+    return torch.empty_strided(shape, stride, dtype=DTYPES[dtype]).zero_()
+
+
 def lay_out(sizes: dict[str, int]) -> dict[str, int]:
     """Where vectors of these sizes begin, in bytes, when laid one after the other; "" is the end."""
     place, offsets = 0, {}
