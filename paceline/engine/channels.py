@@ -14,6 +14,8 @@ from paceline.protocol import messages
 from paceline.transport.channel import Channel, Closed, Peeked
 from paceline.transport.frame import split
 
+ZYGOTE: Whose = ("zygote", 0)
+
 
 class Channels:
     """By role and rank. ``silent``: nothing is sent, since it was sent before."""

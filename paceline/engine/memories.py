@@ -11,13 +11,14 @@ from paceline.protocol import messages
 from paceline.transport import segment
 from paceline.transport.board import Board
 from paceline.transport.channel import Channel
+from paceline.transport.lock import Lock
 
 
 class Memories:
     """The front keeps what is made here, for another launcher."""
 
-    def __init__(self, front: Channel, board: Board) -> None:
-        self._front, self._board = front, board
+    def __init__(self, front: Channel, board: Board, lock: Lock) -> None:
+        self._front, self._board, self._lock = front, board, lock
         self._kept: dict[int, tuple[messages.Memory, int]] = {}
 
     def __getitem__(self, number: int) -> tuple[messages.Memory, int]:
@@ -36,6 +37,12 @@ class Memories:
         """It has been made. What is half done under the run's lock in it can be undone from here on."""
         self._board.journal.map(memory.number, memoryview(segment.attach(fd)).cast("Q"))
         self._kept[memory.number] = memory, fd
+
+    def mend(self) -> bool:
+        """Undo what a process that has died has left half done under the run's lock. Is nothing half done now?"""
+        if not self._board.journal.is_clean:
+            self._lock.try_to_mend()
+        return self._board.journal.is_clean
 
     def make(self, request: messages.Wrap) -> None:
         """Unless it is there. Raises HostError."""

@@ -5,15 +5,17 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, TypeAlias
 
 import msgspec
 
-from paceline import errors, events
+from paceline import config_file, errors, events
 from paceline.config import Job
 from paceline.engine.metrics import Merger
 from paceline.engine.recorder import Recorder
+from paceline.engine.setup import Setup
 from paceline.protocol import messages
 
 Failure: TypeAlias = tuple[str, int, messages.Failed]  # of whom, and what
@@ -27,7 +29,8 @@ class Telling:
         self, job: Job, begin: messages.Begin, began_s: float | None, send: Callable[[messages.Any], None]
     ) -> None:
         resume = begin.steps if begin.resumed else None
-        self._send = send
+        self._send, self._job = send, job
+        self._setup = msgspec.msgpack.decode(begin.setup, type=Setup)
         again = began_s is not None
         self.recorder = Recorder(job, Path(begin.directory), self.show, begin.argv, resume, again=again)
         self.directory = self.recorder.directory
@@ -70,6 +73,14 @@ class Telling:
     def write_info(self) -> None:
         if not self.silent:
             self.recorder.write_info()
+
+    def write_numbers(self, workers: int, servers: int) -> None:
+        """There are to be so many: ``paceline resume`` goes on with as many as there were last."""
+        self.info.workers, self.info.servers = workers, servers
+        self.write_info()
+        job = replace(self._job, workers=workers, servers=servers)
+        text = config_file.dump(job, self._setup.script or None, self._setup.args)
+        (self.directory / "config.toml").write_text(text)
 
     def started(self) -> None:
         """All processes are there; or another launcher tells of them from here on."""

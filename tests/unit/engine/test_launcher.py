@@ -32,8 +32,9 @@ from paceline.transport.channel import Channel
 # The dead close nothing.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 
-MOMENTS = {"send", "_send", "peek", "consume", "append", "take", "flush", "write_info", "tell_death", "_fork", "open"}
+MOMENTS = {"send", "_send", "peek", "consume", "append", "take", "flush", "write_info", "tell_death", "fork", "open"}
 FILES = ("channel.py", "channels.py", "diary.py", "recorder.py", "telling.py", "board.py", "launcher.py", "saver.py")
+FILES += ("hands.py", "hearing.py", "processes.py")
 MEMBERS = [("worker", 0), ("worker", 1), ("server", 0)]
 
 
@@ -211,7 +212,7 @@ def launch(world: World, moment: int) -> int:
         sys.setprofile(count)
         launcher = _Launcher(its, begin, held)
         for _ in range(1000):
-            if not (launcher._alive or launcher._expected):
+            if launcher._processes.are_over:
                 break
             sys.setprofile(None)
             world.hear(mine)
