@@ -16,13 +16,9 @@ from cyclopts import App, CycloptsError, Parameter
 
 import paceline
 from paceline.cli.failure import misuse, report
-from paceline.cli.options import CONFIG, OPTIONS, SHOWN, SWITCHES, TRUTHS, JobFlags, ShowFlags, flag, switched
+from paceline.cli.fence import TRAINING, brought_forward, fenced, ours, text_of
+from paceline.cli.options import CONFIG, SHOWN, JobFlags, ShowFlags, switched
 from paceline.errors import Interrupted, PacelineError, UsageError
-
-VALUED = {flag(option) for option in OPTIONS if option not in TRUTHS} | {"--config"}
-BARE = {flag(option) for option in (*TRUTHS, *SWITCHES)}
-EXPORTED = VALUED | {"--nodes", "--output", "--image", "--kind"}
-TRAINING = (["run"], ["demo"])  # the commands that take a script's arguments and print a run as JSON
 
 SCRIPT_ARGS = Parameter(
     help="the script's own arguments, given to it untouched", metavar="ARGS", allow_leading_hyphen=True
@@ -356,11 +352,11 @@ def main(tokens: Sequence[str] | None = None) -> NoReturn:
 def answer(tokens: list[str]) -> int:
     """The exit code of one command line, everything said that there is to say."""
     try:
-        tokens = brought_forward(tokens, _source_of)
+        tokens = brought_forward(tokens, text_of)
         result = app(fenced(tokens), exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:
         failure: PacelineError = misuse(error)
-        _refuse(failure, promised=tokens[:1] in TRAINING and "--json" in _ours(fenced(tokens)))
+        _refuse(failure, promised=tokens[:1] in TRAINING and "--json" in ours(tokens))
     except PacelineError as error:
         failure = error
     except KeyboardInterrupt:
@@ -369,61 +365,6 @@ def answer(tokens: list[str]) -> int:
         return result if isinstance(result, int) else 0
     report(failure, sys.stderr)
     return failure.exit_code
-
-
-def fenced(tokens: list[str]) -> list[str]:
-    """The tokens with ``--`` before the script or the demo's name: what follows is not ours to read."""
-    if tokens[:1] not in (*TRAINING, ["export"]):
-        return tokens
-    is_export = tokens[0] == "export"
-    at = 2 if is_export else 1
-    while at < len(tokens):
-        if tokens[at] == "--":
-            return tokens
-        if not tokens[at].startswith("-"):
-            return [*tokens[:at], "--", *tokens[at:]]
-        at += 2 if tokens[at] in (EXPORTED if is_export else VALUED) else 1
-    return tokens
-
-
-def brought_forward(tokens: list[str], source_of: Callable[[str], str]) -> list[str]:
-    """The tokens of ``run`` or ``export`` with options of ours that follow the script put before it.
-
-    They are taken for ours if nothing else follows, or nothing else before a ``--``, and the script's text, which
-    ``source_of`` reads, names none of them.
-    """
-    takes = tokens[:1] in (["run"], ["export"])
-    at = fenced(tokens).index("--") if takes and "--" in fenced(tokens) else len(tokens)
-    if at >= len(tokens) or tokens[at] == "--":
-        return tokens
-    script, behind = tokens[at], tokens[at + 1 :]
-    cut = behind.index("--") if "--" in behind else len(behind)
-    names = _names(behind[:cut], EXPORTED if tokens[0] == "export" else VALUED)
-    if not behind or names is None:
-        return tokens
-    source = source_of(script)
-    if any(name in source for name in names):
-        return tokens
-    return [*tokens[:at], *behind[:cut], "--", script, *behind[cut + 1 :]]
-
-
-def _names(tokens: list[str], valued: set[str]) -> set[str] | None:
-    """The options that these are, with their values; None if anything else is among them."""
-    names, at = set(), 0
-    while at < len(tokens):
-        name, given, _ = tokens[at].partition("=")
-        if name not in valued | BARE:
-            return None
-        names.add(name)
-        at += 2 if name in valued and not given else 1
-    return names
-
-
-def _source_of(script: str) -> str:
-    try:
-        return Path(script).read_text(errors="replace")
-    except OSError:
-        return ""
 
 
 def _refusable(show: ShowFlags, command: Callable[[ShowFlags], int]) -> int:
@@ -441,10 +382,6 @@ def _refuse(error: PacelineError, *, promised: bool) -> None:
 
     if promised:
         print_json(result(None, None, error, {}))
-
-
-def _ours(tokens: list[str]) -> list[str]:
-    return tokens[: tokens.index("--")] if "--" in tokens else tokens
 
 
 def _folder(run_dir: str | None) -> Path:
