@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
+
+Item: TypeAlias = "tuple[Any, int]"  # a batch, and its samples
 
 
 class Passes(Protocol):
@@ -50,9 +52,8 @@ class Passes(Protocol):
     def verdict(self, loader: int) -> bool | None:
         """Did the last push of batches of this loader count, since this was last asked? None if there was none."""
 
-    @property
-    def may_drop(self) -> bool:
-        """May a push come to nothing, so that its batches have to come again?"""
+    def pending(self, loader: int) -> Pending | None:
+        """The loader's batches that may have to come again; None where every push counts."""
 
     def end(self, loader: int) -> None:
         """The script has come to the pass's end. Blocks until all workers have."""
@@ -77,7 +78,35 @@ class Leases(Protocol):
 class Batches(Protocol):
     """A worker's batches of a pass, each with its samples: by lease, or its own without the first ``skip``."""
 
-    def __call__(self, leases: Leases | None, skip: int = 0, /) -> Iterator[tuple[Any, int]]: ...
+    def __call__(self, leases: Leases | None, skip: int = 0, /) -> Iterator[Item]: ...
+
+
+class Pending:
+    """The batches of one loader that the script has had since its last push. They come again if the next one does not
+    count: also those of a pass before, whose gradients the script has gone on to add to."""
+
+    def __init__(self) -> None:
+        self._items: list[Item] = []
+        self._before: int | None = 0  # of passes before the one in progress; None once there was a push in it
+
+    def begin(self) -> None:
+        """A pass begins."""
+        self._before = len(self._items)
+
+    def give(self, item: Item) -> None:
+        """The script gets a batch."""
+        self._items.append(item)
+
+    def judge(self, *, counted: bool) -> list[Item]:
+        """There was a push; those that have to come again."""
+        again = [] if counted else self._items
+        self._items, self._before = [], None
+        return again
+
+    def forget(self) -> None:
+        """The pass in progress has changed no gradient: none has its batches, if there was no push."""
+        if self._before is not None:
+            del self._items[self._before :]
 
 
 def one_pass(loader: Any, index: int, passes: Passes, batches: Batches) -> Iterator[Any]:
@@ -96,8 +125,12 @@ def one_pass(loader: Any, index: int, passes: Passes, batches: Batches) -> Itera
         given = _counted(batches(None, passes.skip(index)), passes, index)
     else:
         given = batches(None)
+    pending = passes.pending(index) if training else None
+    if pending is not None:
+        pending.begin()
+        given = _with_dropped(given, pending, passes, index)
     try:
-        for batch, samples in _with_dropped(given, passes, index) if passes.may_drop else given:
+        for batch, samples in given:
             if training:
                 passes.drawn(samples)
             yield batch
@@ -116,28 +149,27 @@ def one_pass(loader: Any, index: int, passes: Passes, batches: Batches) -> Itera
     passes.end(index)
 
 
-def _counted(batches: Iterator[tuple[Any, int]], passes: Passes, index: int) -> Iterator[tuple[Any, int]]:
+def _counted(batches: Iterator[Item], passes: Passes, index: int) -> Iterator[Item]:
     for item in batches:
         passes.fetched(index)
         yield item
 
 
-def _leased(batches: Batches, leases: Leases, more: Callable[[], bool]) -> Iterator[tuple[Any, int]]:
+def _leased(batches: Batches, leases: Leases, more: Callable[[], bool]) -> Iterator[Item]:
     yield from batches(leases)
     while more():
         yield from batches(leases)
 
 
-def _with_dropped(batches: Iterator[tuple[Any, int]], passes: Passes, index: int) -> Iterator[tuple[Any, int]]:
+def _with_dropped(batches: Iterator[Item], pending: Pending, passes: Passes, index: int) -> Iterator[Item]:
     """The batches, and those again that a push was made from which did not count."""
-    again: deque[tuple[Any, int]] = deque()
-    pending: list[tuple[Any, int]] = []  # given since the last push
-    passes.verdict(index)
-    while (item := again.popleft() if again else next(batches, None)) is not None:
-        pending.append(item)
-        yield item
+    again: deque[Item] = deque()
+    while True:
         counted = passes.verdict(index)
         if counted is not None:
-            if not counted:
-                again.extend(pending)
-            pending = []
+            again.extend(pending.judge(counted=counted))
+        item = again.popleft() if again else next(batches, None)
+        if item is None:
+            return
+        pending.give(item)
+        yield item

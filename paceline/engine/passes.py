@@ -8,6 +8,7 @@ All workers run the same script, so they come to the ends of passes in the same 
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from paceline.config import Quorum
+from paceline.data.passes import Pending
 from paceline.engine.catching_up import CatchingUp
 from paceline.engine.context import Context
 from paceline.engine.deals import Deals
@@ -60,6 +62,7 @@ class Passes:
         self.count = 0
         self._leasing: set[int] = set()  # loaders whose pass in progress is drawn by lease
         self._verdicts: dict[int, bool] = {}  # loader -> did the last push of its batches count?
+        self._pending: defaultdict[int, Pending] = defaultdict(Pending)
         # loader -> (its pass, batches of it that the script has had); which the script trains on; before that
         self._places: dict[int, tuple[int, int]] = {}
         self._reading: int | None = None
@@ -154,9 +157,8 @@ class Passes:
 
     # --- did what was read count? ---
 
-    @property
-    def may_drop(self) -> bool:
-        return isinstance(self._context.job.pace, Quorum)
+    def pending(self, loader: int) -> Pending | None:
+        return self._pending[loader] if isinstance(self._context.job.pace, Quorum) else None
 
     def judge(self, *, counted: bool) -> None:
         """A push of what was read last has counted, or has not."""
@@ -240,7 +242,7 @@ class Passes:
             (self._open.add if has_part else self._open.discard)(loader)
         done = self._done_before(loader, number)
         leases = self._leases.get(loader)
-        if done or not has_part or (self._board.deaths[self._rank] and leases is not None and leases.committed):
+        if done or (self._board.deaths[self._rank] and leases is not None and leases.committed):
             self._parking.trained_on.add(loader)
         (self._continued.add if done or not has_part else self._continued.discard)(loader)
         self._places[loader] = (key_of(loader, number), done)
@@ -310,10 +312,13 @@ class Passes:
         progress.forget_losses()
         drawn = loader in self._drawn_from  # not from another, an evaluation within this pass
         untouched = self._marks_before[loader] == marks
+        if untouched:
+            self._pending[loader].forget()
         # Fewer batches than there are to a step: they have left a gradient, for a step that comes after the pass.
         leased = loader in self._leasing
         trained = steps > 0 or (drawn and not untouched and (leased or loader in self._parking.trained_on))
-        trained = trained or loader in self._continued
+        # Who has no part of a pass is told by it only that others have begun it: it may be an evaluation.
+        trained = trained or (loader in self._continued and loader in self._parking.trained_on)
         if leased:
             self._leasing.discard(loader)
             self._leases[loader].end(trained=trained)

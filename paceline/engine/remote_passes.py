@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from paceline.config import Job, Quorum
+from paceline.data.passes import Pending
 from paceline.engine.passes import gradient_marks
 from paceline.protocol import remote
 
@@ -45,6 +47,8 @@ class RemotePasses:
         self._draw_ahead: set[int] = set()
         self._leased: dict[int, bool] = {}
         self._verdicts: dict[int, bool] = {}
+        self._pending: defaultdict[int, Pending] = defaultdict(Pending)
+        self._marks_before: dict[int, int] = {}  # loader -> the gradients' when its pass began
         self._drawn_from: set[int] = set()  # loaders whose pass in progress has had a batch
         self.has_ghost = False  # is the batch in hand one that only keeps the script from finding a pass empty?
         self._marks: tuple[int, object] = (0, None)
@@ -65,12 +69,12 @@ class RemotePasses:
     def over(self) -> bool:
         return self._worker.over
 
-    @property
-    def may_drop(self) -> bool:
-        return isinstance(self._worker.job.pace, Quorum)
+    def pending(self, loader: int) -> Pending | None:
+        return self._pending[loader] if isinstance(self._worker.job.pace, Quorum) else None
 
     def begin(self, loader: int, length: int | None) -> bool:
-        request = remote.Begin(loader, length, self._is_training(), self._count_marks())
+        marks = self._marks_before[loader] = self._count_marks()
+        request = remote.Begin(loader, length, self._is_training(), marks)
         is_real, self._skips[loader], self._leased[loader] = self._worker.ask(request)
         self._drawn_from.discard(loader)
         return bool(is_real)
@@ -116,7 +120,7 @@ class RemotePasses:
 
     def end(self, loader: int) -> None:
         self._lay_ghost()
-        self._worker.ask(remote.End(loader, self._is_training(), self._count_marks()))
+        self._worker.ask(remote.End(loader, self._is_training(), self._count_marks_of(loader)))
 
     def _lay_ghost(self) -> None:
         if self.has_ghost:
@@ -125,10 +129,17 @@ class RemotePasses:
 
     def leave(self, loader: int) -> None:
         self._lay_ghost()
-        self._worker.note(remote.Left(loader, self._count_marks()))
+        self._worker.note(remote.Left(loader, self._count_marks_of(loader)))
 
     def _is_training(self) -> bool:
         return torch.is_grad_enabled() and (not self.models or any(model.training for model in self.models))
+
+    def _count_marks_of(self, loader: int) -> int:
+        """At the end of a pass."""
+        marks = self._count_marks()
+        if marks == self._marks_before[loader]:
+            self._pending[loader].forget()
+        return marks
 
     def _count_marks(self) -> int:
         """Another number whenever a backward pass has added to a gradient."""

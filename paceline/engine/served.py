@@ -37,7 +37,7 @@ _PATIENCE_S = 60.0  # for the others to connect, once all have asked for it
 class _Elsewhere:
     """The passes of another worker, as this one needs to know them to read for it."""
 
-    may_drop = over = False
+    over = False
 
     def __init__(self) -> None:
         self.now = 0
@@ -70,6 +70,8 @@ class _Elsewhere:
         return False  # who reads the batches asks for itself
 
     def verdict(self, loader: int) -> None: ...
+
+    def pending(self, loader: int) -> None: ...
 
     def end(self, loader: int) -> None: ...
 

@@ -20,6 +20,11 @@ def test_what_is_claimed_holds_under_any_schedule(first: int) -> None:
         run(WORLDS[seed % len(WORLDS)], seed)
 
 
+@pytest.mark.parametrize(("world", "seed"), [("rounds", 29878), ("log", 30257), ("log", 30759)])
+def test_what_once_failed_holds(world: str, seed: int) -> None:
+    run(world, seed)
+
+
 def test_schedules_reach_what_the_claims_are_about() -> None:
     """Kills in all states, several at once, of newcomers; workers given up; rounds without some; all paces."""
     met: Counter[str] = Counter()

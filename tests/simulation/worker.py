@@ -170,8 +170,9 @@ class Played:
         try:
             for batch in batches:
                 seen += 1
-                ghost = self._worker._catching_up.is_muted
-                if not ghost:
+                # Nothing is trained on by who catches up, nor behind the end of training: by one that was added when
+                # all others had left.
+                if not (self._worker._catching_up.is_muted or self._worker.over):
                     self._claims.read(self._rank, batch)
                     self._claims.compute(self._rank)
                 self._parameter.backward(batch)

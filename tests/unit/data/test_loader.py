@@ -54,8 +54,6 @@ class Passes:
     def over(self) -> bool:
         return self._over_after is not None and len(self.samples) >= self._over_after
 
-    may_drop = False
-
     def skip(self, loader: int) -> int:
         return 0
 
@@ -75,6 +73,8 @@ class Passes:
 
     def verdict(self, loader: int) -> bool | None:
         return None
+
+    def pending(self, loader: int) -> None: ...
 
     def end(self, loader: int) -> None:
         self.told.append(("end", loader))
