@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import warnings
 from collections.abc import Iterator
@@ -17,11 +18,9 @@ pytest.importorskip("ray", reason="Ray is not installed (make long installs it)"
 pytestmark = pytest.mark.timeout(300)  # raylets, and two processes that import torch
 
 # Writes how often each sample was counted, and what the schedule has come to. In its third step of epoch 1 each worker
-# waits until the test has taken a node away.
+# reads a byte from a pipe: it waits until the test has taken a node away.
 COUNT = """
 import json
-import os
-import time
 
 import torch
 from counting import job, mark
@@ -45,8 +44,8 @@ for epoch in range(epochs):
         if (epoch, steps) == (1, 3):
             if run.is_main:
                 print("it trains", flush=True)
-            while not os.path.exists("gone"):
-                time.sleep(0.01)
+            with open("gone", "rb", buffering=0) as pipe:
+                pipe.read(1)
 with open(f"schedule-{run.rank}.json", "w") as file:
     json.dump(schedule.last_epoch, file)
 if run.is_main:
@@ -103,14 +102,16 @@ def node(cpus: int) -> dict[str, Any]:
 def test_a_node_is_lost_and_one_comes_and_each_sample_counts_once(runner: Runner, cluster: Any) -> None:
     runner.write("counting.py", COUNTING)
     runner.write("count.py", COUNT)
+    os.mkfifo(runner.folder / "gone")
     _, lost = cluster.add_node(**node(1)), cluster.add_node(**node(1))
     running = runner.start_run("count.py", "--engine", "ray", "--ray-address", cluster.address, "--workers", "2")
-    running.until("it trains")
-    cluster.remove_node(lost, allow_graceful=False)
-    running.until("is lost")  # its processes outlive their node for a moment
-    runner.write("gone", "")
-    cluster.add_node(**node(1))
-    ended = running.end()
+    with open(runner.folder / "gone", "r+b", buffering=0) as pipe:
+        running.until("it trains")
+        cluster.remove_node(lost, allow_graceful=False)
+        running.until("is lost")  # its processes outlive their node for a moment
+        pipe.write(bytes(9))  # one for each process that comes there, now or later
+        cluster.add_node(**node(1))
+        ended = running.end()
     assert ended.code == 0, ended.err
     assert json.loads((runner.folder / "counts.json").read_text()) == [3.0] * 64
     assert (ended.answer["status"], ended.answer["workers"], ended.answer["samples"]) == ("done", 2, 3 * 64)
