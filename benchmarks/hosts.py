@@ -35,12 +35,12 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 from benchmarks import wire
 from benchmarks.jobs import JOBS
-from benchmarks.one_host import cores_apart, names, positive
+from benchmarks.one_host import Spread, cores_apart, names, positive, ratios, spread
 from benchmarks.rivals import Way
 from benchmarks.teams import ROOT, Team, TeamError
 from paceline.transport.keys import FILE_VARIABLE, new_job_key
@@ -56,14 +56,6 @@ _JOBS = ("mlp", "gpt", "sparse")
 _PORT, _ports = 29600, itertools.count()  # a store may outlive its job for a moment
 _SIZES_MB = (25.0, 100.0)
 _LEAST_S = 1.0  # a bare socket is measured for so long
-
-
-@dataclass(frozen=True)
-class Spread:
-    median: float
-    lower_quartile: float
-    min: float
-    max: float
 
 
 @dataclass(frozen=True)
@@ -222,8 +214,8 @@ def _measure(job: str, hosts: Sequence[Host], options: Any, rate: str, bare_mb_s
                 busy[team.way.name].append(most / took_s / 1e6 / bare_mb_s)
     rows = {}
     for way, own in rates.items():
-        x_ddp = _spread([a / b for a, b in zip(own, rates[_DDP], strict=True)]) if _DDP in rates else None
-        rows[way] = Row([round(rate, 2) for rate in own], x_ddp, _spread(busy[way]))
+        x_ddp = spread(ratios(own, rates[_DDP])) if _DDP in rates else None
+        rows[way] = Row([round(rate, 2) for rate in own], x_ddp, spread(busy[way]))
     return Table(job, len(hosts), options.workers, rate, round(bare_mb_s, 2), rows)
 
 
@@ -231,11 +223,6 @@ def _carried(host: Host) -> tuple[int, int]:
     """Bytes that the interface has received, and sent."""
     counts = Path(f"/sys/class/net/{host.outer}/statistics")
     return int((counts / "rx_bytes").read_text()), int((counts / "tx_bytes").read_text())
-
-
-def _spread(values: list[float]) -> Spread:
-    lower = quantiles(values, n=4, method="inclusive")[0] if len(values) > 1 else values[0]
-    return Spread(*(round(number, 4) for number in (median(values), lower, min(values), max(values))))
 
 
 def _lines(table: Table) -> list[str]:

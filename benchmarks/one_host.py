@@ -56,7 +56,7 @@ _INK, _GREY, _OURS = "#22272e", "#7a828c", "#1f5fa8"
 
 @dataclass(frozen=True)
 class Spread:
-    """Ratios over the rounds, in one number, its lower quartile, and its range."""
+    """What was measured in each round, in one number, its lower quartile, and its range."""
 
     median: float
     lower_quartile: float
@@ -194,17 +194,15 @@ def _measure(job: str, ways: list[str], rounds: int, seconds: float, cores: list
         rows = {}
         for team in teams:
             own = rates[team.way.name]
-            ratios = {base: _spread(own, rates[base]) for base in bases}
-            rows[team.way.name] = Row([round(rate, 2) for rate in own], ratios, *team.memory_mb())
+            to_bases = {base: spread(ratios(own, rates[base])) for base in bases}
+            rows[team.way.name] = Row([round(rate, 2) for rate in own], to_bases, *team.memory_mb())
         others = max(round((busy_s - ours_s) / (took_s * len(cores)), 4), 0.0)
         return Table(teams[0].parameter_bytes / 1e6, others, rows)
 
 
-def _spread(rates: list[float], bases: list[float]) -> Spread:
-    ratios = _ratios(rates, bases)
-    lower = quantiles(ratios, n=4, method="inclusive")[0] if len(ratios) > 1 else ratios[0]
-    numbers = (median(ratios), lower, min(ratios), max(ratios))
-    return Spread(*(round(number, 4) for number in numbers))
+def spread(values: list[float]) -> Spread:
+    lower = quantiles(values, n=4, method="inclusive")[0] if len(values) > 1 else values[0]
+    return Spread(*(round(number, 4) for number in (median(values), lower, min(values), max(values))))
 
 
 def _lines(rows: dict[str, Row]) -> list[str]:
@@ -222,13 +220,13 @@ def _lines(rows: dict[str, Row]) -> list[str]:
             line += f"{ratio.median:8.2f}{ratio.lower_quartile:6.2f}" if ratio else f"{'-':>8}{'-':>6}"
         lines.append(f"{line}{row.workers_mb:8,.0f}{row.all_mb:6,.0f}")
     if {"sync", "sync_bare"} <= rows.keys():
-        kept = sorted(_ratios(rows["sync"].samples_per_s, rows["sync_bare"].samples_per_s))
+        kept = sorted(ratios(rows["sync"].samples_per_s, rows["sync_bare"].samples_per_s))
         low, middle, high = quantiles(kept, n=4, method="inclusive") if len(kept) > 1 else kept * 3
         lines.append(f"saving what a step overwrites costs {1 - middle:.1%} of it ({1 - high:.1%} to {1 - low:.1%})")
     return lines
 
 
-def _ratios(rates: list[float], bases: list[float]) -> list[float]:
+def ratios(rates: list[float], bases: list[float]) -> list[float]:
     """The ratios within each round."""
     return [rate / base for rate, base in zip(rates, bases, strict=True)]
 
