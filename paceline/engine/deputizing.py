@@ -72,7 +72,7 @@ def deputize(context: Context, door: Door, report: int, key: JobKey | None, made
         raise
     except (SystemExit, WorkersLost):
         raise
-    except BaseException as error:
+    except BaseException as error:  # whatever it is, the worker hears of it before it is raised again
         _say_stop(context, link, f"its deputy at home failed: {error}")
         raise
     finally:

@@ -63,7 +63,7 @@ def pack(groups: Groups, documents: Mapping[str, Any]) -> tuple[bytes, int]:
                         start = layout[stem][name][2]
                         home = torch.frombuffer(memory, dtype=tensor.dtype, offset=start, count=tensor.numel())
                         home.view(tensor.shape).copy_(tensor)
-    except BaseException:
+    except BaseException:  # whatever it is, the memory is not left behind
         os.close(fd)
         raise
     encoded = {stem: msgspec.json.encode(document) for stem, document in documents.items()}
