@@ -25,13 +25,13 @@ from paceline.config import Job, Sync
 from paceline.data.loader import Count, share
 from paceline.data.part import Part
 from paceline.engine import clipping
-from paceline.engine.early import Bucket
 from paceline.engine.keeping import Keeper
 from paceline.engine.line import Line
-from paceline.engine.mail import send_packed, send_range
+from paceline.engine.mail import send_packed
 from paceline.engine.meeting import Push
 from paceline.engine.mirror import arithmetic
 from paceline.engine.remote_exchange import RemoteExchange
+from paceline.engine.remote_gradients import RemoteGradients
 from paceline.engine.remote_passes import RemotePasses
 from paceline.engine.setup import decode_job
 from paceline.errors import ConfigError, HostError, PacelineError
@@ -54,6 +54,7 @@ class RemoteWorker:
         not free yet."""
         self.rank, self._link, self._line, self._mail = rank, link, line, line.mail
         self._status = remote.Status()
+        self._gradients = RemoteGradients(link, line, rank)
         self._notes: list[remote.Note] = []
         self._exchanges: list[RemoteExchange] = []
         self._buffers: list[list[torch.Tensor]] = []
@@ -119,7 +120,6 @@ class RemoteWorker:
         self, optimizer: optim.Optimizer, names: dict[int, str], with_rows: set[int], *, share: bool
     ) -> RemoteExchange:
         """As ``Worker.add_exchange``: a collective. Raises ConfigError."""
-        _check(optimizer)
         exchange = RemoteExchange(optimizer, names, with_rows, self.job, len(self._exchanges), share=share)
         exchange.lay_out(self._mail, self._kind, self.rank)
         groups = [g for g, group in enumerate(optimizer.param_groups) for _ in group["params"]]
@@ -147,8 +147,7 @@ class RemoteWorker:
         if isinstance(self.job.pace, Sync):
             clipping.register(self)
             if self._are_apart and not self._is_newcomer:
-                exchange.send_early(self._tell_early)
-                exchange.replica.before_rewriting = self._await_home
+                self._gradients.send_early(exchange)
         return exchange
 
     def add_store(self, optimizer: optim.Optimizer, names: dict[int, str]) -> NoReturn:
@@ -199,7 +198,7 @@ class RemoteWorker:
         if one.inner is not None:
             self._local_step(one, void=void)
             return
-        mask, rows = (b"", {}) if void else self._send_gradients(one)
+        mask, rows = (b"", {}) if void else self._gradients.send(one)
         self._ask(remote.Step(index, void, mask, rows, one.changed_settings()))
         one.stepped()
 
@@ -212,38 +211,9 @@ class RemoteWorker:
         if ends or len(self._notes) > _MOST_NOTES or (steps is not None and self.step_number >= steps):
             self._ask(remote.Meet({e.index: e.changed_settings() for e in self._exchanges}))
 
-    def _send_gradients(self, one: RemoteExchange) -> tuple[bytes, dict[int, int]]:
-        rest = one.gather()
-        if one.is_home:
-            one.tell_all_ready(self.rank)
-        else:
-            self._put(one, rest)
-        return bytes(one.replica.slot.mask), one.rows()
-
-    def _put(self, one: RemoteExchange, some: Sequence[Bucket]) -> None:
-        with self._line.kept():
-            for what, tensor, start, stop in one.gradients(some):
-                send_range(self._link, what, tensor, start, stop)
-
-    def _tell_early(self, one: RemoteExchange, place: int) -> None:
-        """A bucket of gradients is in the slot, in the midst of backward."""
-        if one.is_home:
-            one.tell_ready(self.rank, place)
-            return
-        bucket = one.buckets[place]
-        with suppress(LinkEnded):  # the step finds it out
-            name, vector = f"gradient/{one.index}/{bucket.vector}", one.replica.slot.gradient[bucket.vector]
-            send_range(self._link, name, vector, bucket.start, bucket.stop)
-
-    def _await_home(self) -> None:
-        """Until home has all that was sent: what is sent may be written again, the same, until then."""
-        if self._kind != remote.HOME:
-            with self._line.kept():
-                self._link.flush()
-
     def norm(self, exchange: Any, chosen: bytes, order: float) -> float:
         """The norm of a gradient of this exchange over all workers; see engine/clipping.py."""
-        mask, rows = self._send_gradients(exchange)
+        mask, rows = self._gradients.send(exchange)
         return float(self._ask(remote.Norm(exchange.index, mask, rows, chosen, order)))
 
     def loaded(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -351,19 +321,9 @@ class RemoteWorker:
                     self._line.put(self._link, f"buffers/{index}/{place}", tensor.cpu())
         for exchange in self._exchanges:
             if exchange.inner is not None:
-                self._bring(exchange, notes)
+                self._gradients.bring(exchange, notes)
         with self._line.kept():
             self._link.send(remote.Ask(notes, request))
-
-    def _bring(self, one: RemoteExchange, notes: list[remote.Note]) -> None:
-        """What local steps have come to goes with the last of them that counts: home may close the period."""
-        for place in range(len(notes) - 1, -1, -1):
-            note = notes[place]
-            if isinstance(note, remote.LocalStep) and note.exchange == one.index and not note.void and note.bad is None:
-                one.write_local()
-                self._put(one, one.whole)
-                notes[place] = msgspec.structs.replace(note, brings=True, mask=bytes(one.replica.slot.mask))
-                return
 
     def _take_status(self, status: remote.Status) -> None:
         if status.joined and not self._status.joined:
@@ -414,22 +374,6 @@ class _Saving:
     def keep_if_possible(self, item: Any) -> None:
         with suppress(ConfigError):  # training is none the worse for it
             self.keeper.add(item)
-
-
-def _check(optimizer: optim.Optimizer) -> None:
-    """Raise ConfigError for an optimizer that cannot be made anew at home."""
-    kind = type(optimizer)
-    own = optimizers.own_attributes(optimizer)
-    if own:
-        raise ConfigError(
-            f"{kind.__name__} keeps {own[0]!r} in the object; home, which steps, gets the class and param_groups only",
-            fix="keep it in param_groups (the constructor's defaults)",
-        )
-    if kind.__module__ == "__main__":
-        raise ConfigError(
-            f"optimizer {kind.__qualname__} is defined in the script, which home does not import",
-            fix="put the class in a module beside the script",
-        )
 
 
 def _raise(failure: messages.Failed) -> NoReturn:

@@ -18,6 +18,7 @@ from paceline.engine.mail import Mail
 from paceline.engine.mirror import Mirror
 from paceline.engine.replica import Replica
 from paceline.engine.spec import describe
+from paceline.errors import ConfigError
 from paceline.params import optimizers
 from paceline.protocol import remote
 from paceline.transport.borrow import borrow
@@ -25,7 +26,8 @@ from paceline.transport.slots import ExchangeMemory, Spec, size_bytes
 
 
 class RemoteExchange:
-    """In memory of this process, of home, or in a mirror of that: laid out alike."""
+    """In memory of this process, of home, or in a mirror of that: laid out alike. Raises ConfigError for an optimizer
+    that cannot be shared, or not from elsewhere."""
 
     def __init__(
         self,
@@ -37,6 +39,7 @@ class RemoteExchange:
         *,
         share: bool,
     ) -> None:
+        _check(optimizer)
         optimizers.check(optimizer)
         self.optimizer, self.index, self._pace = optimizer, index, job.pace
         self._views = share and not isinstance(job.pace, Local)
@@ -191,3 +194,19 @@ class RemoteExchange:
     def load_own_state(self, state: dict[int, dict[str, Any]]) -> None:
         for index, values in state.items() if self.inner is not None else ():
             self.optimizer.state[self.parameters[index]] = values
+
+
+def _check(optimizer: optim.Optimizer) -> None:
+    """Raise ConfigError for an optimizer that cannot be made anew at home."""
+    kind = type(optimizer)
+    own = optimizers.own_attributes(optimizer)
+    if own:
+        raise ConfigError(
+            f"{kind.__name__} keeps {own[0]!r} in the object; home, which steps, gets the class and param_groups only",
+            fix="keep it in param_groups (the constructor's defaults)",
+        )
+    if kind.__module__ == "__main__":
+        raise ConfigError(
+            f"optimizer {kind.__qualname__} is defined in the script, which home does not import",
+            fix="put the class in a module beside the script",
+        )
