@@ -15,7 +15,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from paceline.params.chunk import Chunk, Fold, Pushed, Target, Vectors, buffers_for, spans_of
+from paceline.params.chunk import Chunk, Target
+from paceline.params.fold import Fold, Pushed, Vectors, buffers_for, spans_of
 from paceline.params.optimizers import Group
 from paceline.params.undo import CHUNK_BYTES, Undo, chunks
 from paceline.protocol.partition import Piece
