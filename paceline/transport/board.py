@@ -12,7 +12,6 @@ lies at or behind ``width``, so that nobody looks at it.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,8 @@ from typing import TypeVar
 from paceline.protocol.crew import crew_size
 from paceline.protocol.rounds import LEFT, Waiting
 from paceline.transport import futex, segment
+from paceline.transport.accounts import WORDS as ACCOUNTS_WORDS
+from paceline.transport.accounts import Accounts
 from paceline.transport.journal import WORDS as JOURNAL_WORDS
 from paceline.transport.journal import Journal, Watched
 
@@ -34,52 +35,8 @@ _WAIT_S = 0.5  # a sleeper looks for an abort at least this often, whoever forgo
 T = TypeVar("T")
 
 
-def _cell(place: int) -> property:
-    def read(self: Accounts) -> float:
-        return self._cells.float_at(place)
-
-    def write(self: Accounts, value: float) -> None:
-        self._cells.put_float(place, value)
-
-    return property(read, write)
-
-
 class Aborted(BaseException):
     """The launcher has told everyone to stop; not an Exception, so that user code does not swallow it."""
-
-
-class Accounts:
-    """Names for floats in shared memory: sums since the last look, steps in all, what looks have found so far."""
-
-    def __init__(self, cells: Watched) -> None:
-        self._cells = cells
-
-    loss_sum = _cell(0)
-    samples = _cell(1)
-    steps = _cell(2)
-    looks_without_gain = _cell(3)
-    looked = _cell(6)  # rounds: the last look, as passes << 32 | round
-    found = _cell(7)  # 1 if that look ends training
-
-    def words(self) -> list[int]:
-        """All of them, as they lie in memory."""
-        return list(self._cells)
-
-    def restore(self, words: list[int]) -> None:
-        """As ``words`` told them."""
-        for place, word in enumerate(words):
-            self._cells[place] = word
-
-    @property
-    def best(self) -> float:
-        """The best loss that a look has found."""
-        return self._cells.float_at(4) if self._cells[5] else math.inf
-
-    @best.setter
-    def best(self, value: float) -> None:
-        if value < math.inf:
-            self._cells.put_float(4, value)
-            self._cells[5] = 1
 
 
 class Board:
@@ -133,7 +90,9 @@ class Board:
         ]
         self._floats = memoryview(memory).cast("d")
         self._looks = offsets["looks"]
-        self.accounts = Accounts(watched("accounts", _LINE))  # what stop rules go by, where one decides for all
+        self.accounts = Accounts(
+            watched("accounts", ACCOUNTS_WORDS)
+        )  # what stop rules go by, where one decides for all
         # The columns with many writers. In "evaluated" whoever writes, writes 1; the others are written under the run's
         # lock: the last pass over a loader of which the consequences are drawn, and what protocol/rounds.py has of
         # leases.
@@ -389,7 +348,7 @@ def _offsets(workers: int, servers: int) -> dict[str, int]:
         "decided": MAX_LOADERS,
         "returned": MAX_LOADERS,
         "drained": MAX_LOADERS,
-        "accounts": _LINE,
+        "accounts": ACCOUNTS_WORDS,
         "deaths": workers,
         "given_up": workers,
         "leaving": workers,

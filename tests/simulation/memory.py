@@ -16,7 +16,8 @@ from paceline.engine.leases import Leases
 from paceline.params.undo import HEADER_WORDS, Undo
 from paceline.protocol import log
 from paceline.protocol.rounds import LEFT
-from paceline.transport.board import COLLECTIVES, Accounts, Board, _offsets, _shares_words
+from paceline.transport.accounts import Accounts
+from paceline.transport.board import COLLECTIVES, Board, _offsets, _shares_words
 from paceline.transport.journal import WORDS as JOURNAL_WORDS
 from paceline.transport.journal import Journal, Watched
 from paceline.transport.slots import Slot
