@@ -40,14 +40,15 @@ class Parking:
         self.empty: set[int] = set()
         self.buffers: list[Buffers] = []
 
-    def at_tail(self, loader: int) -> bool:
-        """Wait until batches have come back (True), or the pass is drained."""
+    def at_tail(self, loader: int, *, is_trained: bool) -> bool:
+        """Wait until batches have come back (True), or the pass is drained; where it is not known to be trained on, at
+        most until it is seen not to be."""
         board, rank = self._board, self._rank
         with self._lock:
             self._settling.drain(loader, arriving=rank)
             more = board.returned[loader] > 0
             if not more and board.drained[loader] <= board.passes(loader)[rank]:
-                board.parked[rank] = loader + 1 + TAIL
+                board.parked[rank] = loader + 1 + TAIL + (0 if is_trained else EMPTY)
         if board.parked[rank]:
             self._context.ring()
             while board.parked[rank]:
@@ -60,7 +61,8 @@ class Parking:
             self._context.ring()
             for exchange in self._exchanges:
                 exchange.catch_up()
-                exchange.refresh()
+                if not exchange.in_period:  # as at an end
+                    exchange.refresh()
         return more
 
     def finish(self, loader: int, steps: int, samples: int, *, leased: bool) -> None:

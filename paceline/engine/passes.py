@@ -144,14 +144,15 @@ class Passes:
             board.ring(board.common)
 
     def more(self, loader: int) -> bool:
-        """Wait at the tail of a pass that is trained on; see ``protocol/rounds.py``."""
+        """Wait at the tail of a pass that is trained on, or may be; see ``protocol/rounds.py``."""
         is_trained = self._progress.own_steps > self._starts[loader] or loader in self._parking.trained_on
-        if not is_trained or self._ending.over:
+        if self._ending.over or (not is_trained and loader in self._drawn_from):
             return False
-        self._close_periods()
-        self._progress.close_row()
+        if is_trained:
+            self._close_periods()
+            self._progress.close_row()
         begun = time.monotonic()
-        more = self._parking.at_tail(loader)
+        more = self._parking.at_tail(loader, is_trained=is_trained)
         self._progress.waited_since(begun)
         return more
 

@@ -11,7 +11,8 @@ The laws
      a step (an evaluation then), or as the first, when everybody stands at the end of some pass and cannot go on.
   5. Who finds no batch left to draw by lease parks at the *tail* of its pass, since others may give some back. It goes
      on with those, or to the end of the pass once that is drained: nothing has come back, and everybody is at the tail
-     or has finished. This is decided under the run's lock.
+     or has finished. This is decided under the run's lock. Who has drawn nothing at all, from a loader nobody is known
+     to train on, is *empty* there too: it may go on by law 4 as well, to the end of the pass.
   6. A worker that dies is *away* once the consequences of its death are drawn, under the run's lock. A push that it had
      finished counts; what is left of its share of that round is stepped by the first contributor that is alive, or,
      where only the dead had pushed it and nobody alive can, by whoever finds that out, under the lock. The ends of
@@ -150,7 +151,7 @@ def _excused(worker: int, board: Board) -> bool:
     if board.parked[worker] != parked:
         return False  # it has gone on in between: that number may be of a pass it left without parking
     if parked & TAIL:
-        return board.drained[loader] <= number and not board.returned[loader]
+        return board.drained[loader] <= number and not board.returned[loader] and not _free_to_go(parked, board)
     return not barrier_open(loader, number, board) and not _free_to_go(parked, board)
 
 
@@ -182,17 +183,22 @@ def held_at_end(worker: int, board: Board) -> Waiting | None:
 
 def more_at_tail(worker: int, board: Board) -> bool | Waiting:
     """Have batches come back for ``worker``, which is parked at the tail of a pass, or is the pass drained?"""
-    loader = parked_at(board.parked[worker])
+    parked = board.parked[worker]
+    loader = parked_at(parked)
     if board.drained[loader] > board.passes(loader)[worker]:
         return False
-    return board.returned[loader] > 0 or Waiting(board.common, "others may give back batches that they have drawn")
+    if board.returned[loader]:
+        return True
+    if parked & EMPTY and (_free_to_go(parked, board) or _first_if_all_stand(board) == worker):
+        return False
+    return Waiting(board.common, "others may give back batches that they have drawn")
 
 
 def is_drained(loader: int, number: int, arriving: int | None, board: Board) -> bool:
     """Under the run's lock: is pass ``number`` drained? ``arriving`` is a worker that is about to park at its tail."""
     present = [worker for worker in range(board.width) if not board.gone[worker]]
     passes = board.passes(loader)
-    at_tail = [w for w in present if w == arriving or board.parked[w] == loader + 1 + TAIL]
+    at_tail = [w for w in present if w == arriving or board.parked[w] & ~EMPTY == loader + 1 + TAIL]
     return (
         bool(present)
         and not board.returned[loader]

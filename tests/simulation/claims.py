@@ -130,8 +130,12 @@ class Claims:
         loader, workers = parked_at(before), range(self._plan.places)
         passes, gone, parked = self._passes(loader), board.raw("gone"), board.raw("parked")
         if before & TAIL:
-            drained = board.raw("drained")[loader] > passes[rank]
-            assert drained or board.raw("returned")[loader], f"worker {rank} goes on from the tail of loader {loader}"
+            may = board.raw("drained")[loader] > passes[rank] or board.raw("returned")[loader]
+            if before & EMPTY and not may:
+                dead = board.raw("deaths")
+                stand = all(parked[w] or gone[w] or dead[w] or w in self._killed for w in workers if w != rank)
+                may = board.raw("evaluated")[loader] or stand
+            assert may, f"worker {rank} goes on from the tail of loader {loader}"
             return
         late = [other for other in workers if passes[other] < passes[rank] and gone[other] != LEFT]
         if late and before & EMPTY and not board.raw("evaluated")[loader]:
@@ -147,7 +151,7 @@ class Claims:
         board, passes = self._host.board, self._passes(loader)
         assert not board.raw("returned")[loader], f"pass {now} is drained while batches lie on the table"
         for worker, (gone, parked) in enumerate(zip(board.raw("gone"), board.raw("parked"), strict=False)):
-            at_tail = parked == loader + 1 + TAIL or self._task == f"worker {worker}"
+            at_tail = parked & ~EMPTY == loader + 1 + TAIL or self._task == f"worker {worker}"
             there = worker >= self._plan.places or gone or passes[worker] + at_tail >= now
             assert there, f"pass {now} is drained while worker {worker} is in it"
 

@@ -12,7 +12,7 @@ NEWCOMERS_EVALUATE_NOTHING = True
 # A step that a newcomer's script takes outside of its loops as soon as it has caught up.
 NEWCOMERS_STEP_AFTER_BREAKS = True
 # A pass by lease with fewer batches than there are workers; from a stream.
-FEWER_LEASES_THAN_WORKERS = False
+FEWER_LEASES_THAN_WORKERS = True
 STREAMS_ARE_LEASED = True
 # A push is dropped, and the script evaluates before it draws the next batch.
 QUORUMS_EVALUATE_WITHIN_PASSES = True

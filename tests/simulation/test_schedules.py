@@ -20,7 +20,10 @@ def test_what_is_claimed_holds_under_any_schedule(first: int) -> None:
         run(WORLDS[seed % len(WORLDS)], seed)
 
 
-@pytest.mark.parametrize(("world", "seed"), [("rounds", 29878), ("log", 30257), ("log", 30759)])
+@pytest.mark.parametrize(
+    ("world", "seed"),
+    [("rounds", 29878), ("log", 30257), ("log", 30759), ("rounds", 400284), ("rounds", 402032)],
+)
 def test_what_once_failed_holds(world: str, seed: int) -> None:
     run(world, seed)
 

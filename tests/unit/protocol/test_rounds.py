@@ -13,6 +13,7 @@ from paceline.protocol.rounds import (
     AWAY,
     EMPTY,
     NEVER,
+    TAIL,
     Abandoned,
     Closed,
     Rescue,
@@ -23,7 +24,9 @@ from paceline.protocol.rounds import (
     close_round,
     held_at_end,
     holding,
+    is_drained,
     is_over,
+    more_at_tail,
     next_to_act,
     quorum_met,
     reached,
@@ -413,3 +416,48 @@ def test_the_slowest_never_waits_and_the_others_as_arithmetic_says(clocks: list[
         admitted = within_bound(worker, staleness, clocks, where) is None
         assert admitted == (clock - min(clocks) <= staleness)
     assert within_bound(clocks.index(min(clocks)), staleness, clocks, where) is None
+
+
+def at_tail(empty: bool) -> Lists:
+    """Worker 1 is at the tail of its first pass over loader 0, worker 0 is in that pass."""
+    where = board("00", "01", loader0="00")
+    where.parked[1] += TAIL + (EMPTY if empty else 0)
+    return where
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_who_is_at_the_tail_goes_on_with_what_comes_back_or_when_the_pass_is_drained(empty: bool) -> None:
+    where = at_tail(empty)
+    assert more_at_tail(1, where) == Waiting(9, "others may give back batches that they have drawn")
+    where.returned[0] = 1
+    assert more_at_tail(1, where) is True
+    where.returned[0] = 0
+    assert not is_drained(0, 1, None, where)
+    assert is_drained(0, 1, 0, where)
+    where.drained[0] = 1
+    assert more_at_tail(1, where) is False
+
+
+def test_who_had_nothing_goes_on_from_the_tail_when_another_evaluates_there() -> None:
+    where = at_tail(empty=True)
+    where.evaluated[0] = 1
+    assert more_at_tail(1, where) is False
+    assert isinstance(close_round(3, [3, 2], where, [1, 1]), Waiting)
+    where = at_tail(empty=False)
+    where.evaluated[0] = 1
+    assert isinstance(more_at_tail(1, where), Waiting)
+    assert close_round(3, [3, 2], where, [1, 1]) == Closed((0,))
+
+
+def test_who_had_nothing_goes_on_from_the_tail_as_the_first_where_all_stand() -> None:
+    where = at_tail(empty=True)
+    where.parked[0], where.finished[1] = 2, [1, 0]
+    assert more_at_tail(1, where) is False
+    where.gone[0] = AWAY
+    assert isinstance(more_at_tail(1, where), Waiting)
+
+
+def test_what_came_back_is_taken_also_where_another_evaluates() -> None:
+    where = at_tail(empty=True)
+    where.evaluated[0] = where.returned[0] = 1
+    assert more_at_tail(1, where) is True
