@@ -142,6 +142,7 @@ def run_job(
                     _say_stop(channels, said.what)
                 case Done():
                     _say_stop(channels, "done")
+                    board.wake_all()  # as the launcher does: servers sleep, and would look half a second later
         if errors:
             _say_stop(channels, "failed")
     for thread in threads:

@@ -119,9 +119,9 @@ def is_by_push(pace: Pace) -> bool:
 def test_steps_are_as_many_samples_at_every_pace(
     pace: Pace, workers: int, servers: int, steps: int, schedule: list[int]
 ) -> None:
-    """S steps of n workers are S n pushes of one batch each, S rounds, or S local steps of all. With sums of three
-    local steps in a push the last may be of up to two more."""
-    body = script(99, workers * 5, turns=Turns(workers, drawn(schedule)))
+    """S steps of n workers are S n pushes of one batch each, S rounds, or S local steps of all: two passes at most, and
+    the other two are empty. With sums of three local steps in a push the last may be of up to two more."""
+    body = script(4, workers * 5, turns=Turns(workers, drawn(schedule)))
     results = on_workers(body, workers=workers, servers=servers, pace=pace, steps=steps)
     assert all(seen.over for seen in results)
     total = pushes_of(results)
@@ -286,7 +286,7 @@ def test_the_others_go_on_when_one_has_left_the_script(leaver: int, servers: int
 @every_pace
 @servers_or_none
 def test_steps_end_training_of_those_who_are_left(servers: int, pace: Pace) -> None:
-    body = script(99, 12, leaves=lambda rank, _, index: "the script" if (rank, index) == (1, 2) else "")
+    body = script(12, 12, leaves=lambda rank, _, index: "the script" if (rank, index) == (1, 2) else "")
     results = on_workers(body, servers=servers, pace=pace, steps=20)
     assert results[0].over
     assert results[0].steps[-1] == 0
