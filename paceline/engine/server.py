@@ -98,8 +98,9 @@ _Turn: TypeAlias = tuple[Served, int, Entry]
 def next_turn(board: Board, served: list[Served], rank: int, channel: int) -> _Round | _Turn | str | Waiting:
     """A round that is closed, a part and the entry whose turn it is there, "message" if one has come, "leave" if this
     server may, or whom to wait for. When everyone is gone that is the launcher, who says that the run is over: somebody
-    may still be added."""
-    member = board.workers + rank
+    may still be added. It says so too when the last have died for good, and nobody is left to draw the consequences:
+    what cannot be stepped then never will be."""
+    member, arrived = board.workers + rank, _arrived(channel)  # before the rest is looked at
     waiting: Waiting | None = None
     for one in served:
         answer = _next_entry(one, member) if one.spec.parts else _next_round(board, one, rank)
@@ -108,7 +109,7 @@ def next_turn(board: Board, served: list[Served], rank: int, channel: int) -> _R
         elif answer is not None:
             return answer
     awaited = next_to_act(board)
-    if (waiting is None or awaited is None) and _arrived(channel):
+    if arrived or ((waiting is None or awaited is None) and _arrived(channel)):
         return "message"
     if board.kept_servers <= rank and not _arrived(channel) and _is_known(board.crew, served, member):
         return "leave"
