@@ -286,11 +286,6 @@ class Job:
                 f"data is served, and workers are started by {self.engine}: batches are not sent to other hosts yet",
                 fix="shared, with the data on every host; or own, with each worker's part with itself",
             )
-        if self.checkpoint_every is not None:
-            raise UsageError(
-                f"checkpoint-every is set, and workers are started by {self.engine}: such runs cannot be resumed yet",
-                fix="save the model in the script: if run.is_main: save_file(model.state_dict(), ...)",
-            )
 
 
 def _seconds(name: str, value: float) -> None:

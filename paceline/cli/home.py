@@ -13,6 +13,7 @@ import msgspec
 
 from paceline.cli.failure import report
 from paceline.cli.options import JobFlags, ShowFlags, resolve, switched
+from paceline.cli.resume import asked_for, directory_of, tell
 from paceline.cli.run import train
 from paceline.config import Job, parse_pace
 from paceline.engine.front import run_local
@@ -29,7 +30,9 @@ def main() -> NoReturn:
     """Be the home that the order on standard input asks for; the exit code is the run's."""
     order = msgspec.json.decode(sys.stdin.buffer.read(), type=Order)
     try:
-        job = resolved(order)
+        script = Script(Path(order.script), tuple(order.args))
+        resume = asked_for(os.environ, script.path)
+        job = resolved(order, None if resume is None else directory_of(resume) / "config.toml")
         place = own_address(job.interface) if job.interface is not None else None
         host = order.host if place is None else place.address
         held = hold_ports(host, job.port, job.places)
@@ -40,23 +43,25 @@ def main() -> NoReturn:
     os.write(order.report, f"{host} {' '.join(map(str, ports))}\n".encode())
     if job.insecure:
         warn_insecure()
-    script = Script(Path(order.script), tuple(order.args))
 
     def engine(job: Job, program: Script, *, watch: Callable[[Record], None], argv: Sequence[str]) -> Summary:
         elsewhere = Elsewhere(
             program.path, program.args, host, ports, order.job, order.starter, order.report, job.insecure
         )
-        return run_local(job, elsewhere, watch=watch, argv=argv)
+        return run_local(job, elsewhere, watch=watch, argv=argv, resume=resume)
 
     def before(console: Console) -> None:
+        if resume is not None:
+            tell(resume, console)
         console.say(told(host, "where MASTER_ADDR is" if place is None else place.reason, held, insecure=job.insecure))
 
     sys.exit(train(job, script, switched(ShowFlags(), os.environ), engine, before=before))
 
 
-def resolved(order: Order) -> Job:
-    """The job: what init was given, before the environment, before a --config file. Raises UsageError, ConfigError."""
-    values: dict[str, Any] = dict(resolve(JobFlags(), os.environ).values)
+def resolved(order: Order, config: Path | None = None) -> Job:
+    """The job: what init was given, before the environment, before a config file: this one, or that of PACELINE_CONFIG.
+    Raises UsageError, ConfigError."""
+    values: dict[str, Any] = dict(resolve(JobFlags(), os.environ, str(config) if config else None).values)
     given = dict(order.options)
     if isinstance(given.get("pace"), str):
         given["pace"] = parse_pace(given["pace"])

@@ -98,7 +98,7 @@ def resume(
     show: ShowFlags = ShowFlags(),  # noqa: B008
 ) -> int:
     """Go on with a run from its newest good checkpoint."""
-    from paceline.cli.run import resume_run
+    from paceline.cli.resume import resume_run
     from paceline.engine.front import run_local
 
     return _refusable(show, lambda show: resume_run(run, flags, show, _folder(flags.run_dir), run_local))

@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -25,7 +24,7 @@ from paceline.cli.options import (
 from paceline.config import Job
 from paceline.engine.program import Script
 from paceline.errors import PacelineError, ScriptError, UsageError
-from paceline.events import Record, RunInfo, Summary
+from paceline.events import Record, Summary
 
 if TYPE_CHECKING:
     from paceline.cli.console import Console
@@ -73,7 +72,7 @@ def run_script(
     if show.dry_run:
         return answers.dry_run(job, program, settings, show)
     if job.engine == "ray":
-        return _train_by_ray(job, program, show)
+        return train_by_ray(job, program, show)
     return train(job, program, show, engine)
 
 
@@ -83,12 +82,25 @@ def only_here(job: Job, command: str) -> None:
         raise UsageError(f"engine is {job.engine!r}; {command} trains on this machine", fix="paceline run --engine ray")
 
 
-def _train_by_ray(job: Job, program: Script, show: ShowFlags) -> int:
+def train_by_ray(
+    job: Job,
+    program: Script,
+    show: ShowFlags,
+    resume: Loaded | None = None,
+    *,
+    before: Callable[[Console], None] = lambda console: None,
+) -> int:
+    """``train``, with workers that Ray starts; ``resume``: it goes on from there."""
     from paceline.run.ray import Cluster
 
-    cluster = Cluster(job)
+    cluster = Cluster(job, resume)
+
+    def begin(console: Console) -> None:
+        before(console)
+        cluster.open(console.say)
+
     try:
-        return train(job, program, show, cluster.run, before=lambda console: cluster.open(console.say))
+        return train(job, program, show, cluster.run, before=begin)
     finally:
         cluster.close()
 
@@ -103,46 +115,6 @@ def _check_engine(job: Job, settings: Settings) -> None:
     typed = [option for option in FOR_ELSEWHERE if settings.sources[option] == flag(option)]
     if job.engine == "local" and typed:
         raise UsageError(f"{flag(typed[0])} is for workers that come from elsewhere", fix="--engine ray")
-
-
-def resume_run(wanted: str | None, flags: JobFlags, show: ShowFlags, folder: Path, engine: ResumingEngine) -> int:
-    """The command ``resume``; returns the exit code."""
-    from paceline.engine.checkpoints import Checkpoints
-    from paceline.report.runs import find_run
-
-    found = find_run(folder, wanted)
-    if found.info is not None and found.info.status in ("starting", "running") and _is_alive(found.info):
-        raise UsageError(f"run {found.name!r} is still going on", fix="end it with Ctrl-C first: it saves a checkpoint")
-    if found.info is not None and found.info.engine != "local":
-        raise UsageError(
-            f"run {found.name!r} cannot be resumed: its workers were started by {found.info.engine}",
-            why="its checkpoint has parameters, the optimizer's state and the place in the data, but not what scripts "
-            "keep on other hosts",
-            fix="start it again; the script can load parameters that it has saved itself",
-        )
-    loaded = Checkpoints(found.directory).load()
-    settings = resolve(flags, os.environ, str(found.directory / "config.toml"))
-    program = chosen(None, (), settings)
-    job = settings.job(program.path.stem)
-    only_here(job, "paceline resume")
-    if show.dry_run:
-        return answers.dry_run(job, program, settings, show)
-
-    def before(console: Console) -> None:
-        for warning in loaded.warnings:
-            console.say(f"warning: {warning}; the one before it is used")
-        console.say(f"goes on behind step {loaded.step}, saved {loaded.time}")
-
-    return train(job, program, show, partial(engine, resume=loaded), before=before)
-
-
-def _is_alive(info: RunInfo) -> bool:
-    front = next((process.pid for process in info.processes if process.role == "front"), None)
-    try:
-        command = Path(f"/proc/{front}/cmdline").read_bytes()
-    except OSError:
-        return False
-    return b"paceline" in command or b"python" in command
 
 
 def chosen(script: str | None, args: tuple[str, ...], settings: Settings) -> Script:

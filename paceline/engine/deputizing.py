@@ -131,13 +131,15 @@ class _KeptElsewhere(Keeper):
         super().__init__()
         self._line = line
 
-    def state(self, exchanges: Sequence[Kept], tensors: Tensors) -> dict[str, Any]:
-        shown = self._line.ask_worker(remote.Show())
+    def state(self, exchanges: Sequence[Kept], tensors: Tensors, *, random: bool = False) -> dict[str, Any]:
+        shown = self._line.ask_worker(remote.Show(random))
         document, own = self._line.mail.take_packed("kept", shown.kept)
         tensors.update(own)
         return dict(document)
 
-    def load(self, document: dict[str, Any], tensors: Tensors, exchanges: Sequence[Kept]) -> None:
-        self._line.ask_worker(remote.Keep(send_packed(self._line.link, "keep", document, tensors)))
+    def load(
+        self, document: dict[str, Any], tensors: Tensors, exchanges: Sequence[Kept], *, random: bool = False
+    ) -> None:
+        self._line.ask_worker(remote.Keep(send_packed(self._line.link, "keep", document, tensors), random))
         for exchange, settings in zip(exchanges, document["settings"], strict=True):
             exchange.load_settings(unpack(settings, tensors))

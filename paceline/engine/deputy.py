@@ -89,7 +89,7 @@ class Deputy:
             case remote.Drawn(samples=samples):
                 passes.drawn(samples)
             case remote.Border():
-                passes.border()
+                passes.border(saves=False)  # the script has drawn its next batch since
             case remote.Left(loader=loader, marks=marks):
                 self._buffers.take()
                 self._passes.leave(loader, marks)
@@ -154,6 +154,8 @@ class Deputy:
                 passes.fetching()
             case remote.NeedsGhost(loader=loader):
                 return passes.needs_ghost(loader)
+            case remote.Border():
+                passes.border()
             case remote.Broke(failure=failure):
                 self._break(failure)
         return None
@@ -167,6 +169,7 @@ class Deputy:
             "job": encode_job(self._context.job),
             "directory": str(self._context.directory),
             "arithmetic": arithmetic(),
+            "trained": self._worker.trained_before,
             # A descriptor that the worker may try to open, as it would open that of an exchange's memory.
             "try": (os.getpid(), os.memfd_create("paceline-door")) if is_here else None,
         }
@@ -239,6 +242,7 @@ class Deputy:
             joined=worker.has_joined,
             behind=worker.is_behind,
             takes=worker.is_to_take,
+            saves=worker.saving.is_due,
         )
 
     def _count_travelled(self) -> None:

@@ -51,9 +51,11 @@ class Keeper:
     def add_buffers(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         self._buffers += tensors
 
-    def state(self, exchanges: Sequence[Kept], tensors: Tensors) -> dict[str, Any]:
-        """All of it but for random states; tensors are aliases until they are written. Raises ConfigError."""
-        return {
+    def state(self, exchanges: Sequence[Kept], tensors: Tensors, *, random: bool = False) -> dict[str, Any]:
+        """All of it, ``random`` states only if asked for; tensors are aliases until they are written. Raises
+        ConfigError."""
+        states = {"random": pack(_random_states(), tensors, "random")} if random else {}
+        return states | {
             "objects": [pack(o.state_dict(), tensors, f"kept.{i}") for i, o in enumerate(self._objects)],
             "kinds": [type(item).__qualname__ for item in self._objects],
             "settings": [pack(exchange.settings, tensors, f"settings.{i}") for i, exchange in enumerate(exchanges)],
@@ -61,8 +63,11 @@ class Keeper:
             "buffers": [pack(buffer, tensors, f"buffers.{i}") for i, (_, buffer) in enumerate(self._buffers)],
         }
 
-    def load(self, document: dict[str, Any], tensors: Tensors, exchanges: Sequence[Kept]) -> None:
-        """Raises ConfigError if the script keeps other things than it did then."""
+    def load(
+        self, document: dict[str, Any], tensors: Tensors, exchanges: Sequence[Kept], *, random: bool = False
+    ) -> None:
+        """``random``: from here on the same random numbers are drawn as from where the document was made. Raises
+        ConfigError if the script keeps other things than it did then."""
         kinds = [type(item).__qualname__ for item in self._objects]
         if document["kinds"] != kinds:
             raise ConfigError(
@@ -77,16 +82,11 @@ class Keeper:
         with torch.no_grad():
             for (_, buffer), value in zip(self._buffers, document["buffers"], strict=True):
                 buffer.copy_(unpack(value, tensors))
+        if random:
+            _load_random_states(unpack(document["random"], tensors))
 
 
-def random_states(tensors: Tensors) -> dict[str, Any]:
-    """For ``load_random_states``."""
-    return {"random": pack(_random_states(), tensors, "random")}
-
-
-def load_random_states(document: dict[str, Any], tensors: Tensors) -> None:
-    """From here on the same random numbers are drawn as from where the document was made."""
-    states = unpack(document["random"], tensors)
+def _load_random_states(states: dict[str, Any]) -> None:
     random.setstate(states["python"])
     name, keys, place, has_gauss, gauss = states["numpy"]
     np.random.set_state((name, keys.astype(np.uint32), place, has_gauss, gauss))

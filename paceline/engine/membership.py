@@ -15,7 +15,6 @@ from paceline.engine.context import Context
 from paceline.engine.ending import Ending, Leave
 from paceline.engine.exchange import Exchange
 from paceline.engine.handover import Handover
-from paceline.engine.keeping import load_random_states
 from paceline.engine.parking import Parking
 from paceline.engine.progress import Progress
 from paceline.engine.saving import Saving
@@ -187,12 +186,11 @@ class Membership:
             progress.look = (document["look"][0], document["look"][1])
 
             def take() -> None:
-                self._saving.keeper.load(document, tensors, self._exchanges)
+                # Two workers must not draw the same numbers.
+                self._saving.keeper.load(document, tensors, self._exchanges, random=is_its_own)
                 for loader, samples in document["pass_samples"].items() if is_its_own else ():
                     if int(loader) in progress.samples_before:
                         progress.samples_before[int(loader)] = progress.samples - samples
-                if is_its_own:  # two workers must not draw the same numbers
-                    load_random_states(document, tensors)
 
             self._catching_up.will_take(take)
         self._catching_up.resumed = None

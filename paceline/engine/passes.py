@@ -116,11 +116,12 @@ class Passes:
         self._reading = loader
         self._drawn_from.add(loader)
 
-    def border(self) -> None:
-        """Between two steps."""
+    def border(self, *, saves: bool = True) -> None:
+        """Between two steps. ``saves``: is the script there now?"""
         if self._leaving:
             self.tell_left()
-        self._saving.at_border()
+        if saves:
+            self._saving.at_border()
         self._membership.at_border()
         if self._board.leaving[self._rank] and not self._ending.over and (self._leases or not self.count):
             self._membership.depart()

@@ -24,6 +24,7 @@ from paceline import errors
 from paceline.config import Job, Sync
 from paceline.data.loader import Count, share
 from paceline.data.part import Part
+from paceline.data.trained import Trained
 from paceline.engine import clipping
 from paceline.engine.keeping import Keeper
 from paceline.engine.line import Line
@@ -73,6 +74,7 @@ class RemoteWorker:
             *((0, 1) if self.job.data == "own" else (rank, self.job.workers)),
             "round_robin" if self.job.assign == "lease" else self.job.assign or "round_robin",
             self.job.seed,
+            msgspec.convert(told["trained"], tuple[Trained | None, ...]),
         )
 
     def _choose_memory(self, home: tuple[int, int] | None, *, same_bits: bool) -> str:
@@ -303,11 +305,11 @@ class RemoteWorker:
         try:
             if isinstance(asked, remote.Show):
                 tensors: Tensors = {}
-                document = keeper.state(self._exchanges, tensors)
+                document = keeper.state(self._exchanges, tensors, random=asked.random)
                 with self._line.kept():
                     shown = remote.Shown(send_packed(self._link, "kept", document, tensors))
             else:
-                keeper.load(*self._mail.take_packed("keep", asked.kept), self._exchanges)
+                keeper.load(*self._mail.take_packed("keep", asked.kept), self._exchanges, random=asked.random)
         except PacelineError as error:
             shown = remote.Shown(failure=messages.Failed(type(error).__name__, error.what, error.why, error.fix))
         with self._line.kept():

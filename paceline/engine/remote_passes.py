@@ -98,7 +98,10 @@ class RemotePasses:
         self._worker.note(remote.Fetched(loader))
 
     def border(self) -> None:
-        self._worker.note(remote.Border())
+        if self._worker.status.saves:
+            self._worker.ask(remote.Border())
+        else:
+            self._worker.note(remote.Border())
 
     def needs_ghost(self, loader: int) -> bool:
         self.has_ghost = loader not in self._drawn_from and bool(self._worker.ask(remote.NeedsGhost(loader)))

@@ -17,7 +17,7 @@ from torch import nn
 from paceline.engine import snapshot
 from paceline.engine.context import Context
 from paceline.engine.exchange import Exchange
-from paceline.engine.keeping import Keeper, random_states
+from paceline.engine.keeping import Keeper
 from paceline.errors import ConfigError, PacelineError
 from paceline.params.packing import Tensors
 from paceline.protocol import messages
@@ -56,9 +56,14 @@ class Saving:
         if number > self._board.checkpoint:
             self._due, self._step, self._shares = number, step, shares
 
+    @property
+    def is_due(self) -> bool:
+        """Has this worker something to give at the next border?"""
+        return self._due > self._saved or self._board.checkpoint > self._saved
+
     def at_border(self) -> None:
         """Between two steps."""
-        if self._due > self._saved or self._board.checkpoint > self._saved:
+        if self.is_due:
             self._save()
 
     def _save(self) -> None:
@@ -68,7 +73,7 @@ class Saving:
             self._saved = max(self._due, self._board.checkpoint)
             tensors: Tensors = {}
             name = f"worker-{self._context.rank}"
-            own = self.keeper.state(self._exchanges, tensors) | random_states(tensors) | self.more()
+            own = self.keeper.state(self._exchanges, tensors, random=True) | self.more()
             snapshot.send(self._context.channel, self._saved, 0, {name: tensors}, {name: own})
         except PacelineError as error:
             self._saved = max(self._due, self._saved)

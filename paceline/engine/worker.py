@@ -18,6 +18,7 @@ from torch import nn, optim
 from paceline.config import Async, Local, Sync
 from paceline.data.loader import Count, share
 from paceline.data.part import Part
+from paceline.data.trained import Trained
 from paceline.engine import buffers, clipping, position
 from paceline.engine.buffers import Buffers
 from paceline.engine.catching_up import CatchingUp
@@ -128,6 +129,11 @@ class Worker:
     def is_to_take(self) -> bool:
         """Is there something of the others' to keep before the next batch is fetched?"""
         return self._catching_up.is_to_take
+
+    @property
+    def trained_before(self) -> Sequence[Trained | None]:
+        """By loader, what of its epoch had been trained on before the run was resumed."""
+        return self._part.trained
 
     @property
     def holds(self) -> bool:

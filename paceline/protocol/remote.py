@@ -46,7 +46,7 @@ class Drawn(_Said, frozen=True, tag=11):
 
 
 class Border(_Said, frozen=True, tag=12):
-    """...the script has done with a batch."""
+    """...the script has done with a batch. As a request, where Status ``saves``; then the answer is nothing."""
 
 
 class Left(_Said, frozen=True, tag=13):
@@ -82,8 +82,8 @@ Note = Fetched | Drawn | Border | Left | Told | LocalStep
 
 class Who(_Said, frozen=True, tag=30):
     """...who am I to be? I am this process on this host. The job's fields, the run's directory at home, what
-    arithmetic home does (processor and torch), and, if home is on the same host, a process and a descriptor of it to
-    try."""
+    arithmetic home does (processor and torch), if home is on the same host a process and a descriptor of it to try, and
+    of a run that goes on what had been trained on, by loader."""
 
     host: str
     pid: int
@@ -272,6 +272,7 @@ Request = (
     | Counts
     | Fetching
     | NeedsGhost
+    | Border
 )
 
 
@@ -279,13 +280,17 @@ Request = (
 
 
 class Show(_Said, frozen=True, tag=60):
-    """...what does your script keep? Answer: Shown."""
+    """...what does your script keep? ``random``: with the states of random numbers. Answer: Shown."""
+
+    random: bool = False
 
 
 class Keep(_Said, frozen=True, tag=61):
-    """...let your script keep this from now on; its tensors have come before. Answer: Shown, without anything."""
+    """...let your script keep this from now on; its tensors have come before. ``random`` as in Show. Answer: Shown,
+    without anything."""
 
     kept: Any
+    random: bool = False
 
 
 class Shown(_Said, frozen=True, tag=62):
@@ -328,7 +333,8 @@ class Status(msgspec.Struct, frozen=True, array_like=True):
 
     ``deals``: by loader, see ``data.loader.Passes.deal``; ``workers``: how many there are to be. Of one that comes in
     another's place: ``joined``, whether the others count with it; ``behind``, whether it has passes to catch up with;
-    ``takes``, whether there is something to take before its next batch."""
+    ``takes``, whether there is something to take before its next batch. ``saves``: at the next border it has to give
+    its part of a checkpoint."""
 
     over: bool = False
     holds: bool = False
@@ -344,6 +350,7 @@ class Status(msgspec.Struct, frozen=True, array_like=True):
     joined: bool = True
     behind: bool = False
     takes: bool = False
+    saves: bool = False
 
 
 class Answer(_Said, frozen=True, tag=3):

@@ -27,6 +27,7 @@ from typing import Any
 import msgspec
 
 from paceline.config import Job
+from paceline.engine.checkpoints import Loaded
 from paceline.engine.control import ask
 from paceline.engine.front import run_local
 from paceline.engine.program import CAME, WAITS, Elsewhere, Errand, Script
@@ -45,10 +46,10 @@ _TAIL = 2000  # characters of what a process has said last, for error messages
 
 
 class Cluster:
-    """Ray's, for one run. ``open`` it first, and ``close`` it in the end."""
+    """Ray's, for one run, or for going on from a checkpoint. ``open`` it first, and ``close`` it in the end."""
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
+    def __init__(self, job: Job, resume: Loaded | None = None) -> None:
+        self._job, self._resume = job, resume
         self._opened = contextlib.ExitStack()
 
     def open(self, say: Callable[[str], None]) -> None:
@@ -89,7 +90,7 @@ class Cluster:
         with contextlib.redirect_stdout(sys.stderr):
             seats.start()
             try:
-                return run_local(job, elsewhere, watch=seen, argv=argv)
+                return run_local(job, elsewhere, watch=seen, argv=argv, resume=self._resume)
             finally:
                 seats.close()
                 self.close()

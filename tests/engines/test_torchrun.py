@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import socket
 
 import pytest
 
+from tests.process import standing
 from tests.process.kills import COUNTING
 from tests.process.runner import Ended, Runner, Running
+from tests.process.training import TRAINING, numbers
 
 pytestmark = pytest.mark.timeout(300)  # five processes import torch, one after the other
 
@@ -52,6 +55,7 @@ if run.is_main:
 COUNT = """
 import json
 import os
+import shutil
 import signal
 import sys
 
@@ -195,3 +199,22 @@ def test_what_home_refuses_ends_all(runner: Runner) -> None:
     assert (ended.code, theirs.code) == (1, 1)
     assert "pace 'fast' is not known" in ended.err
     assert "home, beside rank 0, has not started: it ended with exit code 2" in theirs.err
+
+
+def test_a_run_that_is_resumed_goes_on_to_the_bit(runner: Runner) -> None:
+    """From the middle of a pass: random numbers, buffers and what the script keeps are those of either process."""
+    standing.prepare(runner, [])
+    runner.write("train.py", TRAINING)
+    arguments = ("train.py", "3", "0")
+    for running in by_hand(runner, *arguments, PACELINE_CHECKPOINT_EVERY="5", PACELINE_KEEP="9"):
+        ended = running.end()
+        assert ended.code == 0, ended.err
+    expected = numbers(ended)
+    (ended.directory / "numbers.json").unlink()
+    for late in sorted((ended.directory / "checkpoints").iterdir())[3:]:
+        shutil.rmtree(late)
+    home, other = by_hand(runner, *arguments, PACELINE_RESUME="last")
+    told = home.end()
+    assert (told.code, other.end().code) == (0, 0), told.err
+    assert "goes on behind step 15" in told.out
+    assert numbers(told) == expected

@@ -185,10 +185,6 @@ def test_the_outer_step_takes_numbers(value: Any) -> None:
             {"engine": "ray", "data": "served"},
             "data is served, and workers are started by ray: batches are not sent to other hosts yet",
         ),
-        (
-            {"engine": "torchrun", "checkpoint_every": 5},
-            "checkpoint-every is set, and workers are started by torchrun: such runs cannot be resumed yet",
-        ),
     ],
 )
 def test_each_field_is_answered_with_its_range(options: dict[str, Any], says: str) -> None:

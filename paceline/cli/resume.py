@@ -1,0 +1,93 @@
+"""Which checkpoint a run goes on from, for the command ``resume`` and for whoever starts workers elsewhere."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from paceline import config_file
+from paceline.cli import answers
+from paceline.cli.options import JobFlags, ShowFlags, resolve
+from paceline.cli.run import ResumingEngine, chosen, train, train_by_ray
+from paceline.engine.checkpoints import Checkpoints, Loaded
+from paceline.errors import UsageError
+from paceline.events import RunInfo
+from paceline.report.runs import RunFiles, find_run, list_runs
+
+if TYPE_CHECKING:
+    from paceline.cli.console import Console
+
+VARIABLE = "PACELINE_RESUME"
+LAST = "last"
+
+
+def resume_run(wanted: str | None, flags: JobFlags, show: ShowFlags, folder: Path, engine: ResumingEngine) -> int:
+    """The command ``resume``; returns the exit code."""
+    loaded = _checkpoint(find_run(folder, wanted))
+    directory = directory_of(loaded)
+    settings = resolve(flags, os.environ, str(directory / "config.toml"))
+    program = chosen(None, (), settings)
+    job = settings.job(program.path.stem)
+    if job.engine == "torchrun":
+        raise UsageError(
+            f"the workers of run {directory.name!r} were started by torchrun",
+            why="paceline resume starts those that it resumes",
+            fix=f"{VARIABLE}={directory.name} torchrun ..., as it was started; or here, with --engine local",
+        )
+    if show.dry_run:
+        return answers.dry_run(job, program, settings, show)
+    before = partial(tell, loaded)
+    if job.engine == "ray":
+        return train_by_ray(job, program, show, loaded, before=before)
+    return train(job, program, show, partial(engine, resume=loaded), before=before)
+
+
+def asked_for(environment: Mapping[str, str], script: Path) -> Loaded | None:
+    """What PACELINE_RESUME names: a run, or ``last``, the newest one of this script that has a checkpoint. None: a new
+    run. Raises UsageError, ConfigError."""
+    wanted = environment.get(VARIABLE)
+    if not wanted:
+        return None
+    folder = Path(environment.get("PACELINE_RUN_DIR") or "runs")
+    if wanted != LAST:
+        return _checkpoint(find_run(folder, wanted))
+    for found in reversed(list_runs(folder)):
+        if Checkpoints(found.directory).paths() and _is_of(found, script):
+            return _checkpoint(found)
+    return None
+
+
+def directory_of(loaded: Loaded) -> Path:
+    """Of the run that has made it."""
+    return loaded.path.parent.parent
+
+
+def tell(loaded: Loaded, console: Console) -> None:
+    for warning in loaded.warnings:
+        console.say(f"warning: {warning}; the one before it is used")
+    console.say(f"goes on behind step {loaded.step}, saved {loaded.time}")
+
+
+def _checkpoint(found: RunFiles) -> Loaded:
+    info = found.info
+    if info is not None and info.status in ("starting", "running") and _is_alive(info):
+        raise UsageError(f"run {found.name!r} is still going on", fix="end it with Ctrl-C first: it saves a checkpoint")
+    return Checkpoints(found.directory).load()
+
+
+def _is_of(found: RunFiles, script: Path) -> bool:
+    path = found.directory / "config.toml"
+    known = config_file.load(path).get("script") if path.is_file() else None
+    return isinstance(known, str) and Path(known).resolve() == script.resolve()
+
+
+def _is_alive(info: RunInfo) -> bool:
+    front = next((process.pid for process in info.processes if process.role == "front"), None)
+    try:
+        command = Path(f"/proc/{front}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return b"paceline" in command or b"python" in command
