@@ -26,17 +26,17 @@ LAST = "last"
 
 def resume_run(wanted: str | None, flags: JobFlags, show: ShowFlags, folder: Path, engine: ResumingEngine) -> int:
     """The command ``resume``; returns the exit code."""
-    loaded = _checkpoint(find_run(folder, wanted))
-    directory = directory_of(loaded)
-    settings = resolve(flags, os.environ, str(directory / "config.toml"))
+    found = find_run(folder, wanted)
+    settings = resolve(flags, os.environ, str(found.directory / "config.toml"))
     program = chosen(None, (), settings)
     job = settings.job(program.path.stem)
     if job.engine == "torchrun":
         raise UsageError(
-            f"the workers of run {directory.name!r} were started by torchrun",
+            f"the workers of run {found.name!r} were started by torchrun",
             why="paceline resume starts those that it resumes",
-            fix=f"{VARIABLE}={directory.name} torchrun ..., as it was started; or here, with --engine local",
+            fix=f"{VARIABLE}={found.name} torchrun ..., as it was started; or here, with --engine local",
         )
+    loaded = _checkpoint(found)
     if show.dry_run:
         return answers.dry_run(job, program, settings, show)
     before = partial(tell, loaded)

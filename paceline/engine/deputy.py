@@ -170,6 +170,7 @@ class Deputy:
             "directory": str(self._context.directory),
             "arithmetic": arithmetic(),
             "trained": self._worker.trained_before,
+            "resumes": self._worker.resumes,
             # A descriptor that the worker may try to open, as it would open that of an exchange's memory.
             "try": (os.getpid(), os.memfd_create("paceline-door")) if is_here else None,
         }

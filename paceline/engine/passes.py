@@ -193,7 +193,7 @@ class Passes:
         self.tell_left()
         self._ending.raise_if_interrupted()
         catching_up, progress = self._catching_up, self._progress
-        first = False
+        first, resumes = False, catching_up.resumed is not None
         if not catching_up.joined:
             first = self._is_training()
             if (
@@ -221,7 +221,7 @@ class Passes:
         self._marks_before[loader] = self.marks()
         ghost = self._ending.over and loader in self._parking.trained_on
         if not ghost:
-            self._begin_for_real(loader, length, tell=not first)
+            self._begin_for_real(loader, length, tell=resumes or not first)
         if self._is_training():  # an evaluation is part of what comes after a pass
             self._saving.at_border()
         if self._places.get(loader, (0, 0))[1] == 0:

@@ -65,7 +65,7 @@ class RemoteWorker:
         self.saving = _Saving()
         told = self._ask(remote.Who(hosts[rank] if hosts else this_host(), os.getpid()))
         line.is_in = True
-        self._is_newcomer = not self._status.joined
+        self._is_newcomer = not self._status.joined and not told["resumes"]
         self.job: Job = decode_job(told["job"])
         self._are_apart = len(set(hosts)) > 1
         self._kind = self._choose_memory(told["try"], same_bits=told["arithmetic"] == arithmetic())
@@ -148,9 +148,15 @@ class RemoteWorker:
         exchange.adopt(lambda: self._show_state(exchange))
         if isinstance(self.job.pace, Sync):
             clipping.register(self)
-            if self._are_apart and not self._is_newcomer:
-                self._gradients.send_early(exchange)
+            if self._status.joined:
+                self._send_early([exchange])
         return exchange
+
+    def _send_early(self, exchanges: Sequence[RemoteExchange]) -> None:
+        """Gradients of ghost batches are nobody's business; those from here on are."""
+        if self._are_apart and not self._is_newcomer and isinstance(self.job.pace, Sync):
+            for exchange in exchanges:
+                self._gradients.send_early(exchange)
 
     def add_store(self, optimizer: optim.Optimizer, names: dict[int, str]) -> NoReturn:
         raise ConfigError(
@@ -330,6 +336,7 @@ class RemoteWorker:
     def _take_status(self, status: remote.Status) -> None:
         if status.joined and not self._status.joined:
             self.forget_gradients()
+            self._send_early(self._exchanges)
         self._status = status
         self.passes.take(status)
         for exchange, steps in zip(self._exchanges, status.periods, strict=False):

@@ -131,6 +131,11 @@ class Worker:
         return self._catching_up.is_to_take
 
     @property
+    def resumes(self) -> bool:
+        """Is it still to take up what it was when a checkpoint was made?"""
+        return self._catching_up.resumed is not None
+
+    @property
     def trained_before(self) -> Sequence[Trained | None]:
         """By loader, what of its epoch had been trained on before the run was resumed."""
         return self._part.trained

@@ -83,7 +83,7 @@ Note = Fetched | Drawn | Border | Left | Told | LocalStep
 class Who(_Said, frozen=True, tag=30):
     """...who am I to be? I am this process on this host. The job's fields, the run's directory at home, what
     arithmetic home does (processor and torch), if home is on the same host a process and a descriptor of it to try, and
-    of a run that goes on what had been trained on, by loader."""
+    does the run go on from a checkpoint, and then what had been trained on, by loader."""
 
     host: str
     pid: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 
 import pytest
@@ -10,8 +11,10 @@ import pytest
 from tests.engines.test_torchrun import TRAIN
 from tests.hosts.namespaces import Host
 from tests.hosts.test_training import start
+from tests.process import standing
 from tests.process.kills import COUNTING
 from tests.process.runner import Runner
+from tests.process.training import TRAINING, numbers
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -75,3 +78,20 @@ def test_a_gradient_that_was_on_the_way_when_its_worker_died_does_not_count(
     assert ended.code == 0, ended.err
     assert "worker 1 is lost" in ended.err + ended.out
     assert json.loads((runner.folder / "counts.json").read_text()) == [3.0] * 64
+
+
+@pytest.mark.long
+def test_two_hosts_that_are_resumed_go_on_to_the_bit(runner: Runner, hosts: tuple[Host, Host]) -> None:
+    """From the middle of a pass; home's worker maps its memory and the other has a mirror of it, as before."""
+    standing.prepare(runner, [])
+    runner.write("train.py", TRAINING.replace("int(sys.argv[1]), int(sys.argv[2])", "3, 0"))
+    first, second = start(runner, hosts, "train.py", PACELINE_CHECKPOINT_EVERY="5", PACELINE_KEEP="9")
+    assert second.end().code == 0
+    whole = first.end()
+    expected = numbers(whole)
+    (whole.directory / "numbers.json").unlink()
+    for late in sorted((whole.directory / "checkpoints").iterdir())[3:]:
+        shutil.rmtree(late)
+    first, second = start(runner, hosts, "train.py", secure=False, PACELINE_RESUME="last")
+    assert second.end().code == 0
+    assert numbers(first.end()) == expected

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from paceline.cli.options import JobFlags, ShowFlags
-from paceline.cli.run import resume_run, run_script
+from paceline.cli.resume import resume_run
+from paceline.cli.run import run_script
 from paceline.errors import Diverged, HostError, Interrupted, PacelineError, ScriptError, UsageError
 from tests.unit.cli.played import Played
 
@@ -54,14 +55,13 @@ def test_a_run_is_told_from_header_to_next_step(capsys: pytest.CaptureFixture[st
     assert err == ""
 
 
-@pytest.mark.parametrize("engine", ["ray", "torchrun"])
-def test_a_run_with_workers_on_other_hosts_is_not_resumed(folder: Path, engine: str) -> None:
+def test_a_run_of_torchruns_is_resumed_by_torchrun(folder: Path) -> None:
     run(Played(), show=QUIET)
     (directory,) = (folder / "runs").iterdir()
-    info = json.loads((directory / "run.json").read_text()) | {"engine": engine}
-    (directory / "run.json").write_text(json.dumps(info))
-    with pytest.raises(UsageError, match=f"cannot be resumed: its workers were started by {engine}"):
+    (directory / "config.toml").write_text('script = "train.py"\nengine = "torchrun"\n')
+    with pytest.raises(UsageError, match="were started by torchrun") as raised:
         resume_run(None, JobFlags(), QUIET, folder / "runs", Played())  # type: ignore[arg-type]
+    assert f"PACELINE_RESUME={directory.name} torchrun" in raised.value.fix
 
 
 def test_the_plot_that_is_named_exists(folder: Path) -> None:
