@@ -40,7 +40,8 @@ def test_what_was_set_is_forgotten() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mine", "says"), [({}, "kept None"), ({"MALLOC_MMAP_THRESHOLD_": "65536"}, "given back None")]
+    ("mine", "says"),
+    [({}, "kept None"), pytest.param({"MALLOC_MMAP_THRESHOLD_": "65536"}, "given back None", marks=pytest.mark.long)],
 )
 def test_a_worker_keeps_what_a_step_frees(mine: dict[str, str], says: str, runner: Runner) -> None:
     """Twenty tensors of 8 MB, one after the other: 2,000 pages each where the memory is the kernel's in between."""

@@ -135,12 +135,10 @@ def check(ended: Ended, role: str, rank: int, how: str, code: int = 5) -> None:
 
 
 LONG = pytest.mark.long
-SAME_SENTENCE = ["waiting in wrap", "parked", "after training"]
+SAME_SENTENCE = ["before init", "waiting in wrap", "parked", "after training"]
 
 
-@pytest.mark.parametrize(
-    "state", ["before init", "in backward", *(pytest.param(state, marks=LONG) for state in SAME_SENTENCE)]
-)
+@pytest.mark.parametrize("state", ["in backward", *(pytest.param(state, marks=LONG) for state in SAME_SENTENCE)])
 def test_a_worker_killed_in_any_state_ends_the_run_with_a_sentence(state: str, runner: Runner) -> None:
     """Where none may take its place."""
     ended = runner.run(DYING, "--restarts", "0", args=[state, "1"])
@@ -148,8 +146,7 @@ def test_a_worker_killed_in_any_state_ends_the_run_with_a_sentence(state: str, r
     assert "logs/worker-1.log" in ended.error
 
 
-@pytest.mark.sampled
-@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("state", [pytest.param(s, marks=LONG) if s != "parked" else s for s in STATES])
 def test_another_takes_the_place_of_a_worker_killed_in_any_state(state: str, runner: Runner) -> None:
     ended = runner.run(DYING, args=[state, "1", "once"])
     assert ended.code == 0, ended.err
@@ -189,7 +186,7 @@ def test_fewer_than_the_least_end_the_run(runner: Runner) -> None:
     assert "was killed by SIGKILL" in ended.error
 
 
-@pytest.mark.parametrize(("state", "servers"), [("between wraps", "0"), ("in a pass", "1")])
+@pytest.mark.parametrize(("state", "servers"), [("between wraps", "0"), pytest.param("in a pass", "1", marks=LONG)])
 def test_worker_0_may_be_the_one(state: str, servers: str, runner: Runner) -> None:
     ended = runner.run(DYING, "--restarts", "0", "--servers", servers, args=[state, "0"])
     check(ended, "worker", 0, "was killed by SIGKILL")
@@ -200,7 +197,7 @@ def test_a_server_that_is_killed_is_named(runner: Runner) -> None:
     check(ended, "server", 1, "was killed by SIGKILL")
 
 
-@pytest.mark.parametrize("pace", ["sync", "async"])
+@pytest.mark.parametrize("pace", ["sync", pytest.param("async", marks=LONG)])
 def test_another_takes_the_place_of_a_server(pace: str, runner: Runner) -> None:
     ended = runner.run(DYING, "--servers", "2", "--pace", pace, args=["server", "", "once"])
     assert ended.code == 0, ended.err
@@ -218,7 +215,10 @@ def test_several_workers_that_die_at_once_leave_nobody_behind(runner: Runner) ->
 
 @pytest.mark.parametrize(
     ("state", "how"),
-    [("segfault", "was killed by SIGSEGV"), ("exit", "exited with status 3 in the middle of the run")],
+    [
+        ("exit", "exited with status 3 in the middle of the run"),
+        pytest.param("segfault", "was killed by SIGSEGV", marks=LONG),
+    ],
 )
 def test_other_sudden_deaths_are_named(state: str, how: str, runner: Runner) -> None:
     check(runner.run(DYING, "--restarts", "0", args=[state, "1"]), "worker", 1, how)

@@ -71,7 +71,9 @@ def test_worker_0s_newcomer_sets_the_rate_that_the_schedule_has_by_then(servers:
     assert last == f"worker 0 of {steps} steps has counted {steps}, scheduler {steps}"
 
 
-@pytest.mark.parametrize("pace", ["async", "bounded:1", "quorum:1", "local:2"])
+@pytest.mark.parametrize(
+    "pace", ["quorum:1", "local:2", *(pytest.param(pace, marks=pytest.mark.long) for pace in ("async", "bounded:1"))]
+)
 def test_at_every_pace_a_newcomer_goes_on_where_another_is(pace: str, runner: Runner) -> None:
     ended = runner.run(SCRIPT, "--pace", pace, args=["1", pace])
     assert ended.code == 0, ended.err + ended.log(1)

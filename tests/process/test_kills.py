@@ -16,11 +16,11 @@ SAMPLES, EPOCHS, KILLS = 1200, 3, 6
     "options",
     [
         "--pace sync",
-        "--pace sync --assign lease",
-        "--pace sync --servers 1",
+        pytest.param("--pace sync --assign lease", marks=pytest.mark.long),
+        pytest.param("--pace sync --servers 1", marks=pytest.mark.long),
         "--pace quorum:2",
         "--pace bounded:1",
-        "--pace async",
+        pytest.param("--pace async", marks=pytest.mark.long),
         pytest.param("--pace async --assign hash", marks=pytest.mark.long),
         "--pace async --servers 2",
     ],
@@ -36,7 +36,7 @@ def test_whoever_is_killed_each_sample_counts_once_an_epoch(options: str, runner
     await_death(open_pids(process["pid"] for process in ended.info["processes"]))
 
 
-@pytest.mark.parametrize("options", ["--pace sync", "--pace async"])
+@pytest.mark.parametrize("options", ["--pace sync", pytest.param("--pace async", marks=pytest.mark.long)])
 def test_an_exception_in_a_loop_is_no_end_of_its_pass(options: str, runner: Runner) -> None:
     """A worker that has got on for a while raises once: its successor goes on in that pass."""
     raises = (

@@ -49,7 +49,13 @@ main()
 
 
 @pytest.mark.parametrize(
-    ("pace", "servers", "loaders"), [("async", 0, 2), ("async", 1, 0), ("bounded:2", 0, 2), ("quorum:1", 0, 2)]
+    ("pace", "servers", "loaders"),
+    [
+        ("async", 1, 0),
+        ("quorum:1", 0, 2),
+        pytest.param("async", 0, 2, marks=pytest.mark.long),
+        pytest.param("bounded:2", 0, 2, marks=pytest.mark.long),
+    ],
 )
 def test_with_a_worker_ten_times_slower_each_sample_counts_once(
     pace: str, servers: int, loaders: int, runner: Runner

@@ -43,7 +43,7 @@ for epoch in range(2):
 """
 
 
-@pytest.mark.parametrize("how", ["anew", "keep"])
+@pytest.mark.parametrize("how", ["keep", pytest.param("anew", marks=pytest.mark.long)])
 def test_its_processes_load_for_each_worker_and_end_with_the_run(how: str, runner: Runner) -> None:
     ended = runner.run(SCRIPT, args=[how])
     assert ended.code == 0, ended.err

@@ -44,7 +44,12 @@ if run.is_main:
 
 @pytest.mark.parametrize(
     ("options", "value"),
-    [("--pace sync", "nan"), ("--pace async", "inf"), ("--pace local:2", "nan"), ("--pace quorum:1", "inf")],
+    [
+        ("--pace sync", "nan"),
+        ("--pace async", "inf"),
+        pytest.param("--pace local:2", "nan", marks=pytest.mark.long),
+        pytest.param("--pace quorum:1", "inf", marks=pytest.mark.long),
+    ],
 )
 def test_a_gradient_that_is_not_finite_is_dropped_and_told(options: str, value: str, runner: Runner) -> None:
     ended = runner.run(POISONED, *options.split(), args=["2,3,5", value])
@@ -71,7 +76,7 @@ def test_the_others_norm_is_without_it(runner: Runner) -> None:
     assert found[1] == pytest.approx(wanted[1], rel=1e-6)
 
 
-@pytest.mark.parametrize("options", ["--pace sync", "--pace bounded:2"])
+@pytest.mark.parametrize("options", ["--pace bounded:2", pytest.param("--pace sync", marks=pytest.mark.long)])
 def test_after_three_in_a_row_another_takes_the_workers_place(options: str, runner: Runner) -> None:
     once = POISONED.replace("step in bad", "step in bad and not healthy")
     once = once.replace("run = paceline.init()", 'run = paceline.init()\nhealthy = (run.directory / "once").exists()')
@@ -104,7 +109,7 @@ def test_without_restarts_the_others_may_go_on_without_it(runner: Runner) -> Non
     assert died["text"].endswith("the other goes on without it")
 
 
-@pytest.mark.parametrize("options", ["--pace sync", "--pace bounded:2"])
+@pytest.mark.parametrize("options", ["--pace sync", pytest.param("--pace bounded:2", marks=pytest.mark.long)])
 def test_where_most_gradients_are_not_finite_the_run_ends_with_advice(options: str, runner: Runner) -> None:
     ended = runner.run(POISONED.replace("run.rank == 1 and", ""), *options.split(), args=["2,3,4,5", "nan"])
     assert ended.code == 6, ended.err

@@ -39,7 +39,7 @@ def resumed(runner: Runner, ended: Ended, *options: str) -> Ended:
     ("options", "stop_at"),  # in the first pass, or in the third
     [
         ("--pace sync", 7),
-        ("--pace local:3", 30),
+        pytest.param("--pace local:3", 30, marks=pytest.mark.long),
         pytest.param("--pace sync", 30, marks=pytest.mark.long),
         pytest.param("--pace sync --servers 1", 10, marks=pytest.mark.long),
     ],

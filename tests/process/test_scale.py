@@ -71,7 +71,7 @@ def start(runner: Runner, *options: str) -> Running:
     "options",
     [
         "--pace sync",
-        "--pace async --servers 2",
+        pytest.param("--pace async --servers 2", marks=pytest.mark.long),
         pytest.param("--pace sync --assign lease", marks=pytest.mark.long),
         pytest.param("--pace sync --servers 1", marks=pytest.mark.long),
         pytest.param("--pace quorum:1", marks=pytest.mark.long),

@@ -61,16 +61,20 @@ print("the end")
 """
 
 
-@pytest.mark.sampled
+LONG = [  # the same faults at another pace, and what spinning shows too
+    ("stops", "--pace bounded:1", "worker", "has been stopped for 1."),
+    ("hangs", "--pace sync --hang-timeout 1", "worker", "has done nothing for 1 s while others wait for it"),
+    ("spins", "--pace bounded:1 --hang-timeout 1", "worker", "has not finished a step for 1 s while others wait"),
+]
+
+
 @pytest.mark.parametrize(
     ("how", "options", "role", "told"),
     [
         ("stops", "--pace sync", "worker", "has been stopped for 1."),
-        ("stops", "--pace bounded:1", "worker", "has been stopped for 1."),
-        ("hangs", "--pace sync --hang-timeout 1", "worker", "has done nothing for 1 s while others wait for it"),
         ("spins", "--pace sync --hang-timeout 1", "worker", "has not finished a step for 1 s while others wait for it"),
-        ("spins", "--pace bounded:1 --hang-timeout 1", "worker", "has not finished a step for 1 s while others wait"),
         ("server", "--pace sync --servers 1", "server", "has been stopped for 1."),
+        *(pytest.param(*setting, marks=pytest.mark.long) for setting in LONG),
     ],
 )
 def test_who_does_not_get_on_is_replaced(how: str, options: str, role: str, told: str, runner: Runner) -> None:
