@@ -159,6 +159,7 @@ def test_a_worker_that_is_started_again_by_hand_takes_its_place(runner: Runner, 
     assert "worker 1 is lost" in ended.out
 
 
+@pytest.mark.long
 def test_a_killed_worker_ends_the_run_with_exit_code_5(runner: Runner) -> None:
     runner.write("counting.py", COUNTING)
     runner.write("count.py", COUNT)
@@ -182,6 +183,7 @@ def test_the_others_go_on_where_that_many_are_enough(runner: Runner) -> None:
     assert "worker 1 has not come within 1 s; the other goes on without it" in ended.out
 
 
+@pytest.mark.long
 def test_control_c_ends_all_in_one_step(runner: Runner) -> None:
     runner.write("forever.py", FOREVER)
     running = torchrun(runner, "forever.py")

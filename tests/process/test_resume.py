@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 
 import pytest
@@ -123,14 +124,13 @@ def test_a_scheduler_that_cannot_be_kept_is_told_and_trained_with(runner: Runner
 
 
 def test_what_cannot_be_resumed_is_told(runner: Runner) -> None:
-    ended = trained(runner, args=["1", "0"])
-    refused = resumed(runner, ended)
-    assert refused.code == 3
-    assert "there is no checkpoint in" in refused.err
     first = interrupted(runner, TRAINING, args=["1000000", "5"], place=5)
     script = runner.folder / "train.py"
     script.write_text(script.read_text().replace("16", "17"))
-    other = runner.paceline("resume", "--json", str(max(runner.folder.glob("runs/*"))))
-    assert first.code == 130
+    other = resumed(runner, first)
     assert other.code == 3
     assert "does not fit the model: parameter 0.weight is [17, 6], the checkpoint has it as [16, 6]" in other.err
+    shutil.rmtree(first.directory / "checkpoints")
+    refused = resumed(runner, first)
+    assert refused.code == 3
+    assert "there is no checkpoint in" in refused.err

@@ -300,9 +300,9 @@ def test_a_run_of_one_launcher(tmp_path: Path) -> None:
     assert (left["deaths"], len(left["checkpoints"])) == ([0, 1], 1)
 
 
-@pytest.mark.parametrize("first", [1, 4, 7])
+@pytest.mark.parametrize("first", [1, *(pytest.param(first, marks=pytest.mark.long) for first in (4, 7))])
 def test_wherever_a_launcher_dies_the_run_is_the_same(first: int, tmp_path: Path) -> None:
-    """A third of all moments; with steps of 1 it is all."""
+    """A ninth of all moments, and a third with `make long`; with steps of 1 it is all."""
     whole = files(played(tmp_path / "one")[0])
     for moment in itertools.count(first, 9):
         world, left = played(tmp_path / str(moment), moment)
