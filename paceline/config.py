@@ -159,7 +159,7 @@ class Job:
     ``restarts`` is how often a worker that dies is replaced without having got on in between; then the run ends, or
     goes on without it while ``min_workers`` are left (None: all).
     ``hang_timeout`` is in seconds: so long a worker may use no processor, or not finish a step, while others
-    wait for it; see ``engine/watch.py``.
+    wait for it; see ``engine/launcher/watch.py``.
     ``engine`` is who starts the workers: this machine's launcher, Ray (at ``ray_address``; None: where Ray finds a
     cluster), or torchrun. Where it is not the launcher, workers elsewhere come over links: to the address of
     ``interface`` (a name, an address or a network; None: the one that the others know), from ``port`` on, one a worker

@@ -15,8 +15,8 @@ from typing import Any
 
 from paceline.config import Job
 from paceline.engine.context import Context
-from paceline.engine.deputizing import deputize
-from paceline.engine.server import serve
+from paceline.engine.elsewhere.deputizing import deputize
+from paceline.engine.exchange.server import serve
 from paceline.engine.setup import Door
 from paceline.protocol import messages
 from paceline.protocol.coordinator import Coordinator

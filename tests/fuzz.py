@@ -24,7 +24,7 @@ import msgspec
 import numpy as np
 import torch
 
-from paceline.engine import checkpoints, safetensors
+from paceline.engine.checkpoint import checkpoints, safetensors
 from paceline.protocol import messages
 from paceline.protocol.link import Hello, Peer, Refused, Welcome
 from paceline.transport import batches, frame, greeting, wire

@@ -16,7 +16,7 @@ from paceline.cli.options import JobFlags, ShowFlags, resolve, switched
 from paceline.cli.resume import asked_for, directory_of, tell
 from paceline.cli.run import train
 from paceline.config import Job, parse_pace
-from paceline.engine.front import run_local
+from paceline.engine.launcher.front import run_local
 from paceline.engine.program import Elsewhere, Order, Script
 from paceline.errors import PacelineError, UsageError
 from paceline.events import Record, Summary

@@ -73,7 +73,7 @@ def run(
 ) -> int:
     """Train SCRIPT on many processes."""
     from paceline.cli.run import run_script
-    from paceline.engine.front import run_local
+    from paceline.engine.launcher.front import run_local
 
     return _refusable(show, lambda show: run_script(script, args, flags, show, config, run_local))
 
@@ -99,7 +99,7 @@ def resume(
 ) -> int:
     """Go on with a run from its newest good checkpoint."""
     from paceline.cli.resume import resume_run
-    from paceline.engine.front import run_local
+    from paceline.engine.launcher.front import run_local
 
     return _refusable(show, lambda show: resume_run(run, flags, show, _folder(flags.run_dir), run_local))
 
@@ -157,7 +157,7 @@ def demo(
 ) -> int:
     """Train an example that comes with paceline."""
     from paceline.cli.demo import run_demo
-    from paceline.engine.front import run_local
+    from paceline.engine.launcher.front import run_local
 
     return _refusable(show, lambda show: run_demo(name, args, flags, show, compare, run_local))
 

@@ -12,7 +12,7 @@ from paceline import config_file
 from paceline.cli import answers
 from paceline.cli.options import JobFlags, ShowFlags, resolve
 from paceline.cli.run import ResumingEngine, chosen, train, train_by_ray
-from paceline.engine.checkpoints import Checkpoints, Loaded
+from paceline.engine.checkpoint.checkpoints import Checkpoints, Loaded
 from paceline.errors import UsageError
 from paceline.events import RunInfo
 from paceline.report.runs import RunFiles, find_run, list_runs

@@ -28,11 +28,11 @@ from paceline.events import Record, Summary
 
 if TYPE_CHECKING:
     from paceline.cli.console import Console
-    from paceline.engine.checkpoints import Loaded
+    from paceline.engine.checkpoint.checkpoints import Loaded
 
 
 class Engine(Protocol):
-    """``paceline.engine.front.run_local``: runs a job to its end, handing every record to ``watch``."""
+    """``paceline.engine.launcher.front.run_local``: runs a job to its end, handing every record to ``watch``."""
 
     def __call__(
         self, job: Job, program: Script, *, watch: Callable[[Record], None], argv: Sequence[str]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from paceline import errors
-from paceline.engine.control import ask
+from paceline.engine.launcher.control import ask
 from paceline.errors import HostError
 from paceline.protocol.messages import Scale, Scaled
 from paceline.report.runs import find_run

@@ -23,9 +23,9 @@ import torch
 
 from paceline.engine import context as contexts
 from paceline.engine.context import Context
-from paceline.engine.deputizing import deputize
+from paceline.engine.elsewhere.deputizing import deputize
 from paceline.engine.setup import Setup, decode_job
-from paceline.engine.worker import Worker
+from paceline.engine.worker.worker import Worker
 from paceline.errors import PacelineError
 from paceline.protocol import messages
 from paceline.transport import segment
@@ -59,7 +59,7 @@ def main(role: str, rank: int, setup: bytes, descriptors: tuple[int, ...], paren
         )
         contexts.current = context
         if role == "server":
-            from paceline.engine.server import serve
+            from paceline.engine.exchange.server import serve
 
             _import_as_workers(known)
             status = _guarded(context, lambda: serve(context))

@@ -21,7 +21,7 @@ WAITS, CAME, GONE = "waits", "came", "gone"
 @dataclass(frozen=True)
 class Elsewhere:
     """Workers that run the script in processes that somebody else has started, perhaps on other hosts: each has a
-    deputy here (``engine/deputizing.py``).
+    deputy here (``engine/elsewhere/deputizing.py``).
 
     Deputies listen at ``host``, each at a port of its own, by rank, which is held for them (transport/listener.py), and
     write "RANK WHAT" to ``report``, a descriptor: that it WAITS for its worker, that this CAME, or has not come again

@@ -40,7 +40,7 @@ class Memory(Message, frozen=True, tag=2):
 
 
 class Steps(Message, frozen=True, tag=3):
-    """...these rounds are behind me: ``rows`` is float64[n, 14], see engine/metrics.py. No answer."""
+    """...these rounds are behind me: ``rows`` is float64[n, 14], see engine/launcher/metrics.py. No answer."""
 
     rows: bytes
 

@@ -1,4 +1,4 @@
-"""Who tells a newcomer what a script keeps of its own: pure functions of the board, see ``engine/handover.py``."""
+"""Who tells a newcomer what a script keeps of its own: functions of the board; see ``engine/worker/handover.py``."""
 
 from __future__ import annotations
 

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from types import FrameType, TracebackType
 from typing import Protocol
 
-from paceline.engine.line import STOPPED, Line, NotLetIn
-from paceline.engine.mail import PATIENCE
-from paceline.engine.remote import RemoteWorker
+from paceline.engine.elsewhere.line import STOPPED, Line, NotLetIn
+from paceline.engine.elsewhere.mail import PATIENCE
+from paceline.engine.elsewhere.remote import RemoteWorker
 from paceline.errors import HostError, PacelineError
 from paceline.protocol import messages, remote
 from paceline.protocol.link import Peer

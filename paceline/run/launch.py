@@ -14,7 +14,7 @@ from typing import Any
 
 from paceline.config import Job, Pace, parse_pace
 from paceline.engine import context as contexts
-from paceline.engine.front import run_local
+from paceline.engine.launcher.front import run_local
 from paceline.engine.program import Call
 from paceline.errors import ConfigError, ScriptError, UsageError
 from paceline.events import Output, Record, Summary

@@ -27,9 +27,9 @@ from typing import Any
 import msgspec
 
 from paceline.config import Job
-from paceline.engine.checkpoints import Loaded
-from paceline.engine.control import ask
-from paceline.engine.front import run_local
+from paceline.engine.checkpoint.checkpoints import Loaded
+from paceline.engine.launcher.control import ask
+from paceline.engine.launcher.front import run_local
 from paceline.engine.program import CAME, WAITS, Elsewhere, Errand, Script
 from paceline.errors import ConfigError, HostError, PacelineError, WorkersLost
 from paceline.events import Record, RunInfo, Started, Summary

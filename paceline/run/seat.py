@@ -18,8 +18,8 @@ from typing import NoReturn
 import msgspec
 import torch
 
+from paceline.engine.elsewhere.remote import RemoteWorker
 from paceline.engine.program import Errand
-from paceline.engine.remote import RemoteWorker
 from paceline.errors import ConfigError, PacelineError, ScriptError
 from paceline.run import session
 from paceline.run.elsewhere import Life, meet

@@ -22,12 +22,12 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from paceline.config import Job, Pace, Sync
 from paceline.engine import context as contexts
-from paceline.engine import scaling
 from paceline.engine.context import Context
-from paceline.engine.exchange import Exchange
-from paceline.engine.remote import RemoteWorker
-from paceline.engine.remote_exchange import RemoteExchange
-from paceline.engine.worker import Worker
+from paceline.engine.elsewhere.remote import RemoteWorker
+from paceline.engine.elsewhere.remote_exchange import RemoteExchange
+from paceline.engine.exchange.exchange import Exchange
+from paceline.engine.worker import scaling
+from paceline.engine.worker.worker import Worker
 from paceline.errors import ConfigError, UsageError
 from paceline.params.rows import parameters_with_rows
 from paceline.params.table import names_of

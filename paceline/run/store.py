@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import nn, optim
 
-from paceline.engine.exchange import Exchange
-from paceline.engine.remote import RemoteWorker
-from paceline.engine.worker import Worker
+from paceline.engine.elsewhere.remote import RemoteWorker
+from paceline.engine.exchange.exchange import Exchange
+from paceline.engine.worker.worker import Worker
 from paceline.errors import ConfigError, UsageError
 from paceline.params.rows import check
 

@@ -5,8 +5,8 @@
             v
     every rank --link--> its deputy
 
-Home is beside rank 0. Every rank, also that one, is a worker elsewhere (``engine/remote.py``). Home outlives rank 0's
-process: when torchrun starts its processes again, they find it and go on in the places that they had.
+Home is beside rank 0. Every rank, also that one, is a worker elsewhere (``engine/elsewhere/remote.py``). Home outlives
+rank 0's process: when torchrun starts its processes again, they find it and go on in the places that they had.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from typing import Any
 import msgspec
 
 from paceline.config import Pace
+from paceline.engine.elsewhere.remote import RemoteWorker
 from paceline.engine.program import WAITS, Order
-from paceline.engine.remote import RemoteWorker
 from paceline.errors import ConfigError, HostError, PacelineError
 from paceline.run.doors import is_insecure, own_address
 from paceline.run.elsewhere import Life, meet

@@ -4,7 +4,7 @@
             answered[worker]: the same for norms; loads[0]: checkpoints loaded over what is here; since[worker]: the
             first round, or entry of the log, that the process counts in which is this worker now; attached[worker]:
             how many have been this worker before it; crew[0]: by how many servers the last round was stepped;
-            ready[worker]: which of its next gradient is in its slot before it is pushed (engine/early.py).
+            ready[worker]: which of its next gradient is in its slot before it is pushed (engine/elsewhere/early.py).
             ``workers`` and ``servers`` are how many places there are, most of them unused
     undo    an area for each who steps (of each part, where there are parts): params/undo.py
     log     where there are parts (paces quorum, bounded, async): the log (protocol/log.py), applied[part], and
@@ -53,7 +53,7 @@ class Spec(msgspec.Struct, frozen=True):
     ``settings`` is the groups' hyper-parameters as they are stepped, encoded; a slot has room for
     ``settings_bytes`` of them. ``whole``: parameters are never cut. ``workers``, ``servers``: places for so many.
     ``shares``: what the grid is made for. ``parts``: into how many the parameters are cut for good; 0 where each round
-    cuts them anew. ``damping`` and ``compensate`` are what is done about stale gradients (engine/applier.py).
+    cuts them anew. ``damping`` and ``compensate`` are what is done about stale gradients (engine/exchange/applier.py).
     """
 
     table: Table

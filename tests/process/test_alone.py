@@ -60,7 +60,7 @@ sys.modules["fcntl"] = None
 LOOKING = """
 from pathlib import Path
 
-assert "paceline.engine.front" not in sys.modules
+assert "paceline.engine.launcher.front" not in sys.modules
 assert not Path("runs").exists()
 assert (run.rank, run.num_workers, run.is_main, run.step, str(run.pace)) == (0, 1, True, 0, "sync")
 assert run.directory == run.directory

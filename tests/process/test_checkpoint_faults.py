@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from paceline.engine.checkpoints import Checkpoints
+from paceline.engine.checkpoint.checkpoints import Checkpoints
 from tests.process.runner import ROOT, TIMEOUT_S
 
 # What both ways of killing begin with. argv: how, a folder, the step to write.
@@ -26,8 +26,8 @@ import signal
 import sys
 from pathlib import Path
 
-from paceline.engine.checkpoints import Checkpoints
-from paceline.engine.safetensors import Tensor
+from paceline.engine.checkpoint.checkpoints import Checkpoints
+from paceline.engine.checkpoint.safetensors import Tensor
 
 folder, step = Path(sys.argv[1]), int(sys.argv[2])
 
@@ -185,8 +185,8 @@ import os
 import sys
 from pathlib import Path
 
-from paceline.engine.checkpoints import Checkpoints
-from paceline.engine.safetensors import Tensor
+from paceline.engine.checkpoint.checkpoints import Checkpoints
+from paceline.engine.checkpoint.safetensors import Tensor
 from paceline.errors import HostError
 
 folder, kind = Path(sys.argv[1]), sys.argv[2]

@@ -42,7 +42,7 @@ finally:
 TELLING = """
 import sys
 
-if any("paceline.engine.zygote" in argument for argument in sys.orig_argv):
+if any("paceline.engine.launcher.zygote" in argument for argument in sys.orig_argv):
     print("the zygote has begun", file=sys.stderr, flush=True)
 """
 

@@ -37,7 +37,7 @@ def count(frame, event, argument):
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
-if any("paceline.engine.launcher" in argument for argument in sys.orig_argv):
+if any("paceline.engine.launcher.launcher" in argument for argument in sys.orig_argv):
     left = int(os.environ["KILL_AT"])
     sys.setprofile(count)
 """

@@ -12,7 +12,7 @@ from typing import Any
 
 from paceline.data.ledger import _BEGUN, _END, RING, Ledger
 from paceline.data.ledger import words_needed as ledger_words
-from paceline.engine.leases import Leases
+from paceline.engine.worker.leases import Leases
 from paceline.params.undo import HEADER_WORDS, Undo
 from paceline.protocol import log
 from paceline.protocol.rounds import LEFT

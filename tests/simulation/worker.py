@@ -23,15 +23,16 @@ from paceline.config import Job, Local
 from paceline.data.loader import _streamed
 from paceline.data.part import Part
 from paceline.data.passes import Leases, one_pass
-from paceline.engine import exchange as exchange_module
-from paceline.engine import handover, server
-from paceline.engine.applier import Applier
 from paceline.engine.context import Context
-from paceline.engine.ending import Leave
-from paceline.engine.exchange import Exchange
-from paceline.engine.shards import Shards
-from paceline.engine.stepper import Stepper
-from paceline.engine.worker import Worker
+from paceline.engine.exchange import exchange as exchange_module
+from paceline.engine.exchange import server
+from paceline.engine.exchange.applier import Applier
+from paceline.engine.exchange.exchange import Exchange
+from paceline.engine.exchange.shards import Shards
+from paceline.engine.exchange.stepper import Stepper
+from paceline.engine.worker import handover
+from paceline.engine.worker.ending import Leave
+from paceline.engine.worker.worker import Worker
 from paceline.params.undo import Undo
 from paceline.protocol import messages
 from paceline.protocol.log import Entry
@@ -316,7 +317,7 @@ class SimulatedExchange(Exchange):
 
 
 class SimulatedReplica:
-    """A worker's end of the exchange, as engine/replica.py: what it brings is batches."""
+    """A worker's end of the exchange, as engine/exchange/replica.py: what it brings is batches."""
 
     def __init__(
         self, claims: Claims, optimizer: Any, spec: Any, memory: SimulatedMemory, rank: int, *, views: bool
@@ -466,7 +467,7 @@ def spec_of(host: Host) -> Any:
 
 
 def serve(host: Host, claims: Claims, rank: int, channel: int) -> None:
-    """engine/server.py's ``serve`` with one exchange, which is there from the beginning."""
+    """engine/exchange/server.py's ``serve`` with one exchange, which is there from the beginning."""
     board, memory, spec = SimulatedBoard(host), SimulatedMemory(host), spec_of(host)
     shards = SimulatedShards(claims, spec, memory, type(None), {})
     stepper, applier = RecordingStepper(claims, shards, memory), RecordingApplier(claims, spec, shards, memory)

@@ -114,7 +114,7 @@ class World:
         self._inbox.append(event)
         self.scheduler.wake(_INBOX)
 
-    # --- the launcher, as engine/launcher.py: the real coordinator decides ---
+    # --- the launcher, as engine/launcher/launcher.py: the real coordinator decides ---
 
     def _launch(self, to_servers: Channel, its: Channel) -> None:
         board = SimulatedBoard(self.host)

@@ -14,7 +14,7 @@ import torch
 from torch import nn, optim
 from torch.utils.data import DataLoader, TensorDataset
 
-from paceline.engine import spec
+from paceline.engine.exchange import spec
 from paceline.protocol.log import STEP, Entry
 from paceline.protocol.rounds import Waiting
 from tests.driver import run_job

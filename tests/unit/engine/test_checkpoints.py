@@ -24,9 +24,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from paceline.engine import checkpoints
-from paceline.engine.checkpoints import Checkpoints
-from paceline.engine.safetensors import DTYPES, Tensor
+from paceline.engine.checkpoint import checkpoints
+from paceline.engine.checkpoint.checkpoints import Checkpoints
+from paceline.engine.checkpoint.safetensors import DTYPES, Tensor
 from paceline.errors import ConfigError, HostError
 
 SHAPES = [(), (1,), (5,), (2, 3), (0,), (2, 0, 3)]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from paceline.engine.control import NAME, Control, ask
+from paceline.engine.launcher.control import NAME, Control, ask
 from paceline.errors import UsageError
 from paceline.protocol import messages
 

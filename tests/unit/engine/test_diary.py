@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from paceline.engine.diary import Diary, Entry, without_rows
+from paceline.engine.launcher.diary import Diary, Entry, without_rows
 from paceline.protocol import messages
 from paceline.protocol.coordinator import Coordinator
 from paceline.protocol.effects import (

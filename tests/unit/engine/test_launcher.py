@@ -22,8 +22,8 @@ import pytest
 
 from paceline import events
 from paceline.config import Job
-from paceline.engine.launcher import _Launcher
-from paceline.engine.metrics import Row
+from paceline.engine.launcher.launcher import _Launcher
+from paceline.engine.launcher.metrics import Row
 from paceline.engine.setup import Setup, encode_job
 from paceline.protocol import messages
 from paceline.transport.board import Board

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from paceline.engine.losses import _BINS, Losses
+from paceline.engine.launcher.losses import _BINS, Losses
 
 
 @pytest.mark.parametrize("steps", [1, 19, 20, 399, 2 * _BINS - 1])

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paceline.engine.metrics import ROW, Merger, Row
+from paceline.engine.launcher.metrics import ROW, Merger, Row
 from paceline.events import Metric
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from paceline import events
 from paceline.config import Job
-from paceline.engine.recorder import Recorder, new_directory
+from paceline.engine.launcher.recorder import Recorder, new_directory
 from paceline.errors import HostError
 
 Watch = Callable[[events.Record], None]

@@ -11,7 +11,7 @@ import torch
 from torch import nn, optim
 from torch.utils.data import DataLoader, TensorDataset
 
-from paceline.engine import early
+from paceline.engine.elsewhere import early
 from paceline.errors import ConfigError
 from paceline.params.table import tabulate
 from tests.driver import run_job

@@ -12,9 +12,9 @@ import msgspec
 import pytest
 import torch
 
-from paceline.engine.checkpoints import Checkpoints
-from paceline.engine.saver import Saver
-from paceline.engine.snapshot import send
+from paceline.engine.checkpoint.checkpoints import Checkpoints
+from paceline.engine.checkpoint.saver import Saver
+from paceline.engine.checkpoint.snapshot import send
 from paceline.transport.channel import Channel
 
 

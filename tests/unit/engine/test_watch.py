@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from paceline.engine.watch import StepTimes, Watch
+from paceline.engine.launcher.watch import StepTimes, Watch
 
 WORKER = ("worker", 1)
 

@@ -1,0 +1,282 @@
+"""One wrapped optimizer of a worker elsewhere, as its deputy has it: the other end of ``remote_exchange.py``.
+
+link --> gradients, rows --> the worker's slot, or vectors of its own --> engine/exchange/exchange.py
+link <-- the newest values that the worker has not, or what its mirror is to step (forward.py) <--'
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import msgspec
+import torch
+from torch import nn, optim
+
+from paceline.config import Local, Sync
+from paceline.engine.context import Context
+from paceline.engine.elsewhere.deputy_line import DeputyLine
+from paceline.engine.elsewhere.forward import Forward
+from paceline.engine.elsewhere.mail import Mail, send, send_document
+from paceline.engine.exchange.exchange import Exchange
+from paceline.engine.worker.worker import Worker
+from paceline.errors import ConfigError
+from paceline.params import optimizers, rows
+from paceline.params.table import DTYPES, zeros
+from paceline.protocol import remote
+
+
+def wrap(
+    worker: Worker, request: remote.WrapOptimizer, line: DeputyLine
+) -> tuple[DeputyExchange, tuple[int, int] | None]:
+    """Share the worker's optimizer: a collective. With the process and descriptor of home's memory, where the worker is
+    to have that in use. Raises ConfigError."""
+    index, collectives, is_home = len(worker.exchanges), worker.collectives, request.memory == remote.HOME
+    optimizer, names, with_rows = _make(request, line.mail)
+    collectives.keeps = is_home
+    exchange = worker.add_exchange(optimizer, names, with_rows, share=True)
+    collectives.keeps = False
+    if msgspec.msgpack.encode(exchange.spec) != request.spec:
+        raise ConfigError(
+            f"{type(optimizer).__name__} is not the same at home as on worker {worker.rank}",
+            why="made of the same settings it keeps other state there, so versions differ",
+            fix="install the same versions of torch and of the optimizer's module on all hosts",
+        )
+    line.maps_home = line.maps_home or is_home
+    made = DeputyExchange(exchange, index, request.memory, worker.context, line)
+    return made, (os.getpid(), collectives.kept) if is_home else None
+
+
+class DeputyExchange:
+    """``at_home`` is exchange ``index``. ``memory``: where the worker's parameters lie."""
+
+    def __init__(self, at_home: Exchange, index: int, memory: str, context: Context, line: DeputyLine) -> None:
+        self.at_home, self.index, self._memory = at_home, index, memory
+        self._link, self._mail = line.link, line.mail
+        self._table, self._slot = at_home.spec.table, at_home.memory.slots[context.rank]
+        self._is_local = isinstance(context.job.pace, Local)
+        self._in_slots = isinstance(context.job.pace, Sync)
+        self._told = -1  # the number of the values that the worker has
+        self._tables: dict[int, torch.Tensor] = {}  # those with sparse rows, as the worker has them
+        self._gradients = self._expect()
+        self._forward: Forward | None = None
+        self._sent_bytes = 0
+        if memory == remote.MIRROR:
+            others = [worker for worker in range(context.job.workers) if worker != context.rank]
+            self._forward = Forward(at_home, index, others, others[0], line.link)
+
+    def stop(self) -> None:
+        if self._forward is not None:
+            self._forward.stop()
+
+    @property
+    def sent_bytes(self) -> int:
+        """Of values and pushes."""
+        return self._sent_bytes + (0 if self._forward is None else self._forward.sent_bytes)
+
+    # --- what has come ---
+
+    def _expect(self) -> dict[str, torch.Tensor]:
+        """Where gradients come: in lockstep to the slot itself, which nobody reads until they are pushed."""
+        table, slot, index = self._table, self._slot, self.index
+        if not self._in_slots:
+            vectors = {v: torch.zeros(n, dtype=DTYPES[v]) for v, n in table.dense_sizes.items()}
+        else:
+            vectors = {v: slot.gradient[v] for v in table.dense_sizes}
+            for place, area in slot.rows.items():
+                entry = table.entries[place]
+                values = slot.gradient[entry.vector][entry.offset :][: entry.size]
+                self._mail.make_room(f"numbers/{index}/{place}", area[1:])
+                self._mail.make_room(f"values/{index}/{place}", values)
+        for vector, tensor in vectors.items():
+            self._mail.expect(f"gradient/{index}/{vector}", tensor)
+        return vectors
+
+    def give(self, mask: bytes, counts: dict[int, int]) -> None:
+        """Give the parameters in ``mask`` the gradients that have come, and the others none. ``counts``: of rows, as in
+        ``remote.Step``. Raises ConfigError."""
+        parameters = self.at_home.parameters
+        self._forget()
+        if not mask:
+            return
+        if len(mask) != len(parameters):
+            raise ConfigError(f"{len(mask)} gradients have come for {len(parameters)} parameters")
+        for place, view in enumerate(self._views()):
+            parameter = parameters[place]
+            if not mask[place]:
+                continue
+            if view is not None:
+                parameter.grad = view
+                continue
+            numbers, values = self._rows_of(place, counts[place])
+            if len(numbers) != len(values):
+                raise ConfigError(f"{len(values)} rows have come with {len(numbers)} numbers")
+            parameter.grad = rows.gradient_of(rows.Rows(numbers, values, counts[place] >= 0), parameter.shape)
+
+    def step_locally(self, note: remote.LocalStep) -> None:
+        """Let it look here as after the worker's local step: what that has brought is the gradients, at pace local the
+        parameters."""
+        parameters = self.at_home.parameters
+        self._forget()
+        if note.brings and self._is_local:
+            with torch.no_grad():
+                for parameter, value in zip(parameters, self._views(), strict=True):
+                    assert value is not None
+                    parameter.copy_(value)
+        elif note.brings:
+            self.give(note.mask, {})
+        if note.bad is not None:
+            parameters[note.bad].grad = torch.full_like(parameters[note.bad], torch.nan)
+
+    def set(self, settings: bytes) -> None:
+        """The hyper-parameters, if any have come."""
+        if settings:
+            self.at_home.load_settings(optimizers.decode(settings))
+
+    def take_parameters(self) -> None:
+        """All their values have come."""
+        with torch.no_grad():
+            for place, parameter in enumerate(self.at_home.parameters):
+                parameter.copy_(self._mail.take(f"value/{place}", parameter.dtype).view(parameter.shape))
+
+    def take_state(self, told: Any) -> None:
+        """The optimizer's state has come."""
+        for place, values in self._mail.take_document("state", told).items():
+            self.at_home.optimizer.state[self.at_home.parameters[int(place)]] = values
+
+    def _forget(self) -> None:
+        for parameter in self.at_home.parameters:
+            parameter.grad = None
+
+    def _views(self) -> list[torch.Tensor | None]:
+        """What has come as the gradients, by parameter; None for those with sparse rows."""
+        table, vectors = self._table, self._gradients
+        return [None if entry.row else table.view(entry, vectors[entry.vector]) for entry in table.entries]
+
+    def _rows_of(self, place: int, signed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The numbers and values of rows that have come."""
+        entry, count, index = self._table.entries[place], abs(signed), self.index
+        if not self._in_slots:
+            numbers = self._mail.take(f"numbers/{index}/{place}", torch.int64)
+            return numbers, self._mail.take(f"values/{index}/{place}", DTYPES[entry.dtype]).view(-1, entry.row)
+        area = self._slot.rows[place]
+        if count >= len(area):
+            raise ConfigError(f"{count} rows have come of a table of {entry.rows}")
+        area[0] = signed
+        values = self._slot.gradient[entry.vector][entry.offset : entry.offset + count * entry.row]
+        return area[1 : count + 1], values.view(-1, entry.row)
+
+    # --- what is sent ---
+
+    def is_due(self, request: remote.Request) -> bool:
+        """May its values be others than those that the worker has, who has asked this?"""
+        is_newer = self.at_home.number != self._told
+        match request:
+            case remote.Step(exchange=stepped):
+                return self.index == stepped and (self._forward is None or is_newer)
+            case remote.WrapOptimizer():
+                return self._told < 0
+            case remote.Load(exchange=loaded):
+                return self.index == loaded
+            case remote.Meet() | remote.More() | remote.End() if not self._in_slots:
+                return True
+            case (
+                remote.More()
+                | remote.End()
+                | remote.Begin()
+                | remote.Counts()
+                | remote.Barrier()
+                | remote.CopyFirst()
+                | remote.WrapLoader()
+            ):
+                return is_newer
+        return False
+
+    def follow(self) -> remote.Follow | None:
+        """What a mirror is told of the round that it has to step to be the newest, if that is one."""
+        if self._forward is None or self._told != self.at_home.number - 1:
+            return None
+        told = self._forward.follow(self.at_home.number)
+        if told is not None:
+            self._told = self.at_home.number
+        return told
+
+    def took(self, number: int) -> None:
+        """The link's thread: the mirror has stepped this round."""
+        if self._forward is not None:
+            self._forward.took(number)
+
+    def send_newest(self) -> list[int]:
+        """Send them; of parameters whose gradients are sparse rows, those rows that have changed. Which those are."""
+        vectors = self.at_home.newest()
+        self._told = self.at_home.number
+        if self._memory == remote.HOME:
+            return []  # they lie where the worker sees them
+        if self._forward is not None:
+            for vector in self._table.sizes:
+                self._send(f"parameters/{self.index}/{vector}", vectors[vector])
+            self._send(f"state/{self.index}", self.at_home.memory.state_bytes())
+            self._forward.took(self.at_home.number)
+            return []
+        for vector in self._table.dense_sizes:
+            self._send(f"parameters/{self.index}/{vector}", vectors[vector])
+        tables = [place for place, entry in enumerate(self._table.entries) if entry.row]
+        return [place for place in tables if self._send_rows(place, vectors)]
+
+    def _send_rows(self, place: int, vectors: dict[str, torch.Tensor]) -> bool:
+        """Send the rows of a table that the worker has otherwise. Are there any?"""
+        entry, known = self._table.entries[place], self._tables
+        now = self._table.view(entry, vectors[entry.vector])
+        if place not in known:
+            known[place], changed = now.clone(), torch.arange(len(now))
+        else:
+            changed = now.ne(known[place]).any(1).nonzero()[:, 0]
+            known[place][changed] = now[changed]
+        self._send(f"numbers/{self.index}/{place}", changed)
+        self._send(f"rows/{self.index}/{place}", known[place][changed])
+        return len(changed) > 0
+
+    def show_state(self) -> Any:
+        """Send the optimizer's state: a document, see ``Mail.take_document``."""
+        state = {str(place): values for place, (_, values) in enumerate(self.at_home.shared_state()) if values}
+        return send_document(self._link, "shown", state)
+
+    def _send(self, what: str, tensor: torch.Tensor) -> None:
+        self._sent_bytes += send(self._link, what, tensor)
+
+
+def _make(request: remote.WrapOptimizer, mail: Mail) -> tuple[optim.Optimizer, dict[int, str], set[int]]:
+    """The worker's optimizer over parameters of this process, their names by id, and the ids of those with sparse rows.
+    Raises ConfigError."""
+    groups = optimizers.decode(request.settings)
+    for group in groups:
+        group["params"] = []
+    parameters, names, with_rows = [], {}, set()
+    for place, told in enumerate(request.parameters):
+        tensor = zeros(told.shape, told.stride, told.dtype)
+        mail.take_into(f"value/{place}", tensor)
+        parameter = nn.Parameter(tensor, requires_grad=tensor.is_floating_point() or tensor.is_complex())
+        groups[told.group]["params"].append(parameter)
+        parameters.append(parameter)
+        names[id(parameter)] = told.name
+        if told.rows:
+            with_rows.add(id(parameter))
+    optimizer = optimizers.clone({}, _find(request.optimizer), groups)
+    for place, values in mail.take_document("state", request.state).items():
+        optimizer.state[parameters[int(place)]] = values
+    return optimizer, names, with_rows
+
+
+def _find(path: str) -> type[optim.Optimizer]:
+    """The optimizer's class. Raises ConfigError."""
+    try:
+        found = optimizers.find_class(path)
+    except ConfigError:
+        found = object
+    if not issubclass(found, optim.Optimizer):
+        module, _, name = path.partition(":")
+        raise ConfigError(
+            f"optimizer {name} cannot be imported at home (module {module}), where it is to step the parameters",
+            fix="put the class in a module beside the script, on the host of rank 0 too",
+        )
+    return found

@@ -1,0 +1,95 @@
+"""A deputy's end of its link: what its worker says, one thing at a time, and what it means that the worker is lost."""
+
+from __future__ import annotations
+
+import os
+import queue
+import select
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import TypeVar
+
+from paceline.engine.elsewhere.mail import Mail
+from paceline.errors import ConfigError, WorkersLost
+from paceline.protocol import remote
+from paceline.transport.board import Aborted, Board
+from paceline.transport.ends import Ended, Event, Joined, LinkEnded, Received
+from paceline.transport.link import Link
+
+_LOOK_S = 0.1  # how often a deputy that waits for its worker looks whether the run is being stopped
+_KILLED_S = 1.0  # a process that is killed is gone by then
+
+_Said = TypeVar("_Said", remote.Ask, remote.Shown)
+
+
+def next_event(mail: Mail, board: Board) -> Event | None:
+    """The next event of a deputy's links; None if there is none for a moment. Raises Aborted."""
+    try:
+        return mail.events.get(timeout=_LOOK_S)
+    except queue.Empty:
+        if board.abort:
+            raise Aborted("the run is being stopped") from None
+        return None
+
+
+class DeputyLine:
+    """The end of ``link`` whose worker is ``rank``. All that it does raises WorkersLost when the worker is given up."""
+
+    def __init__(self, rank: int, board: Board, link: Link, mail: Mail) -> None:
+        self.link, self.mail = link, mail
+        self._rank, self._board = rank, board
+        self._process = -1  # the worker's, as a descriptor, if it is on this host
+        self.maps_home = False  # has the worker memory of home's in use?
+
+    def knows_process(self, pid: int) -> None:
+        """The worker is this process of this host."""
+        with suppress(ProcessLookupError):
+            self._process = os.pidfd_open(pid)
+
+    def next_ask(self) -> remote.Ask:
+        """What the worker wants done next. Raises Aborted."""
+        return self._next(remote.Ask)
+
+    def ask_worker(self, asked: remote.Show | remote.Keep) -> remote.Shown:
+        """While the worker waits for an answer: its script stands still. Raises Aborted, and what it could not do."""
+        with self.kept():
+            self.link.send(asked)
+        shown = self._next(remote.Shown)
+        if shown.failure is not None:
+            raise ConfigError(shown.failure.what, why=shown.failure.why, fix=shown.failure.fix)
+        return shown
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Sending, within it, gives the worker up if the link has ended."""
+        try:
+            yield
+        except LinkEnded as lost:
+            raise self._lost(str(lost)) from None
+
+    def _next(self, kind: type[_Said]) -> _Said:
+        """The next that the worker says of this kind."""
+        with self._board.waiting():  # so that nobody takes it for stuck: it is the worker that computes
+            while True:
+                match next_event(self.mail, self._board):
+                    case Received(link=link, message=said) if link is self.link and isinstance(said, kind):
+                        return said
+                    case Received(link=link, message=remote.Printed(data=data)) if link is self.link:
+                        os.write(1, data)  # its log
+                    case Ended(link=link, reason=reason) if link is self.link:
+                        raise self._lost(reason)
+                    case Joined(link=link) if link is not self.link:
+                        # It comes again, to the deputy after this one: that is a newcomer's.
+                        raise self._lost("another process has come in its place")
+
+    def _lost(self, reason: str) -> WorkersLost:
+        """The worker is given up. One that maps this memory is killed first: it may be stopped, and write later."""
+        if self._process >= 0 and self.maps_home:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._process, signal.SIGKILL)
+            select.select([self._process], [], [], _KILLED_S)
+        return WorkersLost(
+            f"worker {self._rank} is lost: {reason}",
+            why="its process has ended, its host is down, or the network between is cut",
+        )

@@ -1,0 +1,395 @@
+"""A worker in a process that home has not forked, perhaps on another host: a stub with a worker's face.
+
+    script --> RemoteWorker --Ask--> link --> its deputy at home, which is the worker there --Answer--> script
+
+Here are the model, its gradients, the data and local steps; all else is asked for. The newest parameters are received
+straight into the memory that the model's parameters are views of. What needs no answer is kept and goes with the next
+that does, so that a step is one round trip.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+import msgspec
+import torch
+from torch import nn, optim
+from torch.utils.data import DataLoader, IterableDataset
+
+from paceline import errors
+from paceline.config import Job, Sync
+from paceline.data.loader import Count, share
+from paceline.data.part import Part
+from paceline.data.trained import Trained
+from paceline.engine.elsewhere.line import Line
+from paceline.engine.elsewhere.mail import send_packed
+from paceline.engine.elsewhere.mirror import arithmetic
+from paceline.engine.elsewhere.remote_exchange import RemoteExchange
+from paceline.engine.elsewhere.remote_gradients import RemoteGradients
+from paceline.engine.elsewhere.remote_passes import RemotePasses
+from paceline.engine.exchange.meeting import Push
+from paceline.engine.setup import decode_job
+from paceline.engine.worker import clipping
+from paceline.engine.worker.keeping import Keeper
+from paceline.errors import ConfigError, HostError, PacelineError
+from paceline.params import optimizers
+from paceline.params.packing import Tensors
+from paceline.params.table import tabulate
+from paceline.protocol import messages, remote
+from paceline.transport.borrow import can_borrow, this_host
+from paceline.transport.ends import LinkEnded
+from paceline.transport.link import Link
+
+_MOST_NOTES = 1000
+
+
+class RemoteWorker:
+    """The face of ``engine/worker/`` that ``run/``, the loaders and clipping use. Not for several threads."""
+
+    def __init__(self, link: Link, line: Line, rank: int, hosts: Sequence[str] = ()) -> None:
+        """``hosts``: on which host each worker is, by rank; none: all are on this one. Raises NotLetIn if the place is
+        not free yet."""
+        self.rank, self._link, self._line, self._mail = rank, link, line, line.mail
+        self._status = remote.Status()
+        self._gradients = RemoteGradients(link, line, rank)
+        self._notes: list[remote.Note] = []
+        self._exchanges: list[RemoteExchange] = []
+        self._buffers: list[list[torch.Tensor]] = []
+        self.is_over = False  # has it said that it has finished, or failed?
+        self.passes = RemotePasses(self)
+        self.collectives = _Collectives(self)
+        self.saving = _Saving()
+        told = self._ask(remote.Who(hosts[rank] if hosts else this_host(), os.getpid()))
+        line.is_in = True
+        self._is_newcomer = not self._status.joined and not told["resumes"]
+        self.job: Job = decode_job(told["job"])
+        self._are_apart = len(set(hosts)) > 1
+        self._kind = self._choose_memory(told["try"], same_bits=told["arithmetic"] == arithmetic())
+        self.directory = Path(told["directory"])
+        self._part = Part(
+            *((0, 1) if self.job.data == "own" else (rank, self.job.workers)),
+            "round_robin" if self.job.assign == "lease" else self.job.assign or "round_robin",
+            self.job.seed,
+            msgspec.convert(told["trained"], tuple[Trained | None, ...]),
+        )
+
+    def _choose_memory(self, home: tuple[int, int] | None, *, same_bits: bool) -> str:
+        """Where parameters are to lie. ``home``: a descriptor of one of its processes, if it is on this host."""
+        # A newcomer's gradients of ghost batches are nobody's business, so its memory is its own.
+        if not isinstance(self.job.pace, Sync) or self.job.servers or self._is_newcomer:
+            return remote.OWN
+        if home is not None and can_borrow(*home):
+            return remote.HOME
+        return remote.MIRROR if self._are_apart and self.job.workers == 2 and same_bits else remote.OWN
+
+    @property
+    def num_workers(self) -> int:
+        """How many the run is to have."""
+        return self._status.workers
+
+    @property
+    def is_behind(self) -> bool:
+        """Has this process still to catch up with what the worker before it in its place had done?"""
+        return self._status.behind
+
+    @property
+    def exchanges(self) -> Sequence[RemoteExchange]:
+        return self._exchanges
+
+    @property
+    def over(self) -> bool:
+        return self._status.over
+
+    @property
+    def holds(self) -> bool:
+        return self._status.holds
+
+    @property
+    def status(self) -> remote.Status:
+        return self._status
+
+    @property
+    def step_number(self) -> int:
+        return self._status.step + sum(isinstance(n, remote.LocalStep) and n.exchange == 0 for n in self._notes)
+
+    # --- sharing ---
+
+    def add_exchange(
+        self, optimizer: optim.Optimizer, names: dict[int, str], with_rows: set[int], *, share: bool
+    ) -> RemoteExchange:
+        """As ``Worker.add_exchange``: a collective. Raises ConfigError."""
+        exchange = RemoteExchange(optimizer, names, with_rows, self.job, len(self._exchanges), share=share)
+        exchange.lay_out(self._mail, self._kind, self.rank)
+        groups = [g for g, group in enumerate(optimizer.param_groups) for _ in group["params"]]
+        if self.rank == 0:
+            for place, parameter in enumerate(exchange.parameters):
+                self._line.put(self._link, f"value/{place}", parameter.cpu())
+        state = {str(i): dict(optimizer.state[p]) for i, p in enumerate(exchange.parameters) if optimizer.state.get(p)}
+        entries = exchange.spec.table.entries
+        request = remote.WrapOptimizer(
+            optimizer=optimizers.class_path(type(optimizer)),
+            settings=optimizers.encode(optimizers.settings(optimizer)),
+            parameters=[
+                remote.Parameter(e.name, e.shape, e.stride, e.dtype, g, id(p) in with_rows)
+                for e, g, p in zip(entries, groups, exchange.parameters, strict=True)
+            ],
+            state=self._line.put_document(self._link, "state", state),
+            spec=msgspec.msgpack.encode(exchange.spec),
+            memory=self._kind,
+        )
+        self._exchanges.append(exchange)
+        place = self._ask(request)
+        if self._kind == remote.HOME:
+            exchange.attach(tuple(place), self.rank)
+        exchange.adopt(lambda: self._show_state(exchange))
+        if isinstance(self.job.pace, Sync):
+            clipping.register(self)
+            if self._status.joined:
+                self._send_early([exchange])
+        return exchange
+
+    def _send_early(self, exchanges: Sequence[RemoteExchange]) -> None:
+        """Gradients of ghost batches are nobody's business; those from here on are."""
+        if self._are_apart and not self._is_newcomer and isinstance(self.job.pace, Sync):
+            for exchange in exchanges:
+                self._gradients.send_early(exchange)
+
+    def add_store(self, optimizer: optim.Optimizer, names: dict[int, str]) -> NoReturn:
+        raise ConfigError(
+            "run.store does not work yet in workers that paceline run has not started (torchrun)",
+            fix="paceline run SCRIPT on one host",
+        )
+
+    def average_buffers(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        """As ``Worker.average_buffers``."""
+        table = tabulate((name, 0, tensor) for name, tensor in tensors)
+        self._buffers.append([tensor for _, tensor in tensors])
+        self._ask(remote.WrapBuffers(msgspec.msgpack.encode(table)))
+
+    def share_loader(self, loader: Any, count: Count | None) -> Any:
+        """As ``Worker.share_loader``."""
+        index = self._ask(remote.WrapLoader())
+        self.passes.add(index, draws_ahead=_draws_ahead(loader))
+        return share(loader, index, self._part, self.passes, count)
+
+    def copy_from_first(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        """As ``Collectives.copy_from_first``."""
+        table = tabulate((name, 0, tensor) for name, tensor in tensors)
+        if self.rank == 0:
+            for place, (_, tensor) in enumerate(tensors):
+                self._line.put(self._link, f"copy/{place}", tensor.cpu())
+        self._ask(remote.CopyFirst(msgspec.msgpack.encode(table)))
+        self._take([tensor for _, tensor in tensors], "copied")
+
+    def barrier(self) -> None:
+        self._ask(remote.Barrier())
+
+    def knows(self, models: Sequence[nn.Module]) -> None:
+        self.passes.models = list(models)
+
+    # --- the training loop ---
+
+    def exchange(self, index: int, *, void: bool = False) -> None:
+        """One optimizer step of exchange ``index``, as the pace says."""
+        one = self._exchanges[index]
+        if self.over:
+            self._ask(remote.Step(index, void, b"", {}, b""))  # it has to be told where training was interrupted
+            one.stepped()
+            return
+        if self.passes.has_ghost or not (self._status.joined or self._ask(remote.Counts())):
+            return
+        one.replica.check_unchanged()
+        if one.inner is not None:
+            self._local_step(one, void=void)
+            return
+        mask, rows = (b"", {}) if void else self._gradients.send(one)
+        self._ask(remote.Step(index, void, mask, rows, one.changed_settings()))
+        one.stepped()
+
+    def _local_step(self, one: RemoteExchange, *, void: bool) -> None:
+        assert one.inner is not None
+        bad = None if void else one.first_bad()
+        ends = one.inner.step(Push(-1.0 if void or bad is not None else 1.0, (0.0, 0.0), stop=False))
+        self._notes.append(remote.LocalStep(one.index, void, bad))
+        steps = self.job.steps
+        if ends or len(self._notes) > _MOST_NOTES or (steps is not None and self.step_number >= steps):
+            self._ask(remote.Meet({e.index: e.changed_settings() for e in self._exchanges}))
+
+    def norm(self, exchange: Any, chosen: bytes, order: float) -> float:
+        """The norm of a gradient of this exchange over all workers; see engine/worker/clipping.py."""
+        mask, rows = self._gradients.send(exchange)
+        return float(self._ask(remote.Norm(exchange.index, mask, rows, chosen, order)))
+
+    def loaded(self, parameters: Iterable[nn.Parameter]) -> None:
+        """The script has loaded a checkpoint into these parameters: it counts for all workers."""
+        given = {id(parameter) for parameter in parameters}
+        for exchange in self._exchanges:
+            if any(id(parameter) in given for parameter in exchange.parameters):
+                for place, parameter in enumerate(exchange.parameters):
+                    self._line.put(self._link, f"value/{place}", parameter.cpu())
+                self._ask(remote.Load(exchange.index, True, None))
+
+    def loaded_state(self, index: int) -> None:
+        """The script has loaded a checkpoint into an optimizer."""
+        one = self._exchanges[index]
+        if one.steps_by_itself:
+            return
+        optimizer = one.optimizer
+        state = {str(i): dict(optimizer.state[p]) for i, p in enumerate(one.parameters) if optimizer.state.get(p)}
+        self._ask(remote.Load(index, False, self._line.put_document(self._link, "state", state)))
+        if one.inner is None:
+            optimizer.state.clear()
+
+    def log(self, loss: float | None, values: dict[str, float]) -> None:
+        self._notes.append(remote.Told(loss, values))
+        if len(self._notes) > _MOST_NOTES:
+            self._ask(remote.Meet({}))
+
+    def _show_state(self, one: RemoteExchange) -> None:
+        """Let the script's optimizer show the state that home has."""
+        told = self._ask(remote.ShowState(one.index))
+        for place, values in self._mail.take_document("shown", told).items():
+            one.optimizer.state[one.parameters[int(place)]] = values
+
+    # --- the end ---
+
+    def close(self) -> None:
+        """There is nothing that home has not been told."""
+
+    def finish(self) -> None:
+        """The script has come to its end."""
+        if not self.is_over:
+            self._line.is_leaving = True
+            self._ask(remote.Finish())
+            self._leave()
+
+    def broke(self, failure: messages.Failed) -> None:
+        """The script has raised this."""
+        if not self.is_over:
+            self._notes = []
+            self._line.is_leaving = True
+            self._ask(remote.Broke(failure))
+            self._leave()
+
+    def _leave(self) -> None:
+        self.abandon()
+        self._link.close()
+
+    def abandon(self) -> None:
+        """Home is told nothing more."""
+        self.is_over = self._line.is_over = True
+
+    def printed(self, data: bytes) -> None:
+        """For the log at home. May be called by another thread."""
+        with suppress(LinkEnded):
+            self._link.send(remote.Printed(data))
+
+    # --- asking ---
+
+    def note(self, note: remote.Note) -> None:
+        self._notes.append(note)
+
+    def _ask(self, request: remote.Request) -> Any:
+        """Blocks until the deputy has done it. Raises what the deputy's worker raised; ends the process if the run is
+        being stopped, or home is lost."""
+        self._send(request)
+        answer = self._line.answer(self._heed)
+        self._take_status(answer.status)
+        if answer.failure is not None:
+            _raise(answer.failure)
+        return answer.value
+
+    ask = _ask
+
+    def _heed(self, asked: remote.Show | remote.Keep) -> None:
+        """What the deputy asks meanwhile."""
+        keeper, shown = self.saving.keeper, remote.Shown()
+        try:
+            if isinstance(asked, remote.Show):
+                tensors: Tensors = {}
+                document = keeper.state(self._exchanges, tensors, random=asked.random)
+                with self._line.kept():
+                    shown = remote.Shown(send_packed(self._link, "kept", document, tensors))
+            else:
+                keeper.load(*self._mail.take_packed("keep", asked.kept), self._exchanges, random=asked.random)
+        except PacelineError as error:
+            shown = remote.Shown(failure=messages.Failed(type(error).__name__, error.what, error.why, error.fix))
+        with self._line.kept():
+            self._link.send(shown)
+
+    def _send(self, request: remote.Request) -> None:
+        notes, self._notes = self._notes, []
+        if any(isinstance(note, remote.Left) for note in notes) or isinstance(request, remote.End):
+            for index, tensors in enumerate(self._buffers):
+                for place, tensor in enumerate(tensors):
+                    self._line.put(self._link, f"buffers/{index}/{place}", tensor.cpu())
+        for exchange in self._exchanges:
+            if exchange.inner is not None:
+                self._gradients.bring(exchange, notes)
+        with self._line.kept():
+            self._link.send(remote.Ask(notes, request))
+
+    def _take_status(self, status: remote.Status) -> None:
+        if status.joined and not self._status.joined:
+            self.forget_gradients()
+            self._send_early(self._exchanges)
+        self._status = status
+        self.passes.take(status)
+        for exchange, steps in zip(self._exchanges, status.periods, strict=False):
+            if exchange.inner is not None and not steps:
+                exchange.inner.begin()
+        for index, tables in status.fresh.items():
+            self._exchanges[index].take_newest(self._mail, tables)
+        for index, told in status.follow.items():
+            self._exchanges[index].follow(told)
+            with self._line.kept():
+                self._link.send(remote.Took(index, told.number))
+        if status.buffers:
+            for index, tensors in enumerate(self._buffers):
+                self._take(tensors, f"averaged/{index}")
+
+    def forget_gradients(self) -> None:
+        """Those of ghost batches, which are not to be in the next step."""
+        for exchange in self._exchanges:
+            for parameter in exchange.parameters:
+                parameter.grad = None
+
+    def _take(self, tensors: Sequence[torch.Tensor], name: str) -> None:
+        with torch.no_grad():
+            for place, tensor in enumerate(tensors):
+                tensor.copy_(self._mail.take(f"{name}/{place}", tensor.dtype).view(tensor.shape))
+
+
+def _draws_ahead(loader: Any) -> bool:
+    """Does it draw batches before the script asks for them, or that may not be there? A plain loader does neither."""
+    return not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or loader.num_workers > 0
+
+
+class _Collectives:
+    def __init__(self, worker: RemoteWorker) -> None:
+        self.copy_from_first, self.barrier = worker.copy_from_first, worker.barrier
+
+
+class _Saving:
+    """As ``checkpoint.saving.Saving``, of which only what the script keeps is here."""
+
+    def __init__(self) -> None:
+        self.keeper = Keeper()
+
+    def keep_if_possible(self, item: Any) -> None:
+        with suppress(ConfigError):  # training is none the worse for it
+            self.keeper.add(item)
+
+
+def _raise(failure: messages.Failed) -> NoReturn:
+    if failure.kind == "Interrupted":
+        raise KeyboardInterrupt
+    if failure.kind == "SystemExit":
+        raise SystemExit(0)
+    kind = getattr(errors, failure.kind, HostError)
+    assert issubclass(kind, PacelineError)
+    raise kind(failure.what, why=failure.why, fix=failure.fix)

@@ -1,0 +1,212 @@
+"""One wrapped optimizer of a worker elsewhere: where its parameters lie, and what of its gradients home has to get."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import msgspec
+import torch
+from torch import nn, optim
+
+from paceline.config import Job, Local
+from paceline.engine.elsewhere.early import Bucket, Early, buckets
+from paceline.engine.elsewhere.mail import Mail
+from paceline.engine.elsewhere.mirror import Mirror
+from paceline.engine.exchange.exchange import make_inner
+from paceline.engine.exchange.inner import Inner
+from paceline.engine.exchange.replica import Replica
+from paceline.engine.exchange.spec import describe
+from paceline.errors import ConfigError
+from paceline.params import optimizers
+from paceline.protocol import remote
+from paceline.transport.borrow import borrow
+from paceline.transport.slots import ExchangeMemory, Spec, size_bytes
+
+
+class RemoteExchange:
+    """In memory of this process, of home, or in a mirror of that: laid out alike. Raises ConfigError for an optimizer
+    that cannot be shared, or not from elsewhere."""
+
+    def __init__(
+        self,
+        optimizer: optim.Optimizer,
+        names: dict[int, str],
+        with_rows: set[int],
+        job: Job,
+        index: int,
+        *,
+        share: bool,
+    ) -> None:
+        _check(optimizer)
+        optimizers.check(optimizer)
+        self.optimizer, self.index, self._pace = optimizer, index, job.pace
+        self._views = share and not isinstance(job.pace, Local)
+        self.parameters: list[nn.Parameter] = [p for g in optimizer.param_groups for p in g["params"]]
+        self.spec, stepped_by = describe(optimizer, names, with_rows, job, job.pace)
+        self.steps_by_itself = stepped_by is not optimizer
+        self.inner: Inner | None = None
+        self.early: Early | None = None
+        self.mirror: Mirror | None = None
+        self.is_home = False  # do the parameters lie in home's memory?
+        self._memory: ExchangeMemory | None = None
+        self._ready: set[int] = set()  # buckets in the slot
+        self._settings = optimizers.Settings(optimizer)
+        sizes = self.spec.table.dense_sizes
+        self.whole: Sequence[Bucket] = [Bucket(vector, 0, size, ()) for vector, size in sizes.items()]
+        self.buckets: Sequence[Bucket] = self.whole
+
+    def lay_out(self, mail: Mail, kind: str, rank: int) -> None:
+        """Make memory, but for HOME's, and tell where what comes belongs."""
+        if kind == remote.MIRROR:
+            self.mirror = Mirror(self.spec, self.index, rank)
+            self.mirror.expect(mail)
+            self._use(self.mirror.memory, self.spec, rank)
+        elif kind == remote.OWN:
+            own = msgspec.structs.replace(self.spec, workers=1, servers=0, parts=0, state=())
+            memory = ExchangeMemory(mmap.mmap(-1, size_bytes(own)), own)
+            for vector in self.spec.table.dense_sizes:
+                mail.expect(f"parameters/{self.index}/{vector}", memory.params[vector])
+            self._use(memory, own, 0)
+
+    def attach(self, place: tuple[int, int], rank: int) -> None:
+        """Take home's memory into use: that of a descriptor of a process of this host."""
+        self.is_home = True
+        self._use(ExchangeMemory(borrow(*place), self.spec), self.spec, rank)
+
+    def _use(self, memory: ExchangeMemory, spec: Spec, rank: int) -> None:
+        self._memory = memory
+        self.replica = Replica(self.optimizer, spec, memory, rank, views=self._views)
+        self.inner = make_inner(self.replica, self._pace)
+
+    def send_early(self, tell: Callable[[RemoteExchange, int], None]) -> None:
+        """From now on ``tell`` hears of each bucket of gradients when backward has made it."""
+        self.buckets = buckets(self.spec.table)
+        self.early = Early(self.replica, self.buckets, lambda place: tell(self, place))
+
+    def tell_ready(self, rank: int, place: int) -> None:
+        """In home's memory: buckets up to this one are in the slot."""
+        assert self._memory is not None
+        self._ready.add(place)
+        count = next(n for n in range(len(self.buckets) + 1) if n not in self._ready)
+        self._memory.tell_ready(rank, max(self._memory.stepped) + 1, count)
+
+    def tell_all_ready(self, rank: int) -> None:
+        """In home's memory: all of the gradient is in the slot, rows too."""
+        if self.early is not None:
+            assert self._memory is not None
+            self._memory.tell_ready(rank, max(self._memory.stepped) + 1, len(self.buckets) + 1)
+
+    def follow(self, told: remote.Follow) -> None:
+        """The round is over: let the mirror step it."""
+        assert self.mirror is not None
+        self.mirror.follow(told, self.optimizer)
+        self.replica.pull()
+
+    def adopt(self, show_state: Callable[[], None]) -> None:
+        """The newest values have come: from now on the parameters lie where these come."""
+        self.replica.adopt()
+        if not self.steps_by_itself and self.inner is None:
+            self.optimizer.state.clear()
+            self.optimizer.register_state_dict_pre_hook(lambda _: show_state())
+
+    def take_newest(self, mail: Mail, tables: Sequence[int]) -> None:
+        """They have come; of these tables the rows that have changed."""
+        if self._memory is None:
+            return  # they lie in home's, which is taken into use with this answer
+        with torch.no_grad():
+            for place in tables:
+                entry = self.spec.table.entries[place]
+                numbers = mail.take(f"numbers/{self.index}/{place}", torch.int64)
+                shared = self.replica.shared[place]
+                shared[numbers] = mail.take(f"rows/{self.index}/{place}", shared.dtype).view(-1, entry.row)
+        self.replica.pull()
+
+    def gather(self) -> Sequence[Bucket]:
+        """Write the gradients into the slot; what of it home has not got yet, without rows."""
+        if self.early is not None:
+            return self.early.gather()
+        self.replica.write_gradients()
+        return self.whole
+
+    def gradients(self, some: Sequence[Bucket]) -> Iterable[tuple[str, torch.Tensor, int, int]]:
+        """What is in the slot: these ranges of dense vectors, and rows with their numbers; as (name, alias, range)."""
+        slot = self.replica.slot
+        for one in some:
+            yield f"gradient/{self.index}/{one.vector}", slot.gradient[one.vector], one.start, one.stop
+        for place, rows in self.rows().items():
+            count = abs(rows)
+            entry = self.spec.table.entries[place]
+            values = self.spec.table.view(entry, slot.gradient[entry.vector]).view(-1)
+            yield f"numbers/{self.index}/{place}", slot.rows[place][1 : count + 1], 0, count
+            yield f"values/{self.index}/{place}", values[: count * entry.row], 0, count * entry.row
+
+    def rows(self) -> dict[int, int]:
+        """How many rows each table's gradient has, of those that have one; negative where they are not unique."""
+        slot = self.replica.slot
+        return {place: int(area[0]) for place, area in slot.rows.items() if slot.mask[place]}
+
+    def stepped(self) -> None:
+        """What backward makes now is for the next step."""
+        self._ready.clear()
+        if self.early is not None:
+            self.early.stepped()
+
+    def write_local(self) -> None:
+        """Into the slot, what local steps have come to: the parameters, or the sum that is there."""
+        assert self.inner is not None
+        if not isinstance(self._pace, Local):
+            self.inner.brought()
+            return
+        entries, vectors = self.spec.table.entries, self.replica.slot.gradient
+        with torch.no_grad():
+            for entry, parameter in zip(entries, self.parameters, strict=True):
+                self.spec.table.view(entry, vectors[entry.vector]).copy_(parameter)
+
+    def first_bad(self) -> int | None:
+        """The first parameter whose gradient is not finite."""
+        if self.replica.has_finite_gradients():
+            return None
+        gradients = [p.grad for p in self.parameters]
+        return next(i for i, g in enumerate(gradients) if g is not None and not torch.isfinite(g.to_dense()).all())
+
+    def changed_settings(self) -> bytes:
+        """The hyper-parameters of the optimizer that steps at home, if they have changed."""
+        changed = None if self.steps_by_itself else self._settings.changed()
+        return b"" if changed is None else optimizers.encode(changed)
+
+    # --- what is this worker's own, for a Keeper ---
+
+    @property
+    def settings(self) -> list[optimizers.Group]:
+        """As ``Exchange.settings``."""
+        return optimizers.settings(self.optimizer)
+
+    def load_settings(self, groups: Sequence[optimizers.Group]) -> None:
+        optimizers.load_settings(self.optimizer, groups)
+
+    def own_state(self) -> dict[int, dict[str, Any]]:
+        """As ``Exchange.own_state``."""
+        state = {} if self.inner is None else self.optimizer.state
+        return {index: dict(state[p]) for index, p in enumerate(self.parameters) if p in state}
+
+    def load_own_state(self, state: dict[int, dict[str, Any]]) -> None:
+        for index, values in state.items() if self.inner is not None else ():
+            self.optimizer.state[self.parameters[index]] = values
+
+
+def _check(optimizer: optim.Optimizer) -> None:
+    """Raise ConfigError for an optimizer that cannot be made anew at home."""
+    kind = type(optimizer)
+    own = optimizers.own_attributes(optimizer)
+    if own:
+        raise ConfigError(
+            f"{kind.__name__} keeps {own[0]!r} in the object; home, which steps, gets the class and param_groups only",
+            fix="keep it in param_groups (the constructor's defaults)",
+        )
+    if kind.__module__ == "__main__":
+        raise ConfigError(
+            f"optimizer {kind.__qualname__} is defined in the script, which home does not import",
+            fix="put the class in a module beside the script",
+        )

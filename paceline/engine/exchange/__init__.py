@@ -1,0 +1,1 @@
+"""What happens inside ``optimizer.step()``: gradients, meetings, steps of the shared parameters."""

@@ -1,0 +1,52 @@
+"""Close a round in one process: fold and step its share of an exchange's memory.
+
+Shares follow from who contributes, so they change when a worker runs out of data; the optimizer's state lies in
+the shared memory and any process can go on with any share, also in the midst of its step (params/undo.py).
+"""
+
+from __future__ import annotations
+
+from paceline.engine.exchange.shards import Shards
+from paceline.params.shard import Shard
+from paceline.transport.slots import ExchangeMemory, Slot
+
+
+class Stepper:
+    """Steps one process's shares of ``memory``, round after round. ``saves``: another may go on in the midst of it."""
+
+    def __init__(self, shards: Shards, memory: ExchangeMemory, *, saves: bool = True) -> None:
+        self._shards, self._memory, self._saves = shards, memory, saves
+        self._last: dict[Shard, tuple[int, int]] = {}  # the round it was stepped in, checkpoints loaded by then
+
+    def step(self, number: int, contributors: tuple[int, ...], share: int, shares: int) -> None:
+        """Fold round ``number`` of ``contributors`` and step this share of so many, or what is left of it to step."""
+        shard = self._shards.get(share, shares)
+        loads = self._memory.loads[0]  # whoever loads does so before its push, so all see the same here
+        if self._last.get(shard) != (number - 1, loads):
+            shard.forget()
+            shard.resume()
+        self._last[shard] = number, loads
+        slots, weights = self._sources(number, contributors)
+        if slots:
+            shard.fold(slots, weights)
+            settings = self._shards.new_settings(shard, contributors[0])
+            mask = self._shards.union([slot.mask for slot in slots])
+            undo = self._memory.undo[share] if self._saves else None
+            shard.step(settings, mask, undo=undo, number=number)
+
+    def norm(self, number: int, contributors: tuple[int, ...], me: int, order: float) -> float:
+        """Member ``me``'s part of the norm of the folded gradient: sum of |g|^order, or the maximum for infinity.
+
+        Over the parameters that any contributor has chosen. Steps nothing.
+        """
+        slots, weights = self._sources(number, contributors)
+        if not slots:
+            return 0.0
+        shard = self._shards.get(contributors.index(me), len(contributors))
+        shard.fold(slots, weights)
+        return shard.norm(self._shards.union([slot.chosen for slot in slots]), order)
+
+    def _sources(self, number: int, contributors: tuple[int, ...]) -> tuple[list[Slot], list[float]]:
+        """The slots that count, with their weights."""
+        slots = [self._memory.slots[worker] for worker in contributors]
+        return self._shards.weighted(slots, [slot.weight(number) for slot in slots])

@@ -1,0 +1,115 @@
+"""What follows from a death that the launcher has told of: drawn once for all, under the run's lock.
+
+Decision 9: the abandoned round is stepped, what the dead have pushed counts and with it the samples behind it, their
+other batches are there for others, and their places are away. Who leaves on its own accord says so here too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from paceline.engine.context import Context
+from paceline.engine.exchange.exchange import Exchange
+from paceline.engine.worker.leases import Leases
+from paceline.engine.worker.position import loader_of
+from paceline.protocol.rounds import AWAY, LEFT, NOT_PARKED, is_drained
+
+
+class Settling:
+    """All of it is called under the run's lock; ``leases`` by loader."""
+
+    def __init__(
+        self,
+        context: Context,
+        exchanges: Sequence[Exchange],
+        stores: Sequence[Exchange],
+        leases: Mapping[int, Leases],
+        *,
+        in_rounds: bool,
+    ) -> None:
+        self._board, self._exchanges, self._stores, self._leases = context.board, exchanges, stores, leases
+        self._in_rounds = in_rounds
+
+    def bury(self) -> list[int]:
+        """Let those who have died count in no exchange; who of them is not settled yet."""
+        board = self._board
+        dead = [w for w in range(board.width) if board.settled[w] < board.deaths[w]]
+        for worker in dead:
+            for exchange in (*self._exchanges, *self._stores):
+                exchange.bury(worker, board.deaths[worker])
+        return dead
+
+    def settle(self) -> bool:
+        """Draw all consequences that can be drawn now; has anything changed?"""
+        board = self._board
+        dead = self.bury()
+        for exchange in (*self._exchanges, *self._stores) if dead else ():
+            exchange.finish_abandoned()
+        # To give back the batches of one whose round is not over would free others to push it, who are not in it.
+        owed = [worker for worker in dead if self._leases and self._is_in_round(worker)]
+        dead = [worker for worker in dead if worker not in owed]
+        for worker in dead:
+            board.ring(worker)  # the dead do not
+            for exchange in self._exchanges if self._in_rounds else ():
+                exchange.forget_norm(worker)
+                self.settle_place(worker, exchange.place(worker))
+            for leases in self._leases.values():
+                leases.bury(worker)
+            board.parked[worker] = NOT_PARKED
+            board.answers[worker] = board.asks[worker] + (board.asks[worker] & 1)
+            board.settled[worker] = board.deaths[worker]
+            if board.gone[worker] != LEFT:
+                board.presence[worker] = AWAY
+        # Likewise where nobody waits any more for one to finish its pass.
+        given_up = [w for w in range(board.width) if board.given_up[w] and board.gone[w] == AWAY]
+        lost = [worker for worker in given_up if not self._is_in_round(worker)]
+        board.owes = bool(owed) or len(lost) < len(given_up)
+        for worker in lost:
+            board.presence[worker] = LEFT
+        for loader in self._leases if dead or lost else ():
+            self.drain(loader)
+        return bool(dead or lost)
+
+    def _is_in_round(self, worker: int) -> bool:
+        """Has this worker, which has died, pushed a round that is not over?"""
+        return any(exchange.is_in_round(worker) for exchange in self._exchanges)
+
+    def settle_place(self, worker: int, place: tuple[int, int]) -> None:
+        """A push of the worker's counts, and with it the samples that it had come to by then."""
+        key, position = place
+        if not key:
+            return
+        leases = self._leases.get(loader_of(key))
+        if leases is not None:
+            leases.settle(worker, position)
+            return
+        places = self._board.places
+        if places[2 * worker] != key:
+            places[2 * worker], places[2 * worker + 1] = key, 0
+        places[2 * worker + 1] = max(places[2 * worker + 1], position)
+
+    def settle_places(self, number: int) -> None:
+        """So do all pushes up to this round, which is over."""
+        for worker in range(self._board.width) if self._in_rounds else ():
+            self.settle_place(worker, self._exchanges[0].place_in(worker, number))
+
+    def forgo(self, worker: int, *, begun: bool = False) -> None:
+        """Nobody waits any more for this worker, whose process this is. What it had drawn is there for others, and with
+        ``begun`` what does not count of what it has begun."""
+        for leases in self._leases.values() if begun else ():
+            leases.bury(worker)
+        self.settle()
+        for leases in self._leases.values():
+            leases.forgo()
+        self._board.presence[worker] = LEFT
+        for loader in self._leases:
+            self.drain(loader)
+
+    def drain(self, loader: int, arriving: int | None = None) -> None:
+        """After any change that may drain a pass over ``loader``."""
+        board = self._board
+        before = board.drained[loader]
+        while is_drained(loader, board.drained[loader] + 1, arriving, board):
+            board.drained[loader] += 1
+        if board.drained[loader] > before:
+            board.ring(board.common)
