@@ -209,7 +209,10 @@ def ending(summary: Summary, *more: str) -> str:
         parts.append(f"loss {figures.loss(summary.loss)}")
     parts += more
     if summary.steps:
-        parts.append(f"{figures.rate(summary.samples_per_s)} samples/s")
+        if summary.samples or not summary.seconds:
+            parts.append(f"{figures.rate(summary.samples_per_s)} samples/s")
+        else:  # a script without a wrapped loader
+            parts.append(f"{figures.rate(summary.steps / summary.seconds)} steps/s")
         parts.append(f"waited {figures.percent(summary.waiting)} of the time")
         if summary.staleness >= 0.05:
             parts.append(f"staleness {summary.staleness:.1f}")

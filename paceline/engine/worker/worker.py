@@ -247,7 +247,8 @@ class Worker:
         weight = self._weight(index)
         self._samples_at_step[index] = progress.samples
         if index == 0:
-            progress.row.samples += weight
+            if self.passes.count:  # else nobody knows how many there are
+                progress.row.samples += weight
             progress.row.steps += 1
         progress.begin_step()
         place = self.passes.where()

@@ -4,6 +4,7 @@ import io
 import re
 from pathlib import Path
 
+import msgspec
 import pytest
 from rich.console import Console as Screen
 
@@ -179,6 +180,8 @@ def test_ending_says_how_it_went() -> None:
     assert ending(end, "1.9x one process") == (
         "done in 0:58 · loss 1.98 · 1.9x one process · 3,900 samples/s · waited 4 % of the time"
     )
+    by_step = msgspec.structs.replace(end, samples=0, samples_per_s=0.0)  # nobody knows how many there were
+    assert ending(by_step) == "done in 0:58 · loss 1.98 · 0.155 steps/s · waited 4 % of the time"
     end = Summary(
         run="a", status="failed", pace="sync", workers=2, servers=0, steps=0, samples=0, seconds=0.0,
         samples_per_s=0.0, loss=None, waiting=0.0, bytes_sent=0,
