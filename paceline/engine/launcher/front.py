@@ -44,7 +44,8 @@ from paceline.transport.channel import Channel, Closed
 _TICK_MS = 50
 _GRACE_S = 2.0  # for a process to end of itself
 _LOOK_S = 0.2  # how often the launcher is looked after
-_DEATHS = 3  # of launchers without training's getting on in between end the run
+_DEATHS = 3  # of launchers that have heard nothing new end the run; so do more, while training does not get on
+_MOST_DEATHS = 10
 _DEAF_S = 5.0  # between a second Ctrl-C and ending all by force
 _START = "import sys; sys.path.append({root!r}); from paceline.engine.launcher.{module} import main; main({fd})"
 _Name = tuple[str, str, int, int]  # what, role, rank, number
@@ -141,16 +142,25 @@ class _Front:
 
     def _launch_until_over(self) -> None:
         """Start launchers until one has come to the run's end."""
-        deaths, trained = 0, self._shown.get("metrics", 0)
+        deaths = deaf = written = 0
+        trained = self._shown.get("metrics", 0)
         while True:
             died = self._launch()
             if self._outcome is not None:
                 return
             got_on, trained = self._shown.get("metrics", 0) > trained, self._shown.get("metrics", 0)
+            heard, written = self._diary_bytes() > written, self._diary_bytes()
             deaths = 1 if got_on else deaths + 1
-            if deaths == _DEATHS or self._interrupts > 1:
+            deaf = 1 if got_on or heard else deaf + 1
+            if deaf == _DEATHS or deaths == _MOST_DEATHS or self._interrupts > 1:
                 raise self._gave_up(died, deaths)
             self._told_of.append(died)
+
+    def _diary_bytes(self) -> int:
+        try:
+            return (self._directory / diary.NAME).stat().st_size
+        except FileNotFoundError:
+            return 0
 
     def _launch(self) -> str:
         """Have a launcher launch the run, or go on, and serve it until it ends; how it ended."""
