@@ -102,6 +102,8 @@ class Comparison:
         part = f"{gain:.1f}x one process"
         if round(gain, 1) < 1:
             part += f": {loss_of_speed(self._job, console.progress.overhead)}"
+        elif gain > 1.5 * self._job.workers:  # n workers are no faster than that
+            part += ", which other programs have held up in its trial"
         keys = (("one_process_samples_per_s", self._alone), ("speedup", gain))
         return Ending((part,), keys, self._following)
 
