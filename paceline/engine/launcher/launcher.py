@@ -276,6 +276,7 @@ class _Launcher:
         self._channels.close((role, rank))
         if role == "worker":
             self._saver.lost(rank, finished=status == 0)
+            self._telling.merger.left(rank)
         self._processes.ended(role, rank)
         if left:  # it had no time to say so
             self._hands.do(self._coordinator.handle(Came(role, rank, messages.Finished())))

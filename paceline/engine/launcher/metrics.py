@@ -73,6 +73,7 @@ class _Merged:
     time_s: float = 0.0
     steps: int = 0
     sums: list[float] = field(default_factory=lambda: [0.0] * _SUMS)
+    tellers: set[int] = field(default_factory=set)
 
 
 _STATE: dict[str, Any] = {
@@ -81,6 +82,8 @@ _STATE: dict[str, Any] = {
     "_steps": int,
     "_values": dict[int, dict[str, float | None]],
     "_gaps": bool,
+    "_told": dict[int, int],
+    "_shares_steps": bool,
     "begun_s": float | None,
     "dropped": dict[int, int],
 }
@@ -97,6 +100,8 @@ class Merger:
         self._steps = steps
         self._values: dict[int, dict[str, float | None]] = {}
         self._gaps = False
+        self._told: dict[int, int] = {}  # by worker, the last key that it told of; it tells in their order
+        self._shares_steps = False  # may one worker bring all of a step, as with a log?
         self.begun_s: float | None = None
         self.dropped: dict[int, int] = {}  # pushes that came too late, by worker
 
@@ -113,10 +118,13 @@ class Merger:
         """Take in what a worker tells."""
         for row in ROW.iter_unpack(rows):
             key = int(row[0])
+            self._told[worker] = max(key, self._told.get(worker, 0))
             merged = self._open.get(key)
             if merged is None:
                 merged = self._open[key] = _Merged(contributors=int(row[1]))
             merged.workers += 1
+            self._shares_steps |= worker in merged.tellers
+            merged.tellers.add(worker)
             merged.epoch = max(merged.epoch, int(row[2]))
             merged.time_s = max(merged.time_s, row[3])
             merged.steps = max(merged.steps, int(row[4]))
@@ -133,23 +141,32 @@ class Merger:
     def lost(self, worker: int) -> None:
         """A worker has died: what it had not told yet is not waited for."""
         self._gaps = True
+        self.left(worker)
+
+    def left(self, worker: int) -> None:
+        """A worker has told all that it had to tell; another may come in its place."""
+        self._told.pop(worker, None)
 
     def ready(self, *, everything: bool = False) -> Iterator[Metric]:
         """The rounds that are complete, in order; with ``everything`` also those that are not."""
         behind = 0
-        if self._gaps:  # who tells of a round has told of those before
-            whole = [key for key, merged in self._open.items() if merged.workers >= merged.contributors]
+        if self._gaps:  # some will never be whole; who tells of a round has told of those before
+            whole = [key for key, merged in self._open.items() if len(merged.tellers) >= merged.contributors]
             behind = max(whole, default=0)
+            if self._shares_steps:
+                behind = max(behind, min(self._told.values(), default=0))
         for key in sorted(self._open):
             merged = self._open[key]
             if not everything and key >= behind and (key != self._next or merged.workers < merged.contributors):
                 return
-            self._next = key + 1
-            yield self._metric(key, self._open.pop(key))
+            is_late = key < self._next  # a newcomer's, of a step that was told without it
+            self._next = max(self._next, key + 1)
+            yield self._metric(key, self._open.pop(key), is_late=is_late)
 
-    def _metric(self, key: int, merged: _Merged) -> Metric:
+    def _metric(self, key: int, merged: _Merged, *, is_late: bool) -> Metric:
         loss_sum, loss_samples, samples, computing, waiting, exchanging, staleness, dropped, sent = merged.sums
-        self._steps = max(self._steps + merged.steps, key)  # what nobody told (a killed worker) counts too
+        if not is_late:
+            self._steps = max(self._steps + merged.steps, key)  # what nobody told (a killed worker) counts too
         return Metric(
             step=self._steps,
             epoch=merged.epoch,

@@ -194,6 +194,38 @@ def test_what_a_dead_worker_had_not_told_is_not_waited_for() -> None:
     assert steps(merger) == [2, 3]
 
 
+def test_after_a_death_no_step_is_told_twice_for_one_who_lives_and_is_slow_to_tell() -> None:
+    """With a log a step of two workers may be two pushes of the same one."""
+    merger = Merger(started_s=0.0)
+    merger.add(row(1, 2) + row(1, 2) + row(2, 2), 0)
+    merger.lost(1)
+    assert steps(merger) == [1]
+    merger.add(row(2, 2) + row(3, 2), 1)  # of its newcomer
+    merger.add(row(4, 2) + row(4, 2) + row(5, 2), 0)
+    assert steps(merger) == [2]  # there may be more of 3
+    merger.add(row(3, 2) + row(5, 2), 1)
+    assert steps(merger) == [3, 4, 5]
+
+
+def test_what_a_newcomer_tells_late_is_no_step_more() -> None:
+    merger = Merger(started_s=0.0)
+    merger.add(row(1, 2, samples=4.0) + row(2, 2, samples=4.0) + row(2, 2, samples=4.0) + row(3, 2), 0)
+    merger.lost(1)
+    assert steps(merger) == [1, 2]
+    merger.add(row(1, 2, samples=4.0), 1)
+    late, rest = metrics(merger, everything=True)
+    assert (late.step, late.samples, rest.step) == (2, 4, 3)
+
+
+def test_a_round_waits_for_a_newcomer_that_was_in_it() -> None:
+    merger = Merger(started_s=0.0)
+    merger.lost(1)
+    merger.add(row(1, 1) + row(2, 2) + row(3, 2), 0)
+    assert steps(merger) == [1]
+    merger.add(row(2, 2), 1)
+    assert steps(merger) == [2]
+
+
 @given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 2), st.integers(0, 1)), max_size=20), st.integers(0, 20))
 def test_another_merger_goes_on_where_one_was(told: list[tuple[int, int, int]], cut: int) -> None:
     whole, first = Merger(started_s=0.0), Merger(started_s=0.0)
