@@ -31,8 +31,10 @@ def main() -> NoReturn:
     order = msgspec.json.decode(sys.stdin.buffer.read(), type=Order)
     try:
         script = Script(Path(order.script), tuple(order.args))
-        resume = asked_for(os.environ, script.path)
-        job = resolved(order, None if resume is None else directory_of(resume) / "config.toml")
+        job = resolved(order)
+        resume = asked_for(os.environ, script.path, job.runs)
+        if resume is not None:
+            job = resolved(order, directory_of(resume) / "config.toml")
         place = own_address(job.interface) if job.interface is not None else None
         host = order.host if place is None else place.address
         held = hold_ports(host, job.port, job.places)

@@ -45,13 +45,12 @@ def resume_run(wanted: str | None, flags: JobFlags, show: ShowFlags, folder: Pat
     return train(job, program, show, partial(engine, resume=loaded), before=before)
 
 
-def asked_for(environment: Mapping[str, str], script: Path) -> Loaded | None:
-    """What PACELINE_RESUME names: a run, or ``last``, the newest one of this script that has a checkpoint. None: a new
-    run. Raises UsageError, ConfigError."""
+def asked_for(environment: Mapping[str, str], script: Path, folder: Path) -> Loaded | None:
+    """What PACELINE_RESUME names in this folder: a run, or ``last``, the newest of this script that has a checkpoint.
+    None: a new run. Raises UsageError, ConfigError."""
     wanted = environment.get(VARIABLE)
     if not wanted:
         return None
-    folder = Path(environment.get("PACELINE_RUN_DIR") or "runs")
     if wanted != LAST:
         return _checkpoint(find_run(folder, wanted))
     for found in reversed(list_runs(folder)):
