@@ -225,9 +225,10 @@ def _places(workers: Sequence[int], board: Board) -> list[tuple[int, int, int]]:
     """Where workers wait. Passes are counted: who is at the same place as before has not been away."""
     found = []
     for worker in workers:
-        gone, parked = board.gone[worker], board.parked[worker]
-        passes = board.passes(parked_at(parked))[worker] if parked and not gone else 0
-        found.append((gone, 0 if gone else parked, passes))
+        gone = board.gone[worker]
+        parked = NOT_PARKED if gone else board.parked[worker]
+        passes = board.passes(parked_at(parked))[worker] if parked else 0
+        found.append((gone, parked, passes))
     return found
 
 
@@ -283,9 +284,10 @@ class Rescue:
 def all_stepped(
     number: int, stepped: Column, contributors: Sequence[int], since: Column, me: int, of_round: int | None = None
 ) -> Closed | Waiting | Rescue:
-    """Has everyone's share of round ``number`` been stepped, and if not, is it on ``me`` to do one of the dead?"""
+    """Has everyone's share of round ``number`` been stepped, and if not, is it on ``me`` to do one of the dead?
+    ``me`` is a contributor, and alive."""
     dead = [worker for worker in contributors if since[worker] > (number if of_round is None else of_round)]
-    rescuer = next((worker for worker in contributors if worker not in dead), None)
+    rescuer = next(worker for worker in contributors if worker not in dead)
     for worker in contributors:
         if stepped[worker] >= number:
             continue
@@ -293,7 +295,7 @@ def all_stepped(
             return Waiting(worker, f"worker {worker} has not stepped its share of round {number}")
         if rescuer == me:
             return Rescue(worker)
-        return Waiting(me if rescuer is None else rescuer, f"the share of worker {worker}, which died, is not stepped")
+        return Waiting(rescuer, f"the share of worker {worker}, which died, is not stepped")
     return Closed(tuple(contributors))
 
 
@@ -312,40 +314,30 @@ def is_over(
 
     ``servers`` are the members that step it, where workers do not.
     """
-    answer = _is_over(number, pushed, stepped, servers, since, board)
-    # Others may have pushed while it was looked at: what was seen then must still be so.
-    again = _pushers(number, pushed)
-    if answer is True and not any(pushed[worker] > number for worker in again):
-        behind = [member for member in servers or again if stepped[member] < number]
-        if again and behind:
-            return Waiting(behind[0], f"member {behind[0]} is not done with round {number}")
-    if isinstance(answer, Abandoned):
-        alive = [worker for worker in answer.contributors if since[worker] <= number]
-        if answer.contributors and (servers or alive):
-            on = servers[0] if servers else alive[0]
-            return Waiting(on, f"member {on} has just come to round {number}")
-    return answer
-
-
-def _pushers(number: int, pushed: Column) -> list[int]:
-    return [worker for worker in range(len(pushed)) if pushed[worker] >= number]
+    while True:
+        seen = list(pushed)
+        answer = _is_over(number, seen, stepped, servers, since, board)
+        if list(pushed) == seen:  # nobody has pushed while the rest was looked at
+            return answer
 
 
 def _is_over(
-    number: int, pushed: Column, stepped: Column, servers: Sequence[int], since: Column, board: Board
+    number: int, pushed: Sequence[int], stepped: Column, servers: Sequence[int], since: Column, board: Board
 ) -> bool | Abandoned | Waiting:
-    pushers = _pushers(number, pushed)
-    if any(pushed[worker] > number for worker in pushers) or (not pushers and max(stepped) >= number):
+    if max(pushed) > number:
         return True
-    steppers = servers or pushers
-    unfinished = [member for member in steppers if stepped[member] < number]
-    if pushers and not unfinished:
-        return True
-    alive = [worker for worker in pushers if since[worker] <= number]
-    if pushers and (servers or alive):
-        at_work = [member for member in unfinished if servers or member in alive]
-        on = at_work[0] if at_work else alive[0]  # who does what is left of the shares of the dead
-        return Waiting(on, f"member {unfinished[0]} is not done with round {number}")
+    pushers = [worker for worker, last in enumerate(pushed) if last == number]
+    if pushers:
+        unfinished = [member for member in servers or pushers if stepped[member] < number]
+        if not unfinished:
+            return True
+        dead = [worker for worker in pushers if since[worker] > number]
+        # The living do what is left of the shares of the dead.
+        alive = [member for member in (*unfinished, *pushers) if member not in dead]
+        if alive:
+            return Waiting(alive[0], f"member {unfinished[0]} is not done with round {number}")
+    elif max(stepped) >= number:
+        return True  # it was closed empty
     closed = close_round(number, pushed, board, since)
     return Abandoned(closed.contributors) if isinstance(closed, Closed) else closed
 

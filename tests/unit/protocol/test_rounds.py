@@ -231,6 +231,20 @@ def test_a_server_with_nothing_to_do_looks_to_one_that_can_act(where: Lists, wor
     assert next_to_act(where) == worker
 
 
+def test_a_worker_that_joins_while_a_server_looks_is_there() -> None:
+    """Worker 0 is seen gone; then another comes to its place, and worker 1 leaves before it is looked at."""
+    where = board("10", "00")
+
+    def come_and_leave() -> None:
+        if not where.joins:
+            where.joins = 1
+            list.__setitem__(where.gone, 0, 0)
+            list.__setitem__(where.gone, 1, 1)
+
+    where.gone = WhileRead(where.gone, at=0, then=come_and_leave)
+    assert next_to_act(where) == 0
+
+
 # --- deaths ---
 
 
@@ -313,6 +327,28 @@ def test_a_newcomer_waits_until_the_last_round_is_over(
     number = 0 if pushed == "00" else 3
     columns = [int(d) for d in pushed], [int(d) for d in stepped]
     assert is_over(number, *columns, (), since(begun), where) == answer
+
+
+def test_a_round_that_another_pushes_while_it_is_looked_at_is_not_over() -> None:
+    """Worker 1 has pushed round 3 and stepped its share; worker 0 pushes it only while that is looked at."""
+    where, pushed = board("002", "00"), [2, 3, 2]
+
+    def push() -> None:
+        pushed[0] = 3
+
+    stepped = WhileRead([2, 3, 2], at=1, then=push)
+    assert is_over(3, pushed, stepped, (), since("00-"), where) == Waiting(0, "member 0 is not done with round 3")
+
+
+def test_a_round_that_one_alive_pushes_while_it_is_looked_at_is_not_abandoned() -> None:
+    """Worker 1 has pushed round 3 and died. Worker 0 pushes it, and parks, while it is looked for who may."""
+    where, pushed = board("02", "00", loader0="10"), [2, 3]
+
+    def push_and_park() -> None:
+        pushed[0], where.parked[0] = 3, 1
+
+    where.gone = WhileRead(where.gone, at=0, then=push_and_park)
+    assert is_over(3, pushed, [2, 2], (), since("0-"), where) == Waiting(0, "member 0 is not done with round 3")
 
 
 def test_what_servers_step_is_never_abandoned_once_it_is_pushed() -> None:
