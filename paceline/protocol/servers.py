@@ -23,7 +23,7 @@ class Servers:
         """To be asked only where there is no ``refusal``. Highest places leave first: server 0 stays."""
         self.wanted = count
         self._leaving |= {rank for rank in self._here if rank >= count}
-        return [*self._open_missing(), *self._settle()]
+        return self._opened()
 
     def joined(self, rank: int) -> list[Effect]:
         """It is there; this may be said by every process of it."""
@@ -58,7 +58,12 @@ class Servers:
         self._coming.pop(rank, None)
         number = len(self._here)
         text = f"server {rank} has left; {number} {'goes' if number == 1 else 'go'} on"
-        return [Tell("leave", text, "server", rank), *self._open_missing(), *self._settle()]
+        return [Tell("leave", text, "server", rank), *self._opened()]
+
+    def _opened(self) -> list[Effect]:
+        """Places are kept before anybody comes to one, and sees that it is to leave."""
+        missing = self._open_missing()
+        return [*self._settle(), *missing]
 
     def _open_missing(self) -> list[Effect]:
         """But for those above one that leaves, who would leave with it."""

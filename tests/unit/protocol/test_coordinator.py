@@ -450,7 +450,7 @@ def test_what_cannot_be_wished_for(events: list[Event], workers: int, why: str) 
 def test_servers_are_wished_for_with_workers_or_alone() -> None:
     coordinator = Coordinator(1, 1, restarts=1)
     effects(coordinator, wrap(0))
-    assert coordinator.handle(Wished(2, 2)) == [Open(1), Open(1, "server"), Serve(crew_word(0, 1), 2)]
+    assert coordinator.handle(Wished(2, 2)) == [Open(1), Serve(crew_word(0, 1), 2), Open(1, "server")]
     there = coordinator.handle(Came("server", 1, messages.Joined(0)))
     assert there[-1] == Serve(crew_word(1, 2), 2)
     assert coordinator.handle(Wished(servers=1)) == [Serve(crew_word(2, 1), 1)]

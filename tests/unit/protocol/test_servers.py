@@ -29,7 +29,7 @@ def test_a_crew_has_a_number_and_a_size(number: int, size: int) -> None:
 
 def test_one_that_is_added_steps_when_it_is_there() -> None:
     servers = Servers(1, restarts=1)
-    assert acts(servers.scale(3)) == [Open(1, "server"), Open(2, "server"), Serve(crew_word(0, 1), 3)]
+    assert acts(servers.scale(3)) == [Serve(crew_word(0, 1), 3), Open(1, "server"), Open(2, "server")]
     assert acts(servers.joined(2)) == []  # the crew is the lowest so many
     assert acts(servers.joined(1)) == [Serve(crew_word(1, 3), 3)]
     assert servers.joined(1) == []  # said by the next process of it
@@ -41,14 +41,14 @@ def test_one_that_is_to_leave_steps_no_more_and_has_left_when_its_process_ends_b
     assert acts(died(servers, 1)) == [Replace(1, "server")]  # it may have been in the midst of something
     assert acts(died(servers, 1, 0)) == []
     assert acts(died(servers, 2, 0)) == []
-    assert acts(servers.scale(2)) == [Open(1, "server"), Serve(crew_word(1, 1), 2)]
+    assert acts(servers.scale(2)) == [Serve(crew_word(1, 1), 2), Open(1, "server")]
 
 
 def test_one_that_is_wished_for_again_while_it_leaves_comes_again_when_it_has_left() -> None:
     servers = Servers(2, restarts=1)
     servers.scale(1)
     assert acts(servers.scale(2)) == []
-    assert acts(died(servers, 1, 0)) == [Open(1, "server"), Serve(crew_word(1, 1), 2)]
+    assert acts(died(servers, 1, 0)) == [Serve(crew_word(1, 1), 2), Open(1, "server")]
     assert acts(servers.joined(1)) == [Serve(crew_word(2, 2), 2)]
 
 
