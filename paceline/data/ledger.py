@@ -49,20 +49,21 @@ class Ledger:
         """Has no epoch begun?"""
         return not self._words[_EPOCH]
 
-    def left(self) -> tuple[int, int, list[int]]:
-        """(the epoch, the first batch that was never drawn, those before it that do not count)."""
+    def left(self) -> tuple[int, int, list[int], int]:
+        """(the epoch, the first batch that was never drawn, those before it that do not count, how many count). Behind
+        the end of the data lie some that do neither."""
         words = self._words
         back = {words[place] >> 2 for place in range(_HEADER, _HEADER + words[_RETURNED])}
         for worker in range(self._workers):
             start = self._start(worker)
             back |= {lease >> 2 for lease in self._leases(worker, words[start + _FIRST], words[start + _END])}
             back |= {words[start + _KEPT] - 1} if words[start + _KEPT] else set()
-        return words[_EPOCH] - 1, words[_NEXT], sorted(back)
+        return words[_EPOCH] - 1, words[_NEXT], sorted(back), words[_COMMITTED]
 
-    def refill(self, epoch: int, first: int, before: Sequence[int]) -> None:
+    def refill(self, epoch: int, first: int, before: Sequence[int], committed: int = 0) -> None:
         """As ``left`` told it, for whoever comes first."""
         words = self._words
-        words[_EPOCH], words[_NEXT], words[_COMMITTED] = epoch + 1, first, first - len(before)
+        words[_EPOCH], words[_NEXT], words[_COMMITTED] = epoch + 1, first, committed
         room = self._workers * RING
         if len(before) > room:
             raise ValueError(f"{len(before)} batches were out, {room} can be taken back")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from paceline.config import Bounded, Local, Quorum
+from paceline.data.ledger import RING
 from paceline.protocol.log import Entry
 from paceline.protocol.rounds import AWAY, EMPTY, LEFT, TAIL, parked_at
 from tests.simulation import known
@@ -20,8 +21,10 @@ _COMPUTING = 3  # turns
 
 
 class Claims:
-    def __init__(self, host: Host, plan: Plan) -> None:
-        self._host, self._plan = host, plan
+    """``before``: the batches that count in the run that this one continues, ``number``: its last round, or version."""
+
+    def __init__(self, host: Host, plan: Plan, before: Sequence[Batch] = (), number: int = 0) -> None:
+        self._host, self._plan, self._before, self._number = host, plan, before, number
         self._steppers: dict[int, tuple[tuple[int, ...], int]] = {}  # round -> contributors, shares
         self._stepped: dict[int, dict[tuple[int, int, int], Folded]] = {}  # round or entry -> chunk -> what was folded
         self._entries: dict[int, list[int]] = {}  # part -> entries stepped
@@ -30,12 +33,14 @@ class Claims:
         self._killed: set[int] = set()
         self._reading: dict[int, list[Batch]] = {}  # batches that a worker's script has had, since its last step
         self.read_batches: list[Batch] = []
-        self.in_hand: list[Batch] = []  # of those that were killed, or whose script was over, and no step was taken
+        self.in_hand: list[Batch] = []  # of those whose script was over, and no step was taken
+        self._with_killed: list[tuple[int, Batch]] = []  # workers, and what they had in hand
         self.given_up: set[int] = set()
         self.dealt: dict[int, set[Batch]] = {}  # to a worker, where they are not leased
         self.stepping: set[str] = set()  # names of tasks
         self.on_step: Callable[[], None] = lambda: None
         self.kills = 0
+        self.saved: dict[int, list[Batch]] = {}  # what counted when the checkpoint of a round, or version, was made
         self.met: Counter[str] = Counter()  # what was there to be seen
         host.on_park, host.on_drain = self._parks, self._drains
 
@@ -100,12 +105,16 @@ class Claims:
         version = self.version(part)
         assert entry.version == version + 1, f"entry {entry.number} makes version {entry.version} of {version}"
         for member in entry.members:
-            stale = version - self._host.slots[member].copy.get(part, 0)
+            stale = version - self._host.slots[member].copy.get(part, self._number)
             assert entry.staleness == stale, f"entry {entry.number}: worker {member} is stale by {stale}: {entry}"
 
     def version(self, part: int) -> int:
         """How many STEPs the part has had."""
-        return len(self._entries.get(part, ()))
+        return self._number + len(self._entries.get(part, ()))
+
+    def saves(self, number: int) -> None:
+        """What all share goes into checkpoint ``number``, and nobody steps meanwhile."""
+        self.saved[number] = [*self._before, *self.counted]
 
     def may_copy(self, copy: dict[int, int]) -> None:
         rank = next(rank for rank, slot in enumerate(self._host.slots) if slot.copy is copy)
@@ -194,6 +203,7 @@ class Claims:
         for number, told in self._norms.items():
             if number > pushed:
                 told.pop(rank, None)  # the round begins anew without it
+        self._with_killed += [(rank, batch) for batch in self._reading.pop(rank, [])]
         self.leave(rank)
 
     def leave(self, rank: int) -> None:
@@ -210,17 +220,27 @@ class Claims:
         if not self.kills and not isinstance(self._plan.pace, Quorum | Local):  # may drop pushes, or local steps
             assert counted + in_hand == read, f"read {read}, counted {counted}, in hand {in_hand}"
         if self._plan.trains_on_all:
+            counted += Counter(self._before)
             twice = sorted(batch for batch, times in counted.items() if times > 1)
             assert not twice, f"counted twice: {twice}"
-            missing = sorted(set(self._due()) - set(counted) - set(in_hand))
+            missing = sorted(set(self._due()) - set(counted) - set(in_hand) - self._gone_with_killed())
             assert not missing, f"not counted: {missing}"
             self._check_ledger(counted)
+
+    def _gone_with_killed(self) -> set[Batch]:
+        """What they had in hand comes again by lease, but where nobody was left for it, or the ring was too short."""
+        plan = self._plan
+        return {
+            batch for rank, batch in self._with_killed if not plan.leased or plan.ring < RING or rank in self.given_up
+        }
 
     def _check_ledger(self, counted: Counter[Batch]) -> None:
         words = self._host.ledgers[0].stored
         if self._plan.leased and words.get(0) and not self.given_up:
             epoch, committed = words[0] - 1, words.get(2, 0)
             truly = sum(1 for number, _ in counted if number == epoch)
+            if self._plan.ring < RING and self.kills:
+                return  # it counts what is in hand where the ring is full
             assert committed == truly, f"of epoch {epoch} {truly} batches count, the ledger says {committed}"
 
     @property
@@ -233,7 +253,7 @@ class Claims:
         if self.given_up and not known.LAST_PUSHES_ARE_APPLIED:
             return
         if not plan.parts:
-            empty = set(range(1, max(self._steppers, default=0))) - set(self._steppers)
+            empty = set(range(self._number + 1, max(self._steppers, default=0))) - set(self._steppers)
             # Those in which only the dead had asked for a norm.
             assert not empty or (plan.clips and self.kills), f"nobody has stepped rounds {sorted(empty)}"
             for number in self._steppers:

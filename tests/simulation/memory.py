@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, MutableSequence
 from types import TracebackType
 from typing import Any
 
-from paceline.data.ledger import _BEGUN, _END, RING, Ledger
+from paceline.data import ledger
+from paceline.data.ledger import _BEGUN, _END, Ledger
 from paceline.data.ledger import words_needed as ledger_words
 from paceline.engine.worker.leases import Leases
 from paceline.params.undo import HEADER_WORDS, Undo
@@ -129,6 +130,7 @@ class Host:
         columns |= {name: stop - offsets[name] for name, stop in zip(names, stops, strict=True)}
         self.board = Segment(scheduler, columns)
         self.over = False  # has the launcher told the servers so?
+        self.resumed: Any = None  # the checkpoint that the run goes on from
         self.board.stored |= {13: begin, 10: begin, 12: begin_servers, 14: begin_servers}
         self.board.stored |= {offsets["gone"] + place: LEFT for place in range(begin, workers)}
         self.board_floats = Segment(scheduler, columns)
@@ -195,7 +197,6 @@ class SimulatedBoard(Board):
             loader: words[start + loader * host.workers : start + (loader + 1) * host.workers]
             for loader in (*range(LOADERS), COLLECTIVES)
         }
-        self._known[-1] = self._known[COLLECTIVES]  # the last of the real board's
         self._unknown: Any = (0,) * host.workers
         self._floats, self._looks = host.board_floats.words, offsets["looks"]
         self.accounts = Accounts(watched("accounts", 8))
@@ -221,6 +222,7 @@ class SimulatedBoard(Board):
         return False
 
     def passes(self, loader: int) -> Any:
+        assert loader >= 0, "who is not parked waits at no loader's end"
         return self._known.get(loader, self._unknown)
 
 
@@ -333,4 +335,4 @@ class SimulatedLeases(Leases):
         for other in set(range(self._workers)) - {self._rank}:
             start = self._ledger._start(other)
             for place in range(self._stored.get(start + _BEGUN, 0), self._stored.get(start + _END, 0)):
-                yield self._stored.get(start + 4 + place % RING, 0)
+                yield self._stored.get(start + 4 + place % ledger.RING, 0)

@@ -2,15 +2,18 @@
 
 Each mutant is one of the protocol's modules with one thing wrong: a comparison flipped or its bound moved, a guard or
 an effect dropped, ``and`` for ``or``, a ``not`` left out, a constant one too large. It is put in place in memory, in a
-process of its own, and schedules are run until one fails. A mutant that survives is explained in README.md, or a gap.
+process of its own, and schedules are run until one fails. One that survives them is tried on the module's unit tests,
+which is counted apart. A mutant that survives is explained in README.md, or a gap.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import copy
 import multiprocessing
+import os
 import resource
 import sys
 import time
@@ -22,6 +25,8 @@ from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
+import pytest
+
 from paceline.data import ledger
 from paceline.protocol import log, rounds
 from tests.simulation.plans import WORLDS
@@ -29,8 +34,14 @@ from tests.simulation.world import World
 
 MODULES = (rounds, log, ledger)
 SEEDS = 1000
+_TESTS = Path(__file__).parents[1] / "unit"
+UNIT_TESTS = {
+    rounds: _TESTS / "protocol" / "test_rounds.py",
+    log: _TESTS / "protocol" / "test_log.py",
+    ledger: _TESTS / "data" / "test_ledger.py",
+}
 _LIMIT_S = 120.0
-_ROOM_BYTES = 1 << 30  # a loop that never ends may fill memory
+_ROOM_BYTES = 3 << 30  # a loop that never ends may fill memory; threads of which few are there at once take 1 GiB
 
 _FLIPPED: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.GtE,
@@ -172,9 +183,18 @@ def _code(code: CodeType, path: str) -> CodeType:
 
 
 def try_out(mutant: Mutant, seeds: int = SEEDS) -> str:
-    """How it was caught, or "" if it survives."""
+    """How it was caught by schedules, or "" if it survives."""
+    return _told(_live, mutant, seeds)
+
+
+def try_on_units(mutant: Mutant) -> str:
+    """How it was caught by the unit tests of its module, or "" if it survives."""
+    return _told(_live_through_units, mutant)
+
+
+def _told(live: Callable[..., None], *given: Any) -> str:
     mine, its = multiprocessing.Pipe(duplex=False)
-    child = multiprocessing.get_context("fork").Process(target=_live, args=(mutant, seeds, its), daemon=True)
+    child = multiprocessing.get_context("fork").Process(target=live, args=(*given, its), daemon=True)
     child.start()
     told: str = mine.recv() if mine.poll(_LIMIT_S) else "hangs"
     child.kill()
@@ -196,23 +216,35 @@ def _live(mutant: Mutant, seeds: int, told: Connection) -> None:
     told.send("")
 
 
+def _live_through_units(mutant: Mutant, told: Connection) -> None:
+    mutant.put_in_place()
+    options = ["-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib"]
+    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
+        failed = pytest.main([*options, "--hypothesis-seed=0", str(UNIT_TESTS[mutant.module])])
+    told.send("a unit test" if failed else "")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.simulation.mutants")
     parser.add_argument("--only", default="", help="those whose name contains this")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     asked = parser.parse_args()
     begun = time.monotonic()
-    survivors, count = [], 0
+    survivors, count, by_units = [], 0, 0
     for mutant in mutants():
         if asked.only not in mutant.name:
             continue
         count += 1
         caught = try_out(mutant, asked.seeds)
+        if not caught:
+            caught = try_on_units(mutant)
+            by_units += bool(caught)
         print(f"{'killed  ' if caught else 'SURVIVED'} {mutant.place:14} {mutant.name}  {caught}", flush=True)
         if not caught:
             survivors.append(mutant)
     seconds = time.monotonic() - begun
-    print(f"{count - len(survivors)} of {count} mutants killed in {seconds:.0f} s; survivors:")
+    killed = count - len(survivors) - by_units
+    print(f"{killed} of {count} mutants killed in {seconds:.0f} s, {by_units} more by unit tests; survivors:")
     for mutant in survivors:
         print(f"  {mutant.place:14} {mutant.name}")
     return 0

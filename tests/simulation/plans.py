@@ -6,8 +6,10 @@ import random
 from dataclasses import dataclass, replace
 
 from paceline.config import Async, Bounded, Local, Pace, Quorum, Sync
+from paceline.data.ledger import RING
 from tests.simulation import known
 
+SMALL_RING = 4  # a loader that draws three ahead fills it with the batch in hand
 WORLDS = ("rounds", "log")
 
 
@@ -48,9 +50,19 @@ class Plan:
     server_places: int  # how many servers there may be
     server_wishes: tuple[tuple[int, int], ...]  # as ``wishes``
     kills_servers: bool
+    naps: bool  # does who has just had a turn get none for a while, now and then?
+    ring: int  # leases of one worker's that are not committed
+    checkpoint_every: int | None  # steps
+    stops_after: int  # turns, from the first checkpoint on: then the run is stopped, and another goes on from there
+    goes_on_with: int  # workers
 
     def script(self, rank: int) -> Script:
-        return self.scripts[rank % self.workers]
+        return self.scripts[rank % len(self.scripts)]
+
+    def resumed(self) -> Plan:
+        """Of the run that goes on. Nobody is wished for there, who was in the other."""
+        workers = self.goes_on_with
+        return replace(self, workers=workers, places=workers, wishes=(), checkpoint_every=None)
 
     @property
     def trains_on_all(self) -> bool:
@@ -67,8 +79,8 @@ class Plan:
         return first is None or counts[first] >= script.accumulate[first]
 
 
-def draw(random_: random.Random, world: str) -> Plan:
-    """A plan; most of them kill, and few do everything at once."""
+def draw(random_: random.Random, world: str, more: random.Random) -> Plan:
+    """A plan; most of them kill, and few do everything at once. What ``more`` draws changes nothing else."""
     workers, passes = random_.randint(1, 4), random_.randint(1, 3)
     if world == "rounds":
         pace: Pace = random_.choice((Sync(), Sync(), Sync(), Local(2)))
@@ -119,8 +131,39 @@ def draw(random_: random.Random, world: str) -> Plan:
         server_places=servers,
         server_wishes=(),
         kills_servers=False,
+        naps=False,
+        ring=RING,
+        checkpoint_every=None,
+        stops_after=0,
+        goes_on_with=workers,
     )
-    return _without_what_is_known(_with_server_wishes(_with_wishes(plan, random_), random_))
+    plan = _with_server_wishes(_with_wishes(plan, random_), random_)
+    return _without_what_is_known(_with_more(plan, more))
+
+
+def _with_more(plan: Plan, more: random.Random) -> Plan:
+    """In two fifths of the plans one or several of: naps, rings that are soon full, checkpoints to go on from."""
+    if more.random() < 0.62:
+        return plan
+    if more.random() < 0.6:
+        plan = replace(plan, naps=True)
+    if more.random() < 0.5:
+        plan = replace(plan, ring=more.randint(SMALL_RING, SMALL_RING + 2))
+    elif more.random() < 0.8:
+        least = plan.pace.count if isinstance(plan.pace, Quorum) else 1
+        # What was read behind the last step of a finished pass is gone.
+        scripts = tuple(replace(script, accumulate=(1,) * len(plan.batches)) for script in plan.scripts)
+        with_others = plan.leased and more.random() < 0.6  # dealt to others it is tests/unit/data/test_trained.py's
+        plan = replace(
+            plan,
+            scripts=scripts,
+            checkpoint_every=more.randint(1, 3),
+            stops_after=int(more.expovariate(1 / 200)),
+            goes_on_with=more.randint(least, max(least, 4)) if with_others else plan.workers,
+            wishes=plan.wishes if plan.leased else (),
+            gives_up=plan.gives_up if plan.leased else 0.0,
+        )
+    return plan
 
 
 def _with_wishes(plan: Plan, random_: random.Random) -> Plan:
@@ -154,7 +197,7 @@ def _without_what_is_known(plan: Plan) -> Plan:
         plan = replace(plan, streamed=False)
     if isinstance(plan.pace, Quorum) and not known.QUORUMS_EVALUATE_WITHIN_PASSES:
         plan = replace(plan, evaluates_every=None)
-    if plan.kill_every is not None or plan.wishes:
+    if plan.kill_every is not None or plan.wishes or plan.checkpoint_every is not None:
         plan = _without_what_newcomers_cannot(plan)
     if plan.leased and not known.FEWER_LEASES_THAN_WORKERS:
         owners = tuple(one if len(one) >= plan.places else tuple(range(plan.places)) for one in plan.owners)

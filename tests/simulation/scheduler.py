@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Hashable
 
 TURNS = 150_000  # far more than any schedule needs: one that takes them all goes round in circles
+_NAPS, _NAP = 0.02, 400  # how often who had a turn gets none for a while; how many turns, on average
 
 
 class Killed(BaseException):
@@ -30,6 +31,7 @@ class Task:
         self.name, self.body, self.weight = name, body, weight
         self.asleep_on: Hashable = None
         self.killed = self.ended = False
+        self.naps_until = 0  # turns
         self.baton = threading.Lock()
         self.baton.acquire()
         self.thread: threading.Thread | None = None
@@ -39,10 +41,16 @@ class Task:
 
 
 class Scheduler:
-    """Runs tasks to their ends. ``on_idle`` is asked to wake somebody when all are asleep."""
+    """Runs tasks to their ends. ``on_idle`` is asked to wake somebody when all are asleep. ``naps``: now and then who
+    has just had a turn gets none for a while, between two words that it reads perhaps, as long as others can go on."""
 
-    def __init__(self, random_: random.Random, trace: Callable[[str], None] | None = None) -> None:
-        self.random, self.trace = random_, trace
+    def __init__(
+        self,
+        random_: random.Random,
+        trace: Callable[[str], None] | None = None,
+        naps: random.Random | None = None,
+    ) -> None:
+        self.random, self.trace, self._naps = random_, trace, naps
         self.current: Task | None = None
         self.turns = 0
         self.failure: BaseException | None = None
@@ -165,6 +173,8 @@ class Scheduler:
             if alone:
                 return
             self._next_switch = self.turns + self._gap()
+            if self._naps is not None and self._naps.random() < _NAPS:
+                task.naps_until = self.turns + int(self._naps.expovariate(1 / _NAP))
             other = self._choose()
             if other is not task:
                 self._hand_over(other)
@@ -180,6 +190,8 @@ class Scheduler:
 
     def _choose(self) -> Task:
         ready = self._ready
+        if self._naps is not None:
+            ready = [task for task in ready if task.naps_until <= self.turns] or ready
         if len(ready) == 1:
             return ready[0]
         drawn = self.random.random() * sum(task.weight for task in ready)

@@ -20,9 +20,11 @@ from unittest.mock import patch
 import msgspec
 
 from paceline.config import Job, Local
+from paceline.data import ledger
 from paceline.data.loader import _streamed
 from paceline.data.part import Part
 from paceline.data.passes import Leases, one_pass
+from paceline.engine.checkpoint import saving
 from paceline.engine.context import Context
 from paceline.engine.exchange import exchange as exchange_module
 from paceline.engine.exchange import server
@@ -30,7 +32,7 @@ from paceline.engine.exchange.applier import Applier
 from paceline.engine.exchange.exchange import Exchange
 from paceline.engine.exchange.shards import Shards
 from paceline.engine.exchange.stepper import Stepper
-from paceline.engine.worker import handover
+from paceline.engine.worker import catching_up, handover
 from paceline.engine.worker.ending import Leave
 from paceline.engine.worker.worker import Worker
 from paceline.params.undo import Undo
@@ -69,10 +71,9 @@ class Life:
         board = SimulatedBoard(host)
         lock: Any = SimulatedLock(host.scheduler, board.journal)
         channel: Any = SimpleNamespace(send=self._send, receive=self._receive)
-        assign = "lease" if plan.leased else "round_robin"
-        places = {"max_workers": plan.places, "max_servers": plan.server_places or None}
-        job = Job("simulated", plan.workers, plan.servers, **places, pace=plan.pace, assign=assign)
-        context = Context(job, "worker", rank, Path(), channel, board, lock)
+        job = job_of(plan)
+        resume = None if host.resumed is None else Path()
+        context = Context(job, "worker", rank, Path(), channel, board, lock, resume)
         worker = Worker(context)
         model: Any = SimpleNamespace(training=True)
         worker.knows([model])
@@ -84,6 +85,9 @@ class Life:
                 self._ask(worker, board)
                 tell = partial(worker.passes.tell_returned, loader)
                 worker._leases[loader] = SimulatedLeases(host, loader, board.journal, lock, rank, tell)
+                resumed = worker._catching_up.resumed
+                if resumed is not None:  # as ``Worker._share_leases``
+                    worker._leases[loader].refill(*resumed.state["loaders"][loader]["ledger"])
         loaders = [Loader(index, worker, plan, rank, self._claims) for index in range(LOADERS)]
         try:
             Played(self._plan, self._claims, rank, worker, exchange, loaders, model).play(plan.script(rank))
@@ -104,6 +108,9 @@ class Life:
         exchange.attach(exchange.memory, 1, close)
         worker._exchanges.append(exchange)
         if not collectives._is_filled():
+            resumed = worker._catching_up.resumed
+            if resumed is not None:
+                exchange.go_on_from(resumed.state["exchanges"][0])
             collectives._publish()
         exchange.adopt()
         worker._samples_at_step.append(worker.progress.samples)
@@ -129,6 +136,8 @@ class Life:
         return self.kept.pop(0), (os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC),)
 
     def _send(self, message: messages.Any, descriptors: Sequence[int] = ()) -> None:
+        if isinstance(message, messages.Part):
+            self._claims.saves(message.number)
         # What is sent when some time has passed says nothing here: a schedule must not depend on a clock.
         if not isinstance(message, messages.Steps):
             self._host.scheduler.turn()
@@ -426,8 +435,27 @@ class SimulatedShard:
         copy[self._part] = self._claims.version(self._part)
 
 
+class Resumed:
+    """A checkpoint, as engine/checkpoint/snapshot.py: of what is the scripts' own nothing is in it."""
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+    def own(self, rank: int) -> None:
+        return None
+
+
 class Snapshots:
-    """What newcomers are told has no tensors here."""
+    """What newcomers are told, and what is in a checkpoint, has no tensors here."""
+
+    @staticmethod
+    def shared_groups(exchanges: Any, models: Any) -> dict[str, Any]:
+        return {}
+
+    @staticmethod
+    def send(channel: Any, number: int, step: int, groups: Any, documents: Any) -> None:
+        if "state" in documents:
+            channel.send(messages.Part(number, step, msgspec.json.encode(documents["state"])))
 
     @staticmethod
     def pack(groups: Any, documents: Any) -> tuple[bytes, int]:
@@ -462,6 +490,19 @@ class RecordingApplier(Applier):
         super()._step(shard, part, entry)
 
 
+def job_of(plan: Plan) -> Job:
+    return Job(
+        "simulated",
+        plan.workers,
+        plan.servers,
+        max_workers=plan.places,
+        max_servers=plan.server_places or None,
+        pace=plan.pace,
+        assign="lease" if plan.leased else "round_robin",
+        checkpoint_every=plan.checkpoint_every,
+    )
+
+
 def spec_of(host: Host) -> Any:
     return SimpleNamespace(workers=host.workers, servers=host.servers, parts=host.parts, damping=False, compensate=0)
 
@@ -487,13 +528,17 @@ def serve(host: Host, claims: Claims, rank: int, channel: int) -> None:
 
 
 @contextmanager
-def in_place(host: Host, claims: Claims) -> Iterator[None]:
-    """The kernel and the tensors are the simulation's, until the block is left."""
+def in_place(host: Host, claims: Claims, ring: int) -> Iterator[None]:
+    """The kernel and the tensors are the simulation's, until the block is left; rings of leases are so long."""
     futexes = Futexes(host)
     with (
         patch.object(futex, "wait", futexes.wait),
         patch.object(futex, "wake", futexes.wake),
         patch.object(handover, "snapshot", Snapshots),
+        patch.object(saving, "snapshot", Snapshots),
+        patch.object(catching_up, "Resumed", lambda _: Resumed(host.resumed)),
+        patch.object(ledger, "RING", ring),
+        patch.object(ledger, "_WORKER", ledger._WORKER - ledger.RING + ring),
         patch.object(exchange_module, "Replica", partial(SimulatedReplica, claims)),
         patch.object(exchange_module, "Shards", partial(SimulatedShards, claims)),
         patch.object(exchange_module, "Applier", partial(RecordingApplier, claims)),

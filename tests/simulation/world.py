@@ -7,7 +7,13 @@ import signal
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
+import msgspec
+
+from paceline.config import Quorum
+from paceline.data.ledger import RING
+from paceline.engine.checkpoint import resume_from
 from paceline.protocol import messages
 from paceline.protocol.coordinator import Coordinator
 from paceline.protocol.effects import (
@@ -28,24 +34,41 @@ from paceline.protocol.effects import (
 from paceline.protocol.rounds import LEFT
 from paceline.transport.channel import Channel
 from tests.simulation import known, plans
-from tests.simulation.claims import Claims
+from tests.simulation.claims import Batch, Claims
 from tests.simulation.memory import Host, SimulatedBoard, SimulatedLock
 from tests.simulation.scheduler import Scheduler, Task
-from tests.simulation.worker import Life, in_place, serve
+from tests.simulation.worker import Life, in_place, job_of, serve
 
 _INBOX = "inbox"
 _LATE_LOOKS = 2  # for each that is killed
 _RESTARTS = 1 << 20
 
 
+class Saved(Exception):
+    """The run is stopped; another goes on from its checkpoint."""
+
+
 class World:
-    def __init__(self, seed: int, world: str, trace: Callable[[str], None] | None = None) -> None:
-        random_ = random.Random(f"{world} {seed}")
-        self.plan = plan = plans.draw(random_, world)
-        self.scheduler = Scheduler(random_, trace)
+    """``before``: a run that was stopped, from whose checkpoint this one goes on."""
+
+    def __init__(
+        self, seed: int, world: str, trace: Callable[[str], None] | None = None, before: World | None = None
+    ) -> None:
+        random_, more = random.Random(f"{world} {seed}"), random.Random(f"new {world} {seed}")
+        self.plan = plan = plans.draw(random_, world, more) if before is None else before.plan.resumed()
+        self.scheduler = Scheduler(random_, trace, more if plan.naps else None)
         self.host = Host(self.scheduler, plan.workers, plan.places, plan.servers, plan.server_places, plan.parts)
         self.claims = Claims(self.host, plan)
-        self._random, self._trace = random_, trace
+        self.saved: dict[str, Any] | None = None  # the checkpoint's state
+        self.counted: Sequence[Batch] = ()  # the batches that count in it
+        self._before = before
+        if before is not None:
+            assert before.saved is not None
+            self.host.resumed = before.saved
+            number = before.saved["exchanges"][0]["number"]
+            pushes_a_step = plan.workers if plan.parts and not isinstance(plan.pace, Quorum) else 1
+            self.claims = Claims(self.host, plan, before.counted, number * pushes_a_step)
+        self._seed, self._world, self._random, self._trace = seed, world, random_, trace
         self._lives: dict[int, Life] = {}  # by rank, the newest
         self._tasks: dict[int, Task] = {}
         self._serving: dict[int, Task] = {}  # by rank, the newest
@@ -59,15 +82,32 @@ class World:
 
     def run(self) -> Claims:
         """Raises AssertionError where a claim does not hold."""
+        if self._is_played():
+            self.claims.check()
+            return self.claims
+        after = World(self._seed, self._world, self._trace, self)
+        after.run()
+        self.claims.met += after.claims.met
+        self.claims.met["resumed"] += 1
+        self.claims.met["resumed with others"] += after.plan.workers != self.plan.workers
+        return self.claims
+
+    def _is_played(self) -> bool:
+        """False: it was stopped."""
+        try:
+            self._play()
+        except Saved:
+            return False
+        return True
+
+    def _play(self) -> None:
         plan, scheduler = self.plan, self.scheduler
         scheduler.on_kill, scheduler.on_idle = self._kill, self._look_again
         mine, its = Channel.pair()  # the launcher's way to the servers
         try:
-            with in_place(self.host, self.claims):
-                for rank in range(plan.servers):
-                    self._start_server(rank, its)
-                for rank in range(plan.workers):
-                    self._start_worker(rank)
+            with in_place(self.host, self.claims, plan.ring):
+                if self._before is None:
+                    self._start(its)
                 scheduler.start("launcher", lambda: self._launch(mine, its))
                 if plan.wishes:
                     scheduler.start("user", lambda: self._wish(plan.wishes, Wished))
@@ -78,13 +118,20 @@ class World:
         finally:
             mine.close()
             its.close()
-        self.claims.check()
-        return self.claims
+
+    def _start(self, its: Channel) -> None:
+        for rank in range(self.plan.servers):
+            self._start_server(rank, its)
+        for rank in range(self.plan.workers):
+            self._start_worker(rank)
 
     @property
     def met(self) -> Counter[str]:
         """What there was to be seen in this schedule."""
-        return self.claims.met + Counter(leased=int(self.plan.leased), servers=self.plan.servers)
+        plan, met = self.plan, Counter(self.claims.met)
+        met.update({"leased": plan.leased, "servers": plan.servers, "naps": plan.naps})
+        met["rings that are soon full"] = plan.leased and plan.ring < RING
+        return met
 
     def _start_server(self, rank: int, channel: Channel) -> None:
         def live() -> None:
@@ -101,7 +148,7 @@ class World:
             life.run()
             self._tell(Died("worker", rank, 0, 0))
 
-        weight = self.plan.weights[rank % self.plan.workers]
+        weight = self.plan.weights[rank % len(self.plan.weights)]
         self._lives[rank], self._tasks[rank] = life, self.scheduler.start(f"worker {rank}", live, weight)
 
     def _wish(self, wishes: Sequence[tuple[int, int]], wished: Callable[[int], Wished]) -> None:
@@ -118,6 +165,9 @@ class World:
 
     def _launch(self, to_servers: Channel, its: Channel) -> None:
         board = SimulatedBoard(self.host)
+        if self._before is not None:
+            resume_from.fill_board(self.host.resumed, board, job_of(self.plan))
+            self._start(its)
         board.journal.map(1, self.host.exchange.words)
         for loader, segment in enumerate(self.host.ledgers):
             board.journal.map(100 + loader, segment.words)
@@ -133,6 +183,9 @@ class World:
             if isinstance(event, Came) and isinstance(event.message, messages.Kept):
                 self._lives[event.message.rank].kept.append(event.message)
                 self.scheduler.wake(f"worker {event.message.rank}'s channel")
+                continue
+            if isinstance(event, Came) and isinstance(event.message, messages.Part):
+                self._stop(event.message)
                 continue
             if isinstance(event, Died) and event.role == "worker" and event.status:
                 coordinator._restarts = 0 if self._gives_up(event.rank) else _RESTARTS
@@ -186,6 +239,13 @@ class World:
         to_servers.send(messages.Stop("all workers have finished"))
         board.wake_all()
 
+    def _stop(self, part: messages.Part) -> None:
+        """There is a checkpoint; some time later the run is stopped."""
+        self.saved, self.counted = msgspec.json.decode(part.layout), self.claims.saved[part.number]
+        for _ in range(self.plan.stops_after):
+            self.scheduler.turn()
+        raise Saved
+
     def _give(self, rank: int, number: int) -> None:
         self.scheduler.turn()
         self._lives[rank].given.add(number)
@@ -217,7 +277,7 @@ class World:
             self._aimed = None
             self._plan_kill()
             return
-        alive = [rank for rank in sorted(self._lives) if self._is_alive(rank)]
+        alive = [rank for rank in sorted(self._lives) if self._is_alive(rank) and self._may_be_killed]
         current = [rank for rank in alive if self._tasks[rank] is self.scheduler.current]
         if alive:
             number = 1 if self._random.random() < 0.8 else self._random.randint(1, len(alive))
@@ -263,6 +323,13 @@ class World:
         if self.host.board.raw("gone")[rank] == LEFT and not known.LEFT_ARE_KILLED:
             return False
         return not (self._tasks[rank].killed or self._tasks[rank].ended)
+
+    @property
+    def _may_be_killed(self) -> bool:
+        """Has somebody taken up what the run goes on from?"""
+        ledgers = self.host.ledgers if self.plan.leased else ()
+        taken_up = self.host.board.stored.get(5) and all(ledger.stored for ledger in ledgers)
+        return self._before is None or known.RESUMED_ARE_KILLED_AT_ONCE or bool(taken_up)
 
     def _look_again(self) -> bool:
         """All are asleep, of whom some may look again without being woken: after a death, and only then."""

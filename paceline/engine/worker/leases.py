@@ -71,15 +71,15 @@ class Leases:
         """How many batches of this epoch count so far."""
         return self._ledger.committed
 
-    def left(self) -> tuple[int, int, list[int]]:
+    def left(self) -> tuple[int, int, list[int], int]:
         """Under the lock: what of the epoch does not count; see ``Ledger.left``."""
         return self._ledger.left()
 
-    def refill(self, epoch: int, first: int, before: Sequence[int]) -> None:
+    def refill(self, epoch: int, first: int, before: Sequence[int], committed: int = 0) -> None:
         """Go on with an epoch as ``left`` told it, unless that has been done."""
         with self._lock:
             if epoch >= 0 and self._ledger.is_new:
-                self._ledger.refill(epoch, first, before)
+                self._ledger.refill(epoch, first, before, committed)
                 self._tell(self._ledger.returned)
 
     def settle(self, worker: int, place: int) -> None:

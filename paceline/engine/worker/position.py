@@ -34,7 +34,7 @@ def tell(context: Context, loaders: int, leases: Mapping[int, Leases], trained: 
         sharers = range(job.workers) if job.data != "shared" else board.sharers(loader, now) or workers
         done = [0] * len(sharers)
         for part, w in enumerate(sharers) if loader not in leases else ():
-            if passes[w] > now:
+            if passes[w] > now and board.look(loader, passes[w], w)[2]:  # it may have had nothing to evaluate
                 done[part] = ALL
             elif board.places[2 * w] == key_of(loader, now):
                 done[part] = board.places[2 * w + 1]

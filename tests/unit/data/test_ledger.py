@@ -180,14 +180,49 @@ def test_what_is_left_can_be_dealt_to_others(workers: int, total: int, ahead: in
     for _ in range(turns):
         random_.choice(everybody).act(random_)
     counted = [ordinal for worker in everybody for ordinal in worker.counted]
-    epoch, first, before = ledger.left()
+    epoch, first, before, committed = ledger.left()
     other = make(workers + 1)
     assert other.is_new
-    other.refill(epoch, first, before)
+    other.refill(epoch, first, before, committed)
     assert not other.is_new
+    assert other.committed == len(counted)
+    assert other.left() == (epoch, first, before, committed)
     found = []
     for rank in range(workers + 1):
         other.open(0, rank, range(workers + 1))
     while (ordinal := other.draw(0, total)) is not None:
         found.append(ordinal)
     assert sorted([*counted, *found]) == list(range(total))
+
+
+def test_as_many_can_come_back_as_the_rings_hold() -> None:
+    ledger = make(1)
+    ledger.open(0, 0, [])
+    for ordinal in range(RING):
+        ledger.draw(0, None, ordinal)
+    ledger.give_back(0, begun=False)
+    assert ledger.returned == RING
+    assert ledger.draw(0, None, RING) == RING  # a stream that is past what came back
+    with pytest.raises(AssertionError, match="room"):
+        ledger.give_back(0, begun=False)
+
+
+def test_as_many_are_taken_from_another_run_as_there_is_room_for() -> None:
+    ledger = make(1)
+    ledger.refill(0, RING, range(RING), 0)
+    assert ledger.returned == RING
+    with pytest.raises(ValueError, match="1025 batches were out, 1024 can be taken back"):
+        make(1).refill(0, RING + 1, range(RING + 1), 0)
+
+
+def test_a_pass_begins_with_nothing_of_another() -> None:
+    """A script that goes through its loader twice at once: what the first pass had in hand is not the second's."""
+    ledger = make(1)
+    ledger.open(0, 0, [0])
+    assert [ledger.draw(0, 3), ledger.draw(0, 3)] == [0, 1]
+    assert ledger.begin(0)
+    ledger.open(1, 0, [0])
+    assert ledger.draw(0, 3) == 0
+    assert ledger.begin(0)
+    ledger.commit(0)
+    assert ledger.committed == 1

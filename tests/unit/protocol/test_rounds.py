@@ -159,6 +159,32 @@ def test_a_worker_that_leaves_its_next_pass_while_it_is_looked_at_can_still_push
     assert close_round(3, [2, 3], where, [0] * len(where.gone)) == Waiting(0, "worker 0 has not pushed round 3")
 
 
+def test_it_is_not_out_of_data_either() -> None:
+    """As before, and worker 0 is asked for alone: its place is read once."""
+    where = board("00", "10", loader0="22")
+
+    def go_on() -> None:
+        where.parked = [0, 0]
+        where.finished[0][0] = 3
+
+    where.parked = WhileRead(where.parked, at=0, then=go_on)
+    assert isinstance(quorum_met(2, [1], where), Waiting)
+
+
+def test_who_goes_on_while_another_is_looked_at_can_still_push() -> None:
+    """Worker 0 is seen at the tail; then worker 2 gives a batch back, worker 0 goes on with it, and worker 2 parks."""
+    where = board("000", "000")
+    where.parked[0] = 1 + TAIL
+    looks = iter(range(9))
+
+    def give_back_and_park() -> None:
+        if next(looks) == 1:  # the first is at the places of all
+            where.parked = [0, 0, 1 + TAIL]
+
+    where.gone = WhileRead(where.gone, at=2, then=give_back_and_park)
+    assert close_round(3, [2, 3, 2], where, [0] * len(where.gone)) == Waiting(0, "worker 0 has not pushed round 3")
+
+
 def test_who_had_nothing_to_read_is_excused_until_somebody_evaluates_there() -> None:
     where = board("000", "010", loader0="010")
     where.parked[1] += EMPTY
