@@ -31,6 +31,6 @@ NORMS_OF_THE_DEAD = False
 # At pace bounded a newcomer takes up the clock of the slowest, and counts some time later.
 NEWCOMERS_JOIN_WITHIN_THE_BOUND = True
 # In a run that goes on from a checkpoint all that could have taken it up are dead before they have.
-RESUMED_ARE_KILLED_AT_ONCE = False
+RESUMED_ARE_KILLED_AT_ONCE = True
 # A death gives back batches while a round that it is in is not over, and frees who waits for them at the tail.
 DEATHS_FREE_TAILS = True

@@ -33,6 +33,7 @@ from paceline.engine.exchange.exchange import Exchange
 from paceline.engine.exchange.shards import Shards
 from paceline.engine.exchange.stepper import Stepper
 from paceline.engine.worker import catching_up, handover
+from paceline.engine.worker import worker as worker_module
 from paceline.engine.worker.ending import Leave
 from paceline.engine.worker.worker import Worker
 from paceline.params.undo import Undo
@@ -85,7 +86,7 @@ class Life:
                 self._ask(worker, board)
                 tell = partial(worker.passes.tell_returned, loader)
                 worker._leases[loader] = SimulatedLeases(host, loader, board.journal, lock, rank, tell)
-                resumed = worker._catching_up.resumed
+                resumed = worker._checkpoint() if worker._leases[loader].is_new else None
                 if resumed is not None:  # as ``Worker._share_leases``
                     worker._leases[loader].refill(*resumed.state["loaders"][loader]["ledger"])
         loaders = [Loader(index, worker, plan, rank, self._claims) for index in range(LOADERS)]
@@ -108,7 +109,7 @@ class Life:
         exchange.attach(exchange.memory, 1, close)
         worker._exchanges.append(exchange)
         if not collectives._is_filled():
-            resumed = worker._catching_up.resumed
+            resumed = worker._checkpoint()
             if resumed is not None:
                 exchange.go_on_from(resumed.state["exchanges"][0])
             collectives._publish()
@@ -537,6 +538,7 @@ def in_place(host: Host, claims: Claims, ring: int) -> Iterator[None]:
         patch.object(handover, "snapshot", Snapshots),
         patch.object(saving, "snapshot", Snapshots),
         patch.object(catching_up, "Resumed", lambda _: Resumed(host.resumed)),
+        patch.object(worker_module, "Resumed", lambda _: Resumed(host.resumed)),
         patch.object(ledger, "RING", ring),
         patch.object(ledger, "_WORKER", ledger._WORKER - ledger.RING + ring),
         patch.object(exchange_module, "Replica", partial(SimulatedReplica, claims)),

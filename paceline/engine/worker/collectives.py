@@ -109,12 +109,12 @@ class Collectives:
         exchange: Exchange,
         account: Close,
         attached: Callable[[], None],
-        resumed: Resumed | None = None,
+        checkpoint: Callable[[], Resumed | None] = lambda: None,
         index: int = 0,
     ) -> None:
         """Put an exchange's parameters and state in shared memory. Raises ConfigError, HostError.
 
-        ``resumed``: what they are taken from, there as exchange ``index``.
+        ``checkpoint``: asks what they are taken from, there as exchange ``index``.
         """
         spec = exchange.spec
         what = f"{type(exchange.optimizer).__name__} over {spec.table.values} parameters"
@@ -124,6 +124,7 @@ class Collectives:
         attached()  # from here on the dead are to be buried in it, also while this worker waits below
         if not self._is_filled():
             segment.enlarge(memory, segment.in_use(size_bytes(spec), by_place(spec), self._board.width))
+            resumed = checkpoint()
             if resumed is not None:
                 resumed.fill(index, exchange)
             exchange.publish()

@@ -71,6 +71,11 @@ class Leases:
         """How many batches of this epoch count so far."""
         return self._ledger.committed
 
+    @property
+    def is_new(self) -> bool:
+        """Has no epoch begun?"""
+        return self._ledger.is_new
+
     def left(self) -> tuple[int, int, list[int], int]:
         """Under the lock: what of the epoch does not count; see ``Ledger.left``."""
         return self._ledger.left()

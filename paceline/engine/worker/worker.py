@@ -20,6 +20,7 @@ from paceline.data.loader import Count, share
 from paceline.data.part import Part
 from paceline.data.trained import Trained
 from paceline.engine.checkpoint.saving import Saving
+from paceline.engine.checkpoint.snapshot import Resumed
 from paceline.engine.context import Context
 from paceline.engine.exchange.exchange import Exchange
 from paceline.engine.exchange.meeting import Push, Round
@@ -160,7 +161,7 @@ class Worker:
             exchange,
             lambda entry: self._close(exchange, entry, account),
             lambda: self._exchanges.append(exchange),
-            self._catching_up.resumed,
+            self._checkpoint,
             len(self._exchanges),
         )
         self._samples_at_step.append(self.progress.samples)
@@ -208,15 +209,24 @@ class Worker:
         return index
 
     def _share_leases(self, loader: int) -> None:
-        workers, resumed = self._board.workers, self._catching_up.resumed
+        workers = self._board.workers
         memory, _ = self.collectives.ask("ledger", b"", leases_bytes(workers), f"the ledger of loader {loader}")
         tell = partial(self.passes.tell_returned, loader)
         leases = Leases(memory, self.collectives.number, self._lock, self.rank, workers, tell)
         self._leases[loader] = leases
+        resumed = self._checkpoint() if leases.is_new else None
         if resumed is not None and loader < len(resumed.state["loaders"]):
             ledger = resumed.state["loaders"][loader]["ledger"]
             if ledger is not None and self._part.left_of(loader, ledger[0]) is None:
                 leases.refill(*ledger)
+
+    def _checkpoint(self) -> Resumed | None:
+        """What the run goes on from, for whoever is the first to need it: also a newcomer, where those have died that
+        had read it. Once there is another checkpoint, somebody has trained."""
+        resumed, path = self._catching_up.resumed, self.context.resume
+        if resumed is None and path is not None and not self._catching_up.joined and not self._board.checkpoint:
+            return Resumed(path)
+        return resumed
 
     def knows(self, models: Sequence[nn.Module]) -> None:
         """The wrapped models: whether they are in training mode tells an evaluation from training."""
