@@ -169,8 +169,7 @@ class Ledger:
         place = words[start + _END]
         if place - words[start + _FIRST] >= RING:
             assert words[start + _FIRST] < words[start + _BEGUN], "more batches drawn ahead than the ring has room for"
-            words[_COMMITTED] += 1
-            words[start + _FIRST] += 1
+            self.commit(worker, words[start + _FIRST] + 1)
         words[start + 4 + place % RING] = lease
         words[start + _END] = place + 1
 

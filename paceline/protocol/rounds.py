@@ -116,24 +116,22 @@ def close_round(
 
     Must be asked by somebody who holds the round open: a contributor, or a server that has seen one.
     """
-    contributors = []
-    missing = []
-    for worker in range(board.width):
-        if pushed[worker] >= number:
-            contributors.append(worker)
-        elif since[worker] <= (number if of_round is None else of_round) or _is_dying(worker, board, since):
-            missing.append(worker)
-    before = _places(missing, board)
-    for worker in missing:
-        if not is_out(worker, board):
-            return Waiting(_told_by(worker, board), f"worker {worker} has not pushed round {number}")
-    for worker, then, now in zip(missing, before, _places(missing, board), strict=True):
-        if then != now:
-            return Waiting(_told_by(worker, board), f"worker {worker} has not pushed round {number}")
-    for worker in range(board.width):  # who was seen to be out, or dead, may have pushed before that
-        if worker not in contributors and pushed[worker] >= number:
-            return Waiting(worker, f"worker {worker} has just pushed round {number}")
-    return Closed(tuple(contributors))
+    first = number if of_round is None else of_round
+    while True:
+        seen = list(pushed)
+        contributors = tuple(worker for worker in range(board.width) if seen[worker] >= number)
+        missing = [
+            worker
+            for worker in range(board.width)
+            if seen[worker] < number and (since[worker] <= first or _is_dying(worker, board, since))
+        ]
+        places = _places(missing, board)
+        for worker in missing:
+            if not is_out(worker, board):
+                return Waiting(_told_by(worker, board), f"worker {worker} has not pushed round {number}")
+        # Who was seen to be out, or dead, may have pushed before that; who was looked at first may have gone on.
+        if (_places(missing, board), list(pushed)) == (places, seen):
+            return Closed(contributors)
 
 
 def _is_dying(worker: int, board: Board, since: Column) -> bool:
@@ -263,11 +261,8 @@ def is_out(worker: int, board: Board) -> bool:
 
 def next_to_act(board: Board) -> int | None:
     """A worker without whose next word no round can begin, or ``common`` if they all stand; None when all are gone.
-    For servers with nothing to do."""
-    joins = board.joins
+    For servers with nothing to do. Who joins meanwhile may be overlooked, and wakes those who sleep on ``common``."""
     present = [worker for worker in range(board.width) if board.gone[worker] != LEFT]
-    if not present and joins != board.joins:
-        return next_to_act(board)
     for worker in present:
         if not _excused(worker, board):
             return _told_by(worker, board)

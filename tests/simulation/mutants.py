@@ -71,10 +71,10 @@ class Mutant:
         return f"{self.module.__name__.rpartition('.')[2]}.{self.function}: {self.what}"
 
     @property
-    def world(self) -> str:
+    def worlds(self) -> tuple[str, ...]:
         """Where it matters most."""
         in_rounds = self.module is rounds and self.function not in ("quorum_met", "within_bound")
-        return "rounds" if in_rounds or self.module is ledger else "log"
+        return WORLDS if self.module is ledger else ("rounds",) if in_rounds else ("log",)
 
     @property
     def place(self) -> str:
@@ -208,7 +208,8 @@ def _live(mutant: Mutant, seeds: int, told: Connection) -> None:
     mutant.put_in_place()
     for seed in range(seeds):
         try:
-            World(seed, mutant.world if seed > 20 else WORLDS[seed % len(WORLDS)]).run()
+            worlds = mutant.worlds if seed > 20 else WORLDS
+            World(seed, worlds[seed % len(worlds)]).run()
         except BaseException as error:  # noqa: BLE001  whatever goes wrong, somebody would have seen it
             text = str(error).partition("\n")[0][:80]
             told.send(f"seed {seed}: {type(error).__name__} {text}")

@@ -195,6 +195,18 @@ def test_what_is_left_can_be_dealt_to_others(workers: int, total: int, ahead: in
     assert sorted([*counted, *found]) == list(range(total))
 
 
+def test_what_another_has_taken_is_not_counted_when_the_ring_is_full() -> None:
+    ledger = make(2)
+    ledger.open(0, 0, [])
+    for _ in range(RING):
+        ledger.draw(0, RING)
+    assert ledger.draw(1, RING) == RING - 1
+    assert [ledger.begin(0) for _ in range(RING)] == [True] * (RING - 1) + [False]
+    for ordinal in range(RING, 2 * RING):
+        ledger.draw(0, None, ordinal)
+    assert ledger.committed == RING - 1
+
+
 def test_as_many_can_come_back_as_the_rings_hold() -> None:
     ledger = make(1)
     ledger.open(0, 0, [])

@@ -257,20 +257,6 @@ def test_a_server_with_nothing_to_do_looks_to_one_that_can_act(where: Lists, wor
     assert next_to_act(where) == worker
 
 
-def test_a_worker_that_joins_while_a_server_looks_is_there() -> None:
-    """Worker 0 is seen gone; then another comes to its place, and worker 1 leaves before it is looked at."""
-    where = board("10", "00")
-
-    def come_and_leave() -> None:
-        if not where.joins:
-            where.joins = 1
-            list.__setitem__(where.gone, 0, 0)
-            list.__setitem__(where.gone, 1, 1)
-
-    where.gone = WhileRead(where.gone, at=0, then=come_and_leave)
-    assert next_to_act(where) == 0
-
-
 # --- deaths ---
 
 
@@ -308,7 +294,7 @@ def test_who_pushes_and_dies_while_it_is_looked_at_is_in_the_round() -> None:
         list.__setitem__(where.gone, 1, AWAY)
 
     where.gone = WhileRead([0, AWAY], at=1, then=push_and_die)
-    assert close_round(3, pushed, where, since("0-")) == Waiting(1, "worker 1 has just pushed round 3")
+    assert close_round(3, pushed, where, since("0-")) == Closed((0, 1))
 
 
 @pytest.mark.parametrize(
