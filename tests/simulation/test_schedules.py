@@ -63,7 +63,7 @@ def test_schedules_reach_what_the_claims_are_about() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "rounds.close_round: pushed[worker] >= number is flipped",
+        "rounds.close_round: seen[worker] >= number is flipped",
         "rounds.holding: board.gone[worker] != LEFT is flipped",
         "rounds.all_stepped: rescuer == me is flipped",
         "log.Log.append: kept[_APPENDED] = number is dropped",
