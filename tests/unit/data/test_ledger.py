@@ -132,6 +132,18 @@ def test_a_stream_gets_no_batch_that_it_has_passed() -> None:
     assert ledger.draw(0, None, 3) == 3
 
 
+def test_what_lies_behind_the_end_of_a_stream_is_not_taken_for_what_is_begun_next() -> None:
+    ledger = make(1)
+    ledger.open(0, 0, [0])
+    assert [ledger.draw(0, None, 0), ledger.draw(0, None, 1)] == [0, 1]
+    assert ledger.begin(0)
+    ledger.drop(0)
+    assert ledger.draw(0, None, 2) == 2
+    assert ledger.begin(0)
+    ledger.give_back(0, begun=False)
+    assert ledger.returned == 0
+
+
 def test_a_pass_without_end_does_not_fill_the_ledger() -> None:
     ledger = make(1)
     ledger.open(0, 0, [0])
@@ -193,6 +205,16 @@ def test_what_is_left_can_be_dealt_to_others(workers: int, total: int, ahead: in
     while (ordinal := other.draw(0, total)) is not None:
         found.append(ordinal)
     assert sorted([*counted, *found]) == list(range(total))
+
+
+def test_when_the_ring_is_full_one_makes_room_for_one() -> None:
+    ledger = make(1)
+    ledger.open(0, 0, [])
+    for ordinal in range(RING):
+        ledger.draw(0, None, ordinal)
+    assert [ledger.begin(0) for _ in range(3)] == [True] * 3
+    ledger.draw(0, None, RING)
+    assert ledger.committed == 1
 
 
 def test_what_another_has_taken_is_not_counted_when_the_ring_is_full() -> None:
