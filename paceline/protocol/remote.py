@@ -373,4 +373,10 @@ class Printed(_Said, frozen=True, tag=63):
     data: bytes
 
 
-Any_ = Piece | Ask | Answer | Stop | Took | Show | Keep | Shown | Printed
+class Still(_Said, frozen=True, tag=64):
+    """...my process has used no processor for so many seconds, and it is not you it waits for. No answer."""
+
+    seconds: float
+
+
+Any_ = Piece | Ask | Answer | Stop | Took | Show | Keep | Shown | Printed | Still

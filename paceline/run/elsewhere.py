@@ -17,6 +17,7 @@ from typing import Protocol
 from paceline.engine.elsewhere.line import STOPPED, Line, NotLetIn
 from paceline.engine.elsewhere.mail import PATIENCE
 from paceline.engine.elsewhere.remote import RemoteWorker
+from paceline.engine.elsewhere.stillness import tell_of_stillness
 from paceline.errors import HostError, PacelineError
 from paceline.protocol import messages, remote
 from paceline.protocol.link import Peer
@@ -57,11 +58,14 @@ def meet(
         )
         link = connect(end, address, _CONNECT_S)
         try:
-            return RemoteWorker(link, line, rank, hosts)
+            worker = RemoteWorker(link, line, rank, hosts)
         except NotLetIn as reason:
             if time.monotonic() > deadline_s:
                 raise HostError(f"worker {rank} is not let in: {reason}") from None
             time.sleep(_AGAIN_S)
+        else:
+            tell_of_stillness(link, line)
+            return worker
 
 
 class Home(Protocol):

@@ -28,6 +28,7 @@ from paceline.transport.journal import Journal, Watched
 MAGIC = 0x31304C4341504C43
 MAX_LOADERS = 1024  # some scripts make and wrap a loader for every epoch
 COLLECTIVES = MAX_LOADERS - 1  # stands for a loader: its passes are what all workers have called together, as run.wrap
+AWAITS_OTHERS, AWAITS_ITS_WORKER = 1, 2  # what a process waits for, as told in its word of ``asleep``; 0: nothing
 _LINE = 8  # words in a cache line: members' change counts do not share one
 _SPINS = 40
 _WAIT_S = 0.5  # a sleeper looks for an abort at least this often, whoever forgot to wake it
@@ -74,7 +75,7 @@ class Board:
         self.on_alarm: Callable[[Callable[[], object]], None] = lambda ask: None
         self._heard = 0
         start = offsets["asleep"]
-        self.asleep = self._words[start : start + self.members]  # who waits for others; for the launcher to look at
+        self.asleep = self._words[start : start + self.members]  # who waits, and for what; for the launcher to look at
         self._asleep = start + self.members  # whose process this is; before it is known, nobody
         # For the launcher too: the number of the batch that a worker computes on (0: none, or it has not stepped yet),
         # and how long it has computed at most on the way to a step.
@@ -202,13 +203,17 @@ class Board:
             self.in_hand[member] = self.strikes[member] = 0
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """This process waits for others by other means."""
-        self._words[self._asleep] = 1
+    def waiting(self, what: int = AWAITS_OTHERS) -> Iterator[None]:
+        """This process waits by other means than ``wait``."""
+        self._words[self._asleep] = what
         try:
             yield
         finally:
             self._words[self._asleep] = 0
+
+    def is_awaited(self, member: int) -> bool:
+        """Do others wait, and this one not for them?"""
+        return self.asleep[member] != AWAITS_OTHERS and any(word == AWAITS_OTHERS for word in self.asleep[: self.width])
 
     def publish(self, number: int) -> None:
         """Under the run's lock: the memory of this collective is filled."""
@@ -321,7 +326,7 @@ class Board:
             seen = self._words[index]
             again = ask()
             if isinstance(again, Waiting) and again.on == answer.on:
-                self._words[self._asleep] = 1
+                self._words[self._asleep] = AWAITS_OTHERS
                 futex.wait(self._address + index * 8, seen & 0xFFFFFFFF, _WAIT_S)
                 self._words[self._asleep] = 0
                 again = ask()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import socket
@@ -51,13 +52,15 @@ if run.is_main:
         json.dump([p.detach().flatten().tolist() for p in model.parameters()], file)
 """
 
-# Writes how often each sample was counted. With a second argument worker 1 dies in its third step of epoch 1, once.
+# Writes how often each sample was counted. With a second argument worker 1 dies in its third step of epoch 1, or does
+# nothing any more, once.
 COUNT = """
 import json
 import os
 import shutil
 import signal
 import sys
+import threading
 
 from counting import job, mark
 
@@ -73,6 +76,8 @@ for epoch in range(epochs):
         mark(counts, numbers)
         if len(sys.argv) > 1 and run.rank == 1 and (epoch, steps) == (1, 2) and not os.path.exists("died"):
             open("died", "w").close()
+            if sys.argv[1] == "hang":
+                threading.Event().wait()
             os.kill(os.getpid(), signal.SIGKILL)
         optimizer.step()
         run.log(loss=float(steps))
@@ -157,6 +162,19 @@ def test_a_worker_that_is_started_again_by_hand_takes_its_place(runner: Runner, 
     assert (ended.code, again.end().code) == (0, 0), ended.err
     assert counts(ended) == [3.0] * 64
     assert "worker 1 is lost" in ended.out
+
+
+def test_a_worker_that_does_nothing_loses_its_place(runner: Runner) -> None:
+    runner.write("counting.py", COUNTING)
+    runner.write("count.py", COUNT)
+    variables = two_ranks() | {"PACELINE_HANG_TIMEOUT": "1"}
+    first, second = by_hand(runner, "count.py", "hang", **variables)
+    assert second.end().code == -signal.SIGKILL  # it had home's memory in use
+    again = runner.start("count.py", "hang", RANK="1", **variables)
+    ended = first.end()
+    assert (ended.code, again.end().code) == (0, 0), ended.err
+    assert counts(ended) == [3.0] * 64
+    assert re.search("worker 1 is lost: it has done nothing for [1-9][0-9]* s while others wait for it", ended.out)
 
 
 @pytest.mark.long

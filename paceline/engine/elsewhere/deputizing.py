@@ -26,7 +26,7 @@ from paceline.errors import HostError, NotBack, WorkersLost
 from paceline.params.packing import Tensors, unpack
 from paceline.protocol import messages, remote
 from paceline.protocol.link import Peer
-from paceline.transport.board import Aborted
+from paceline.transport.board import AWAITS_ITS_WORKER, Aborted
 from paceline.transport.channel import Closed
 from paceline.transport.ends import End, Joined, LinkEnded
 from paceline.transport.keys import JobKey
@@ -61,7 +61,7 @@ def deputize(context: Context, door: Door, report: int, key: JobKey | None, made
         _report(report, context.rank, GONE)
         raise
     _report(report, context.rank, CAME)
-    line = DeputyLine(context.rank, context.board, link, mail)
+    line = DeputyLine(context.rank, context.board, link, mail, context.job.hang_timeout)
     worker = Worker(context, _KeptElsewhere(line))
     made(worker)
     deputy = Deputy(context, worker, line)
@@ -92,7 +92,7 @@ def _await_worker(context: Context, mail: Mail, starter: int) -> Link:
     rank, limit_s = context.rank, context.job.return_timeout
     comes_again = context.board.deaths[rank] > 0
     began_s = time.monotonic()
-    with context.board.waiting():
+    with context.board.waiting(AWAITS_ITS_WORKER):
         while True:
             event = next_event(mail, context.board)
             if isinstance(event, Joined):

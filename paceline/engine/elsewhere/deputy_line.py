@@ -13,7 +13,7 @@ from typing import TypeVar
 from paceline.engine.elsewhere.mail import Mail
 from paceline.errors import ConfigError, WorkersLost
 from paceline.protocol import remote
-from paceline.transport.board import Aborted, Board
+from paceline.transport.board import AWAITS_ITS_WORKER, Aborted, Board
 from paceline.transport.ends import Ended, Event, Joined, LinkEnded, Received
 from paceline.transport.link import Link
 
@@ -36,9 +36,10 @@ def next_event(mail: Mail, board: Board) -> Event | None:
 class DeputyLine:
     """The end of ``link`` whose worker is ``rank``. All that it does raises WorkersLost when the worker is given up."""
 
-    def __init__(self, rank: int, board: Board, link: Link, mail: Mail) -> None:
+    def __init__(self, rank: int, board: Board, link: Link, mail: Mail, hang_s: float) -> None:
+        """``hang_s``: so long the worker may stand still while others wait for it."""
         self.link, self.mail = link, mail
-        self._rank, self._board = rank, board
+        self._rank, self._board, self._hang_s = rank, board, hang_s
         self._process = -1  # the worker's, as a descriptor, if it is on this host
         self.maps_home = False  # has the worker memory of home's in use?
 
@@ -70,13 +71,16 @@ class DeputyLine:
 
     def _next(self, kind: type[_Said]) -> _Said:
         """The next that the worker says of this kind."""
-        with self._board.waiting():  # so that nobody takes it for stuck: it is the worker that computes
+        with self._board.waiting(AWAITS_ITS_WORKER):  # it is the worker that computes
             while True:
                 match next_event(self.mail, self._board):
                     case Received(link=link, message=said) if link is self.link and isinstance(said, kind):
                         return said
                     case Received(link=link, message=remote.Printed(data=data)) if link is self.link:
                         os.write(1, data)  # its log
+                    case Received(link=link, message=remote.Still(seconds=still_s)) if link is self.link:
+                        if still_s >= self._hang_s and self._board.is_awaited(self._rank):
+                            raise self._lost(f"it has done nothing for {still_s:.0f} s while others wait for it")
                     case Ended(link=link, reason=reason) if link is self.link:
                         raise self._lost(reason)
                     case Joined(link=link) if link is not self.link:

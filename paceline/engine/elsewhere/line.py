@@ -31,6 +31,7 @@ class Line:
         self._rank, self.mail, self.is_over = rank, Mail(), False
         self.is_in = False  # has home said who this is?
         self.is_leaving = False  # the next answer is the last
+        self.asks = False  # does the script wait for home?
         self._said = threading.Lock()
 
     def sink(self, event: Event) -> None:
@@ -49,6 +50,15 @@ class Line:
             yield
         except LinkEnded as lost:
             self._lost(str(lost))
+
+    @contextmanager
+    def asking(self) -> Iterator[None]:
+        """Within it the script waits for home."""
+        self.asks = True
+        try:
+            yield
+        finally:
+            self.asks = False
 
     def put(self, link: Link, what: str, tensor: torch.Tensor) -> None:
         with self.kept():

@@ -296,9 +296,10 @@ class RemoteWorker:
     def _ask(self, request: remote.Request) -> Any:
         """Blocks until the deputy has done it. Raises what the deputy's worker raised; ends the process if the run is
         being stopped, or home is lost."""
-        self._send(request)
-        answer = self._line.answer(self._heed)
-        self._take_status(answer.status)
+        with self._line.asking():
+            self._send(request)
+            answer = self._line.answer(self._heed)
+            self._take_status(answer.status)
         if answer.failure is not None:
             _raise(answer.failure)
         return answer.value

@@ -33,10 +33,9 @@ class Lookout:
         return self._watch.look(alive, now_s, self._hangs, self._in_hand, self._steps)
 
     def _hangs(self, role: str, rank: int) -> bool:
-        """Do others wait, and this one not for them?"""
+        """Do others wait, and this one neither for them nor, as a deputy does, for its worker?"""
         member = rank if role == "worker" else self._board.workers + rank
-        asleep = self._board.asleep
-        return not asleep[member] and any(asleep[w] for w in range(self._board.width))
+        return not self._board.asleep[member] and self._board.is_awaited(member)
 
     def _in_hand(self, role: str, rank: int) -> int:
         return self._board.in_hand[rank] if role == "worker" else 0

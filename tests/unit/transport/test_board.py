@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from paceline.protocol.rounds import Waiting
 from paceline.transport import segment
-from paceline.transport.board import MAX_LOADERS, Aborted, Board
+from paceline.transport.board import AWAITS_ITS_WORKER, MAX_LOADERS, Aborted, Board
 
 PATIENCE_S = 30.0  # never taken: how long a test that hangs does so
 
@@ -54,6 +54,17 @@ def test_no_cell_is_another(workers: int, servers: int) -> None:
     assert other.published == 3
     assert not other.abort
     assert not other.interrupt
+
+
+def test_who_waits_for_its_worker_elsewhere_waits_for_nobody_here() -> None:
+    boards = make(3, 0, views=3)
+    for member, board in enumerate(boards):
+        board.belongs_to(member)
+    with boards[1].waiting(AWAITS_ITS_WORKER):
+        assert not any(boards[0].is_awaited(member) for member in range(3))
+        with boards[2].waiting():
+            assert [boards[0].is_awaited(member) for member in range(3)] == [True, True, False]
+    assert not boards[0].is_awaited(0)
 
 
 @pytest.mark.parametrize(("workers", "servers"), [(1, 0), (2, 3), (256, 64)])
