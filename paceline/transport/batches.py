@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import struct
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -79,7 +80,7 @@ def _pack(value: Any, tensors: list[tuple[str, tuple[int, ...], bytes]], depth: 
 
 
 def _unpack(value: Any, tensors: list[torch.Tensor], depth: int) -> Any:
-    if not isinstance(value, list):
+    if type(value) in _PLAIN:
         return value
     match value:
         case ["a", ["T", int(number)]] if 0 <= number < len(tensors) and tensors[number].dtype is not torch.bfloat16:
@@ -91,5 +92,7 @@ def _unpack(value: Any, tensors: list[torch.Tensor], depth: int) -> Any:
         case ["l", *items]:
             return [_unpack(item, tensors, depth + 1) for item in items]
         case ["d", *items] if all(isinstance(item, list) and len(item) == 2 for item in items):
-            return {_unpack(k, tensors, depth + 1): _unpack(v, tensors, depth + 1) for k, v in items}
+            pairs = [(_unpack(k, tensors, depth + 1), _unpack(v, tensors, depth + 1)) for k, v in items]
+            with suppress(TypeError):  # a key that no dict takes
+                return dict(pairs)
     raise ValueError(f"an encoded batch has a structure that is none of ours: {value!r:.60}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -72,3 +73,12 @@ def test_damaged_bytes_are_refused_or_are_a_batch(batch: Any, data: st.DataObjec
         decode(encoded[:kept])
     except ValueError:
         return
+
+
+@pytest.mark.parametrize(
+    "structure", [{"a": 1}, ["d", [{"a": 1}, 2]], ["d", [["l", 1], 2]], ["d", [["a", ["T", 0]], 2]]]
+)
+def test_what_no_batch_is_made_of_is_refused(structure: Any) -> None:
+    head = msgspec.msgpack.encode((structure, [("uint8", (1,))]))
+    with pytest.raises(ValueError, match="a structure that is none of ours"):
+        decode(len(head).to_bytes(4, "little") + head + b"\x01")
