@@ -81,4 +81,4 @@ def test_damaged_bytes_are_refused_or_are_a_batch(batch: Any, data: st.DataObjec
 def test_what_no_batch_is_made_of_is_refused(structure: Any) -> None:
     head = msgspec.msgpack.encode((structure, [("uint8", (1,))]))
     with pytest.raises(ValueError, match="a structure that is none of ours"):
-        decode(len(head).to_bytes(4, "little") + head + b"\x01")
+        decode(bytearray(len(head).to_bytes(4, "little") + head + b"\x01"))
