@@ -9,8 +9,9 @@ slice, and ratios are of slices of one round. Reported are medians, lower quarti
 it compares with ``plain``; ``tls`` is what users get.
 
 *wire* is how busy the busiest direction of the first host's interface was, as a share of what one bare TCP socket
-drives through it, by the kernel's count of bytes. *push/pull* sends so many bytes and takes as many back, by a link and
-by a bare socket (TCP for plain, TLS for tls) in turns.
+drives through it, by the kernel's count of bytes; *both ways*, of what one drives while another drives the other way.
+*push/pull* sends so many bytes and takes as many back, by a link and by a bare socket (TCP for plain, TLS for tls) in
+turns.
 
 All workers, of all hosts, share this machine's two cores, one thread each.
 """
@@ -28,9 +29,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from multiprocessing.connection import Connection
@@ -60,11 +62,12 @@ _LEAST_S = 1.0  # a bare socket is measured for so long
 
 @dataclass(frozen=True)
 class Row:
-    """One way on one job. ``x_ddp``: times DDP's rate in the same round. ``wire``: see the module's docstring."""
+    """One way on one job. ``x_ddp``: times DDP's rate in the same round. The others: see the module's docstring."""
 
     samples_per_s: list[float]
     x_ddp: Spread | None
     wire: Spread
+    both_ways: Spread
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class Table:
     hosts: int
     workers: int
     rate: str
-    bare_mb_s: float
+    bare_mb_s: tuple[float, float]  # one way, and each way at once
     rows: dict[str, Row]
 
 
@@ -147,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for rate in options.rates:
                     for host in hosts:
                         host.slow(rate)
-                    bare_mb_s = _in_child(_bare_rate, hosts)
+                    bare_mb_s = _in_child(_bare_rates, hosts)
                     if options.sizes and count == min(options.hosts):
                         moved[rate] = _in_child(_push_and_pull, hosts, options.sizes, options.rounds)
                         print(f"\n{rate}: push and pull\n" + "\n".join(_wire_lines(moved[rate])), flush=True)
@@ -189,7 +192,7 @@ def _numbers(kind: type[int] | type[float]) -> Any:
 # --- jobs ---
 
 
-def _measure(job: str, hosts: Sequence[Host], options: Any, rate: str, bare_mb_s: float) -> Table:
+def _measure(job: str, hosts: Sequence[Host], options: Any, rate: str, bare_mb_s: tuple[float, float]) -> Table:
     """Raises TeamError."""
     rates: dict[str, list[float]] = {way: [] for way in options.rows}
     busy: dict[str, list[float]] = {way: [] for way in options.rows}
@@ -211,12 +214,14 @@ def _measure(job: str, hosts: Sequence[Host], options: Any, rate: str, bare_mb_s
                 rates[team.way.name].append(team.slice(options.seconds) * JOBS[job].samples)
                 took_s = time.monotonic() - begun_s
                 most = max(b - a for a, b in zip(before, _carried(hosts[0]), strict=True))
-                busy[team.way.name].append(most / took_s / 1e6 / bare_mb_s)
+                busy[team.way.name].append(most / took_s / 1e6)
     rows = {}
     for way, own in rates.items():
         x_ddp = spread(ratios(own, rates[_DDP])) if _DDP in rates else None
-        rows[way] = Row([round(rate, 2) for rate in own], x_ddp, spread(busy[way]))
-    return Table(job, len(hosts), options.workers, rate, round(bare_mb_s, 2), rows)
+        wires = [spread([moved / most for moved in busy[way]]) for most in bare_mb_s]
+        rows[way] = Row([round(rate, 2) for rate in own], x_ddp, *wires)
+    alone, both = bare_mb_s
+    return Table(job, len(hosts), options.workers, rate, (round(alone, 2), round(both, 2)), rows)
 
 
 def _carried(host: Host) -> tuple[int, int]:
@@ -228,15 +233,16 @@ def _carried(host: Host) -> tuple[int, int]:
 def _lines(table: Table) -> list[str]:
     each = f"{table.workers} worker{'s' if table.workers > 1 else ''} each"
     lines = [
-        f"\n{table.job}, {table.hosts} hosts, {each}, {table.rate} (a bare socket moves {table.bare_mb_s:.1f} MB/s)",
-        f"{'':38}{'samples/s':>10}{'x ddp':>8}{'lower':>7}{'range':>14}{'wire':>7}",
+        f"\n{table.job}, {table.hosts} hosts, {each}, {table.rate} "
+        "(a bare socket moves {:.1f} MB/s, two in both directions {:.1f} each)".format(*table.bare_mb_s),
+        f"{'':38}{'samples/s':>10}{'x ddp':>8}{'lower':>7}{'range':>14}{'wire':>7}{'both ways':>11}",
     ]
     for way, row in table.rows.items():
         line = f"{way:8}{_WAYS[way].told:30}{median(row.samples_per_s):10,.0f}"
         if row.x_ddp is not None:
             span = f"{row.x_ddp.min:.2f}..{row.x_ddp.max:.2f}"
             line += f"{row.x_ddp.median:8.2f}{row.x_ddp.lower_quartile:7.2f}{span:>14}"
-        lines.append(f"{line}{row.wire.median:7.0%}")
+        lines.append(f"{line}{row.wire.median:7.0%}{row.both_ways.median:11.0%}")
     return lines
 
 
@@ -260,25 +266,39 @@ def _child(there: Connection, namespace: str, work: Any, *arguments: Any) -> Non
     there.send(work(*arguments))
 
 
-def _bare_rate(hosts: Sequence[Host]) -> float:
-    """MB/s that one TCP socket drives out of the first host's interface, by the kernel's count."""
-    door = socket.create_server((hosts[0].address, 0))
-    port = door.getsockname()[1]
-    taking = multiprocessing.get_context("spawn").Process(
-        target=_take_all, args=(hosts[1].namespace, hosts[0].address, port)
-    )
-    taking.start()
-    sock, _ = door.accept()
-    with sock, open("/proc/self/net/dev") as _:
-        data = bytes(2**20)
-        for _ in range(4):
-            sock.sendall(data)
-        before, begun_s = _sent(hosts[0]), time.monotonic()
-        while time.monotonic() < begun_s + _LEAST_S:
-            sock.sendall(data)
-        rate = (_sent(hosts[0]) - before) / (time.monotonic() - begun_s) / 1e6
-    taking.join()
-    return rate
+def _bare_rates(hosts: Sequence[Host]) -> tuple[float, float]:
+    """MB/s that one TCP socket drives out of the first host's interface, by the kernel's count: alone, and while
+    another drives in as much as it can."""
+    with _other_end(hosts, _take_all) as taking:
+        alone = _drive(taking, hosts[0])
+        with _other_end(hosts, _give_all) as giving:
+            threading.Thread(target=_drain, args=(giving,), daemon=True).start()
+            return alone, _drive(taking, hosts[0])
+
+
+@contextmanager
+def _other_end(hosts: Sequence[Host], work: Callable[..., None]) -> Iterator[socket.socket]:
+    """A socket to a process on the second host that does ``work`` until the socket is closed."""
+    with socket.create_server((hosts[0].address, 0)) as door:
+        arguments = (hosts[1].namespace, hosts[0].address, door.getsockname()[1])
+        process = multiprocessing.get_context("spawn").Process(target=work, args=arguments)
+        process.start()
+        sock, _ = door.accept()
+    with sock:
+        yield sock
+        sock.shutdown(socket.SHUT_RDWR)
+    process.join()
+
+
+def _drive(sock: socket.socket, host: Host) -> float:
+    """MB/s that leave the host's interface while so much is sent as can be."""
+    data = bytes(2**20)
+    for _ in range(4):
+        sock.sendall(data)
+    before, begun_s = _sent(host), time.monotonic()
+    while time.monotonic() < begun_s + _LEAST_S:
+        sock.sendall(data)
+    return (_sent(host) - before) / (time.monotonic() - begun_s) / 1e6
 
 
 def _sent(host: Host) -> int:
@@ -291,8 +311,21 @@ def _sent(host: Host) -> int:
 
 def _take_all(namespace: str, host: str, port: int) -> None:
     wire.enter(namespace)
-    view = memoryview(bytearray(2**20))
     with socket.create_connection((host, port)) as sock:
+        _drain(sock)
+
+
+def _give_all(namespace: str, host: str, port: int) -> None:
+    wire.enter(namespace)
+    data = bytes(2**20)
+    with socket.create_connection((host, port)) as sock, suppress(OSError):
+        while True:
+            sock.sendall(data)
+
+
+def _drain(sock: socket.socket) -> None:
+    view = memoryview(bytearray(2**20))
+    with suppress(OSError):
         while sock.recv_into(view):
             pass
 
