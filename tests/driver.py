@@ -13,8 +13,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch.distributed import HashStore
+
 from paceline.config import Job
 from paceline.engine.context import Context
+from paceline.engine.elsewhere.around import Around
 from paceline.engine.elsewhere.deputizing import deputize
 from paceline.engine.exchange.server import serve
 from paceline.engine.setup import Door
@@ -71,6 +74,7 @@ def run_job(
     arrived = threading.Condition()
     channels: dict[tuple[str, int], Channel] = {}
     results: dict[int, Any] = {}
+    notes = HashStore()
     errors: list[BaseException] = []
 
     def put(role: str, rank: int, event: Any) -> None:
@@ -95,7 +99,8 @@ def run_job(
             if role == "server":
                 serve(context)
             elif elsewhere:
-                results[rank] = _live_elsewhere(context, body, [name or this_host() for name in hosts])
+                around = Around([name or this_host() for name in hosts], notes)
+                results[rank] = _live_elsewhere(context, body, around)
             else:
                 run = Run(context)
                 _finished.append(run)
@@ -157,7 +162,7 @@ def run_job(
     return [results[rank] for rank in range(workers)]
 
 
-def _live_elsewhere(context: Context, body: Callable[[Run], Any], hosts: Sequence[str]) -> Any:
+def _live_elsewhere(context: Context, body: Callable[[Run], Any], around: Around) -> Any:
     """The deputy in a thread of its own, and its worker here."""
     readable, writable = os.pipe()
     held = hold("127.0.0.1")
@@ -179,7 +184,7 @@ def _live_elsewhere(context: Context, body: Callable[[Run], Any], hosts: Sequenc
     deputy.start()
     with os.fdopen(readable) as lines:
         lines.readline()
-    worker = meet(context.rank, 0, "job", ("127.0.0.1", ports[-1]), _KEY, hosts)
+    worker = meet(context.rank, 0, "job", ("127.0.0.1", ports[-1]), _KEY, around)
     held.close()
     run = Run(None, worker)
     _finished.append(run)

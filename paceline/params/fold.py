@@ -33,9 +33,12 @@ class Pushed(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Fold:
-    """What is to be folded. ``computed_on`` and ``strength``: one source, to be compensated for its delay."""
+    """What is to be folded. ``computed_on`` and ``strength``: one source, to be compensated for its delay.
 
-    sources: Sequence[Pushed]
+    One of two sources may be a fold itself: the gradients of one host, where those of the other have come as one.
+    """
+
+    sources: Sequence[Pushed | Fold]
     shares: Sequence[float]
     computed_on: Vectors | None = None
     strength: float = 0.0
@@ -82,27 +85,36 @@ class Folding:
     def dense(self, fold: Fold) -> list[torch.Tensor]:
         """The pieces' gradients: aliases of what was pushed, or of buffers that the next fold writes."""
         if fold.computed_on is not None:
+            (source,) = fold.sources
+            assert not isinstance(source, Fold)
             for run in self._runs:
-                g = fold.sources[0].gradient[run.vector][run.start : run.stop]
+                g = source.gradient[run.vector][run.start : run.stop]
                 drift = self._vectors[run.vector][run.start : run.stop]
                 drift = drift - fold.computed_on[run.vector][run.start : run.stop]
                 torch.addcmul(g, g * g, drift, value=fold.strength, out=run.gradient)
             return self._gradients
         if len(fold.sources) == 1:
-            return self._alias(fold.sources[0].gradient)
-        for run, gradients in zip(self._runs, zip(*map(self._run_ranges, fold.sources), strict=True), strict=True):
-            if run.sum is run.gradient and len(gradients) == 2:
-                torch.lerp(*gradients, fold.shares[1], out=run.sum)  # the same in one reading
-                continue
+            (only,) = fold.sources
+            return self.dense(only) if isinstance(only, Fold) else self._alias(only.gradient)
+        by_source = [self._ranges_of(source) for source in fold.sources]
+        for run, gradients in zip(self._runs, zip(*by_source, strict=True), strict=True):
             if run.sum is run.gradient:
-                torch.mul(gradients[0], fold.shares[0], out=run.sum)
-            else:
-                run.sum.copy_(gradients[0]).mul_(fold.shares[0])
+                fold_into(run.sum, gradients, fold.shares)
+                continue
+            run.sum.copy_(gradients[0]).mul_(fold.shares[0])
             for gradient, share in zip(gradients[1:], fold.shares[1:], strict=True):
                 run.sum.add_(gradient, alpha=share)
-            if run.sum is not run.gradient:
-                run.gradient.copy_(run.sum)
+            run.gradient.copy_(run.sum)
         return self._gradients
+
+    def _ranges_of(self, source: Pushed | Fold) -> list[torch.Tensor]:
+        """The runs' ranges of a gradient; of a fold, in the buffers where it is made."""
+        if not isinstance(source, Fold):
+            return self._run_ranges(source)
+        if len(source.sources) == 1:
+            return self._ranges_of(source.sources[0])
+        self.dense(source)
+        return [run.gradient for run in self._runs]
 
     def _alias(self, source: Vectors) -> list[torch.Tensor]:
         """The pieces' ranges of a gradient, where it lies."""
@@ -134,12 +146,23 @@ class Folding:
         given = [
             rows.read(source.rows[piece.param], source.gradient[entry.vector][whole], entry.row, first, end)
             for source in fold.sources
+            if not isinstance(source, Fold)  # a host's fold is dense
         ]
         dtype = self._vectors[entry.vector].dtype
         return given[0] if len(given) == 1 else rows.fold(given, fold.shares, WIDE.get(dtype, dtype))
 
     def _shaped(self, entry: Entry, gradient: torch.Tensor) -> torch.Tensor:
         return gradient.as_strided(entry.shape, entry.stride, gradient.storage_offset()) if self._whole else gradient
+
+
+def fold_into(total: torch.Tensor, gradients: Sequence[torch.Tensor], shares: Sequence[float]) -> None:
+    """The sum of two or more gradients, each times its share, in this order. ``total`` may be one of two."""
+    if len(gradients) == 2:
+        torch.lerp(gradients[0], gradients[1], shares[1], out=total)  # the same in one reading
+        return
+    torch.mul(gradients[0], shares[0], out=total)
+    for gradient, share in zip(gradients[1:], shares[1:], strict=True):
+        total.add_(gradient, alpha=share)
 
 
 def spans_of(table: Table, pieces: Sequence[Piece]) -> list[tuple[str, int, int]]:

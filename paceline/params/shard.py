@@ -57,7 +57,7 @@ class Shard:
         for vector, start, stop in self._spans:
             vectors[vector][start:stop].copy_(self._vectors[vector][start:stop])
 
-    def fold(self, sources: Sequence[Pushed], weights: Sequence[float]) -> None:
+    def fold(self, sources: Sequence[Pushed | Fold], weights: Sequence[float]) -> None:
         """The next step is with the contributors' mean gradient. They are read when it is stepped."""
         total = sum(weights)
         self._fold = Fold(sources, [weight / total for weight in weights] if len(sources) > 1 else [1.0])

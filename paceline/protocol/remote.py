@@ -6,23 +6,31 @@ answer is a *note*, and travels with the next that is asked. Arrays come before 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
 from paceline.protocol.messages import Failed
+from paceline.protocol.mirrors import (
+    HOME,
+    HOST,
+    MIRROR,
+    OWN,
+    Brought,
+    Follow,
+    IsWhole,
+    Leave,
+    Said,
+    SendFold,
+    SendOwn,
+    Took,
+)
+
+__all__ = ["HOME", "HOST", "MIRROR", "OWN", "Brought", "Follow", "IsWhole", "Leave", "SendFold", "SendOwn", "Took"]
 
 
-class _Said(msgspec.Struct, frozen=True, tag_field="t", array_like=True):
-    """Base of all: a msgpack array that begins with the tag."""
-
-
-# Where the parameters of a worker elsewhere lie: in memory of its own, in home's, which is on the same host, or in a
-# mirror of home's, which is stepped there as home steps, with what others have pushed (docs/decisions/0017).
-OWN, HOME, MIRROR = "own", "home", "mirror"
-
-
-class Piece(_Said, frozen=True, tag=1):
+class Piece(Said, frozen=True, tag=1):
     """...these bytes (the payload) belong at ``start`` of what is called ``what``, of ``total`` bytes."""
 
     what: str
@@ -33,37 +41,37 @@ class Piece(_Said, frozen=True, tag=1):
 # Notes: what the script did. The deputy does it in their order.
 
 
-class Fetched(_Said, frozen=True, tag=10):
+class Fetched(Said, frozen=True, tag=10):
     """...the next of my batches of this loader is there."""
 
     loader: int
 
 
-class Drawn(_Said, frozen=True, tag=11):
+class Drawn(Said, frozen=True, tag=11):
     """...a batch of so many samples goes to the script."""
 
     samples: int
 
 
-class Border(_Said, frozen=True, tag=12):
+class Border(Said, frozen=True, tag=12):
     """...the script has done with a batch. As a request, where Status ``saves``; then the answer is nothing."""
 
 
-class Left(_Said, frozen=True, tag=13):
+class Left(Said, frozen=True, tag=13):
     """...the script has left a pass early; ``marks`` as in Begin."""
 
     loader: int
     marks: int
 
 
-class Told(_Said, frozen=True, tag=14):
+class Told(Said, frozen=True, tag=14):
     """...the script has logged this."""
 
     loss: float | None
     values: dict[str, float]
 
 
-class LocalStep(_Said, frozen=True, tag=15):
+class LocalStep(Said, frozen=True, tag=15):
     """...a step of my own within a period. ``bad``: the parameter whose gradient was not finite. ``brings``: what the
     period has come to since it was brought last has come before this, for the parameters in ``mask``."""
 
@@ -80,7 +88,7 @@ Note = Fetched | Drawn | Border | Left | Told | LocalStep
 # What is asked. Each docstring tells what the answer's value is.
 
 
-class Who(_Said, frozen=True, tag=30):
+class Who(Said, frozen=True, tag=30):
     """...who am I to be? I am this process on this host. The job's fields, the run's directory at home, what
     arithmetic home does (processor and torch), if home is on the same host a process and a descriptor of it to try, and
     does the run go on from a checkpoint, and then what had been trained on, by loader."""
@@ -100,12 +108,13 @@ class Parameter(msgspec.Struct, frozen=True, array_like=True):
     rows: bool
 
 
-class WrapOptimizer(_Said, frozen=True, tag=31):
+class WrapOptimizer(Said, frozen=True, tag=31):
     """...share this optimizer. ``spec`` is what I take its exchange to be; ``state`` is a document (params/packing.py);
     ``memory`` is where my parameters are to lie.
 
     Of worker 0 the values have come before. Answer: the process and descriptor of home's memory, to map it (HOME), or
-    nothing, and the newest values have come before; for a MIRROR with the optimizer's state.
+    nothing, and the newest values have come before; for a MIRROR with the optimizer's state. ``members``: who is on
+    this host (HOST).
     """
 
     optimizer: str
@@ -114,29 +123,30 @@ class WrapOptimizer(_Said, frozen=True, tag=31):
     state: Any
     spec: bytes
     memory: str = OWN
+    members: Sequence[int] = ()
 
 
-class CopyFirst(_Said, frozen=True, tag=32):
+class CopyFirst(Said, frozen=True, tag=32):
     """...set these tensors to worker 0's, whose values have come before. Nothing; the values have come before."""
 
     table: bytes
 
 
-class WrapBuffers(_Said, frozen=True, tag=33):
+class WrapBuffers(Said, frozen=True, tag=33):
     """...average these at the end of every pass. Nothing."""
 
     table: bytes
 
 
-class WrapLoader(_Said, frozen=True, tag=34):
+class WrapLoader(Said, frozen=True, tag=34):
     """...this is a loader. Its number."""
 
 
-class Barrier(_Said, frozen=True, tag=35):
+class Barrier(Said, frozen=True, tag=35):
     """...I am here. Nothing, when all are."""
 
 
-class Begin(_Said, frozen=True, tag=36):
+class Begin(Said, frozen=True, tag=36):
     """...a pass begins; ``is_training``: the models are in training mode. ``marks`` is another number whenever a
     backward pass has added to a gradient. (Is it a real one? how many batches to skip; are there leases?)"""
 
@@ -146,7 +156,7 @@ class Begin(_Said, frozen=True, tag=36):
     marks: int
 
 
-class DrawLease(_Said, frozen=True, tag=37):
+class DrawLease(Said, frozen=True, tag=37):
     """...draw me a batch; ``begins``: it goes to the script next, so begin it too. Its ordinal, or None."""
 
     loader: int
@@ -155,25 +165,25 @@ class DrawLease(_Said, frozen=True, tag=37):
     begins: bool
 
 
-class DropLease(_Said, frozen=True, tag=38):
+class DropLease(Said, frozen=True, tag=38):
     """...what I have drawn lies behind the stream's end. Nothing."""
 
     loader: int
 
 
-class BeginLease(_Said, frozen=True, tag=39):
+class BeginLease(Said, frozen=True, tag=39):
     """...my oldest batch goes to the script. Is it still mine?"""
 
     loader: int
 
 
-class More(_Said, frozen=True, tag=40):
+class More(Said, frozen=True, tag=40):
     """...none is left for me to draw. Have others given some back?"""
 
     loader: int
 
 
-class End(_Said, frozen=True, tag=41):
+class End(Said, frozen=True, tag=41):
     """...the script has come to the pass's end. Nothing, when all have."""
 
     loader: int
@@ -181,9 +191,10 @@ class End(_Said, frozen=True, tag=41):
     marks: int
 
 
-class Step(_Said, frozen=True, tag=42):
+class Step(Said, frozen=True, tag=42):
     """...step; the gradients of the parameters in ``mask`` have come before. ``rows``: which of them are sparse rows,
     and how many; negative where they are not unique. ``settings``: the hyper-parameters, if they have changed.
+    ``offers``: the gradients, which are finite, are in my host's mirror, and are sent when they are asked for.
     Nothing."""
 
     exchange: int
@@ -191,15 +202,16 @@ class Step(_Said, frozen=True, tag=42):
     mask: bytes
     rows: dict[int, int]
     settings: bytes
+    offers: bool = False
 
 
-class Meet(_Said, frozen=True, tag=43):
+class Meet(Said, frozen=True, tag=43):
     """...a period of local steps may be over; its steps stand in the notes. Nothing."""
 
     settings: dict[int, bytes]
 
 
-class Norm(_Said, frozen=True, tag=44):
+class Norm(Said, frozen=True, tag=44):
     """...what is the norm of the gradient of all? As in Step; ``chosen``: over which parameters. The norm."""
 
     exchange: int
@@ -209,7 +221,7 @@ class Norm(_Said, frozen=True, tag=44):
     order: float
 
 
-class Load(_Said, frozen=True, tag=45):
+class Load(Said, frozen=True, tag=45):
     """...the script has loaded a checkpoint: parameters, whose values have come before, or this state. Nothing."""
 
     exchange: int
@@ -217,33 +229,33 @@ class Load(_Said, frozen=True, tag=45):
     state: Any
 
 
-class ShowState(_Said, frozen=True, tag=46):
+class ShowState(Said, frozen=True, tag=46):
     """...what does the optimizer keep? A document; its tensors have come before."""
 
     exchange: int
 
 
-class Finish(_Said, frozen=True, tag=47):
+class Finish(Said, frozen=True, tag=47):
     """...my script has come to its end. Nothing."""
 
 
-class Broke(_Said, frozen=True, tag=48):
+class Broke(Said, frozen=True, tag=48):
     """...my script has raised. Nothing."""
 
     failure: Failed
 
 
-class Counts(_Said, frozen=True, tag=49):
+class Counts(Said, frozen=True, tag=49):
     """...I come in the place of another and have not joined. Does what I do count? Joins where nothing else would:
     a script without loaders joins at its first step."""
 
 
-class Fetching(_Said, frozen=True, tag=50):
+class Fetching(Said, frozen=True, tag=50):
     """...my first batch that trains is about to be fetched, and I was told that there is something to take before it.
     Nothing, when I have been told to keep it."""
 
 
-class NeedsGhost(_Said, frozen=True, tag=51):
+class NeedsGhost(Said, frozen=True, tag=51):
     """...a pass of this loader had no batch for me. Is a ghost to keep the script from finding it empty?"""
 
     loader: int
@@ -272,6 +284,8 @@ Request = (
     | Counts
     | Fetching
     | NeedsGhost
+    | Leave
+    | IsWhole
     | Border
 )
 
@@ -279,13 +293,13 @@ Request = (
 # What the deputy asks of the worker, while that waits for an answer.
 
 
-class Show(_Said, frozen=True, tag=60):
+class Show(Said, frozen=True, tag=60):
     """...what does your script keep? ``random``: with the states of random numbers. Answer: Shown."""
 
     random: bool = False
 
 
-class Keep(_Said, frozen=True, tag=61):
+class Keep(Said, frozen=True, tag=61):
     """...let your script keep this from now on; its tensors have come before. ``random`` as in Show. Answer: Shown,
     without anything."""
 
@@ -293,43 +307,26 @@ class Keep(_Said, frozen=True, tag=61):
     random: bool = False
 
 
-class Shown(_Said, frozen=True, tag=62):
+class Shown(Said, frozen=True, tag=62):
     """...that is it; its tensors have come before. Or: it could not be done."""
 
     kept: Any = None
     failure: Failed | None = None
 
 
-class Ask(_Said, frozen=True, tag=2):
+class Ask(Said, frozen=True, tag=2):
     """...do this, after the notes. Answer: Answer, or Stop."""
 
     notes: list[Note]
     request: Request
 
 
-class Follow(msgspec.Struct, frozen=True, array_like=True):
-    """Round ``number`` is over. It was stepped with what these workers had pushed, with these weights, for the
-    parameters in these masks; what had not come before has come now. ``settings``: of the first of them, if they have
-    changed. ``loads``: checkpoints that have been loaded by then."""
-
-    number: int
-    loads: int
-    sources: list[tuple[int, float, bytes]]
-    settings: bytes
-
-
-class Took(_Said, frozen=True, tag=5):
-    """...my mirror has stepped this round: what others push in the next may come. No answer."""
-
-    exchange: int
-    number: int
-
-
 class Status(msgspec.Struct, frozen=True, array_like=True):
     """Where the worker is now. ``epochs``: by loader; ``verdicts``: whether a push of a loader's batches counted, where
     that is new; ``periods``: local steps not brought yet, by exchange; ``fresh``: exchanges whose newest values have
     come before this, with the parameters of which only rows have; ``buffers``: so have the buffers; ``follow``: by
-    exchange, the round that a mirror is to step.
+    exchange, the round that a mirror is to step; ``brought``: what a host's mirror is to have; ``apart``: exchanges of
+    which the host's workers share a mirror no more.
 
     ``deals``: by loader, see ``data.loader.Passes.deal``; ``workers``: how many there are to be. Of one that comes in
     another's place: ``joined``, whether the others count with it; ``behind``, whether it has passes to catch up with;
@@ -345,6 +342,8 @@ class Status(msgspec.Struct, frozen=True, array_like=True):
     fresh: dict[int, list[int]] = {}
     buffers: bool = False
     follow: dict[int, Follow] = {}
+    brought: dict[int, Brought] = {}
+    apart: list[int] = []
     deals: list[tuple[int, int] | None] = []
     workers: int = 0
     joined: bool = True
@@ -353,7 +352,7 @@ class Status(msgspec.Struct, frozen=True, array_like=True):
     saves: bool = False
 
 
-class Answer(_Said, frozen=True, tag=3):
+class Answer(Said, frozen=True, tag=3):
     """...it is done; or the script is to get this exception."""
 
     status: Status
@@ -361,22 +360,22 @@ class Answer(_Said, frozen=True, tag=3):
     failure: Failed | None = None
 
 
-class Stop(_Said, frozen=True, tag=4):
+class Stop(Said, frozen=True, tag=4):
     """...the run is being stopped. No answer."""
 
     reason: str
 
 
-class Printed(_Said, frozen=True, tag=63):
+class Printed(Said, frozen=True, tag=63):
     """...my script has printed this. No answer."""
 
     data: bytes
 
 
-class Still(_Said, frozen=True, tag=64):
+class Still(Said, frozen=True, tag=64):
     """...my process has used no processor for so many seconds, and it is not you it waits for. No answer."""
 
     seconds: float
 
 
-Any_ = Piece | Ask | Answer | Stop | Took | Show | Keep | Shown | Printed | Still
+Any_ = Piece | Ask | Answer | Stop | Took | Show | Keep | SendFold | SendOwn | Shown | Printed | Still

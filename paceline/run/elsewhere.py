@@ -10,10 +10,10 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
 from types import FrameType, TracebackType
 from typing import Protocol
 
+from paceline.engine.elsewhere.around import Around
 from paceline.engine.elsewhere.line import STOPPED, Line, NotLetIn
 from paceline.engine.elsewhere.mail import PATIENCE
 from paceline.engine.elsewhere.remote import RemoteWorker
@@ -36,10 +36,10 @@ def meet(
     job: str,
     address: tuple[str, int],
     key: JobKey | None,
-    hosts: Sequence[str] = (),
+    around: Around | None = None,
 ) -> RemoteWorker:
     """Become worker ``rank`` of ``job``, whose deputy listens at ``address``. ``key``: None for plain text.
-    ``hosts``: on which host each worker is, by rank; none: nothing is known of others.
+    ``around``: what is known of the others, if anything.
 
     If its place had another before, home may have to see first that that one is gone. Raises HostError.
     """
@@ -58,7 +58,7 @@ def meet(
         )
         link = connect(end, address, _CONNECT_S)
         try:
-            worker = RemoteWorker(link, line, rank, hosts)
+            worker = RemoteWorker(link, line, rank, around or Around())
         except NotLetIn as reason:
             if time.monotonic() > deadline_s:
                 raise HostError(f"worker {rank} is not let in: {reason}") from None

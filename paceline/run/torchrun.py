@@ -29,6 +29,7 @@ from typing import Any
 import msgspec
 
 from paceline.config import Pace
+from paceline.engine.elsewhere.around import Around
 from paceline.engine.elsewhere.remote import RemoteWorker
 from paceline.engine.program import WAITS, Order
 from paceline.errors import ConfigError, HostError, PacelineError
@@ -104,6 +105,8 @@ def join(options: Mapping[str, Any]) -> RemoteWorker:
             fix=f"paceline key job.key, copy the file to every host, set {FILE_VARIABLE}=job.key there; or "
             "PACELINE_INSECURE=1 on a network that you trust",
         )
+    from torch.distributed.distributed_c10d import PrefixStore
+
     store = _store(place.run)
     store.set(f"host/{place.rank}", this_host())
     home: _Started | _Found | None = None
@@ -121,7 +124,8 @@ def join(options: Mapping[str, Any]) -> RemoteWorker:
         )
     key = given or (read_job_key(there.key_file) if there.key_file else None)
     hosts = [store.get(f"host/{rank}").decode() for rank in range(place.world)]
-    worker = meet(place.rank, place.attempt, there.job, (there.host, there.ports[place.rank]), key, hosts)
+    around = Around(hosts, PrefixStore(f"attempt/{place.attempt}", store))
+    worker = meet(place.rank, place.attempt, there.job, (there.host, there.ports[place.rank]), key, around)
     Life(worker, home).begin()
     return worker
 

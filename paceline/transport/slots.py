@@ -4,7 +4,8 @@
             answered[worker]: the same for norms; loads[0]: checkpoints loaded over what is here; since[worker]: the
             first round, or entry of the log, that the process counts in which is this worker now; attached[worker]:
             how many have been this worker before it; crew[0]: by how many servers the last round was stepped;
-            ready[worker]: which of its next gradient is in its slot before it is pushed (engine/elsewhere/early.py).
+            ready[worker]: which of its next gradient is in its slot before it is pushed (engine/elsewhere/early.py);
+            offered[worker], brought[worker]: of workers on one host that push as one (protocol/hosts.py).
             ``workers`` and ``servers`` are how many places there are, most of them unused
     undo    an area for each who steps (of each part, where there are parts): params/undo.py
     log     where there are parts (paces quorum, bounded, async): the log (protocol/log.py), applied[part], and
@@ -99,7 +100,7 @@ class _Offsets:
         count = len(spec.table.entries)
         vectors = spec.table.offsets_bytes()
         self.plan = StatePlan(spec.table, spec.state, spec.blocks)
-        self.headers = (7 * spec.workers + spec.servers + 2 + 7) // 8 * 8
+        self.headers = (9 * spec.workers + spec.servers + 2 + 7) // 8 * 8
         self.log = page_up((self.headers + spec.seats * HEADER_WORDS) * _WORD)
         self.log_words = log.words_needed(spec.workers) if spec.parts else 0
         self.state = page_up(self.log + (self.log_words + spec.parts + spec.workers) * _WORD)
@@ -192,6 +193,13 @@ class Slot:
     def write_weight(self, number: int, weight: float) -> None:
         self._floats[_half(number) + 1] = weight
 
+    def lies_in(self, number: int) -> int | None:
+        """Whose slot has what this worker pushed in round ``number``, folded with others'; None: it lies here."""
+        return self._words[_half(number) + 7] - 1 if self._words[_half(number) + 7] else None
+
+    def write_lies_in(self, number: int, worker: int | None) -> None:
+        self._words[_half(number) + 7] = 0 if worker is None else worker + 1
+
     def write(
         self,
         number: int,
@@ -207,6 +215,7 @@ class Slot:
         half = _half(number)
         self._floats[half + 1], self._floats[half + 2], self._floats[half + 3] = weight, *loss
         self._words[half + 4], self._words[half + 5], self._words[half + 6] = stop, steps, crew
+        self._words[half + 7] = 0
         self._words[half] = number
         # A worker that was not in the round between writes over the header of its last push, and may die before this
         # one is pushed. How far that one was stays.
@@ -260,6 +269,9 @@ class ExchangeMemory:
         self.crew = words[self._loads_at + 1 + 2 * spec.workers : self._loads_at + 2 + 2 * spec.workers]
         self._ready_at = self._loads_at + 2 + 2 * spec.workers
         self.ready = words[self._ready_at : self._ready_at + spec.workers]
+        hosts = self._ready_at + spec.workers
+        self.offered = words[hosts : hosts + spec.workers]
+        self.brought = words[hosts + spec.workers : hosts + 2 * spec.workers]
         entries = memoryview(memory)[offsets.log : offsets.state].cast("Q")
         self.log = log.Log(entries[: offsets.log_words], spec.workers)
         self._log_at = offsets.log // _WORD
@@ -304,6 +316,15 @@ class ExchangeMemory:
     def wake_ready(self, worker: int) -> None:
         """Wake who sleeps there, though nothing has changed."""
         futex.wake(self._ready_address(worker))
+
+    def await_word(self, words: memoryview[int], place: int, seen: int, timeout_s: float) -> None:
+        """Sleep while ``words[place]``, of a column of this memory, is ``seen``; may return early."""
+        futex.wait(address(words) + place * _WORD, seen & 0xFFFFFFFF, timeout_s)
+
+    def tell_word(self, words: memoryview[int], place: int, value: int) -> None:
+        """Write it, and wake who sleeps there."""
+        words[place] = value
+        futex.wake(address(words) + place * _WORD)
 
     def _ready_address(self, worker: int) -> int:
         return address(self._memory) + (self._ready_at + worker) * _WORD

@@ -285,6 +285,9 @@ class SimulatedSlot(Slot):
     def settings_version(self) -> int:
         return 0
 
+    def lies_in(self, number: int) -> None:
+        """All is here."""
+
 
 class SimulatedMemory:
     """A process's view of an exchange's segment, as transport/slots.py's ``ExchangeMemory``."""
@@ -304,6 +307,7 @@ class SimulatedMemory:
         ]
         self.log = log.Log(segment.column("log"), host.workers)
         self.slots = host.slots
+        self.offered = [0] * host.workers  # nobody is on another host
 
     def keep_journal(self, journal: Journal, number: int) -> None:
         journal.map(number, self._segment.words)

@@ -131,7 +131,10 @@ class Deputy:
                 self._passes.end(request)
             case remote.Step():
                 exchange = self._exchange(request.exchange)
-                exchange.give(request.mask, request.rows)
+                if request.offers:
+                    exchange.offer(request.mask)
+                else:
+                    exchange.give(request.mask, request.rows)
                 exchange.set(request.settings)
                 worker.exchange(request.exchange, void=request.void)
             case remote.Meet(settings=changed):
@@ -154,6 +157,10 @@ class Deputy:
                 passes.fetching()
             case remote.NeedsGhost(loader=loader):
                 return passes.needs_ghost(loader)
+            case remote.Leave(exchange=index):
+                self._exchange(index).leave()
+            case remote.IsWhole(exchange=index):
+                return self._exchange(index).is_whole
             case remote.Border():
                 passes.border()
             case remote.Broke(failure=failure):
@@ -169,6 +176,7 @@ class Deputy:
             "job": encode_job(self._context.job),
             "directory": str(self._context.directory),
             "arithmetic": arithmetic(),
+            "host": this_host(),
             "trained": self._worker.trained_before,
             "resumes": self._worker.resumes,
             # A descriptor that the worker may try to open, as it would open that of an exchange's memory.
@@ -216,15 +224,18 @@ class Deputy:
             return remote.Status(over=worker.over, step=worker.step_number, workers=worker.num_workers)
         has_just_joined = worker.has_joined and not self._had_joined
         self._had_joined = worker.has_joined
-        fresh, follow = {}, {}
+        fresh, follow, brought, apart = {}, {}, {}, []
         for index, exchange in self._exchanges.items():
             if exchange.at_home.in_period or not (has_just_joined or exchange.is_due(request)):
                 continue
-            told = exchange.follow()
-            if told is None:
-                fresh[index] = exchange.send_newest()
-            else:
+            if exchange.is_apart:
+                apart.append(index)  # it asks for what is newest when it has memory of its own
+            elif (told := exchange.follow()) is not None:
                 follow[index] = told
+            elif (values := exchange.bring()) is not None:
+                brought[index] = values
+            else:
+                fresh[index] = exchange.send_newest()
         self._count_travelled()
         buffers = self._buffers.send_if_due(anyway=has_just_joined)
         verdicts = {loader: passes.verdict(loader) for loader in range(passes.count)}
@@ -238,6 +249,8 @@ class Deputy:
             fresh=fresh,
             buffers=buffers,
             follow=follow,
+            brought=brought,
+            apart=apart,
             deals=[passes.deal(loader) for loader in range(passes.count)],
             workers=worker.num_workers,
             joined=worker.has_joined,

@@ -7,6 +7,7 @@ link <-- the newest values that the worker has not, or what its mirror is to ste
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -17,6 +18,7 @@ from paceline.config import Local, Sync
 from paceline.engine.context import Context
 from paceline.engine.elsewhere.deputy_line import DeputyLine
 from paceline.engine.elsewhere.forward import Forward
+from paceline.engine.elsewhere.host_push import HostPush
 from paceline.engine.elsewhere.mail import Mail, send, send_document
 from paceline.engine.exchange.exchange import Exchange
 from paceline.engine.worker.worker import Worker
@@ -43,16 +45,19 @@ def wrap(
             fix="install the same versions of torch and of the optimizer's module on all hosts",
         )
     line.maps_home = line.maps_home or is_home
-    made = DeputyExchange(exchange, index, request.memory, worker.context, line)
+    made = DeputyExchange(exchange, index, request.memory, request.members, worker.context, line)
     return made, (os.getpid(), collectives.kept) if is_home else None
 
 
 class DeputyExchange:
-    """``at_home`` is exchange ``index``. ``memory``: where the worker's parameters lie."""
+    """``at_home`` is exchange ``index``. ``memory``: where the worker's parameters lie; ``members``: the workers of its
+    host, where they share a mirror."""
 
-    def __init__(self, at_home: Exchange, index: int, memory: str, context: Context, line: DeputyLine) -> None:
+    def __init__(
+        self, at_home: Exchange, index: int, memory: str, members: Sequence[int], context: Context, line: DeputyLine
+    ) -> None:
         self.at_home, self.index, self._memory = at_home, index, memory
-        self._link, self._mail = line.link, line.mail
+        self._line, self._link, self._mail = line, line.link, line.mail
         self._table, self._slot = at_home.spec.table, at_home.memory.slots[context.rank]
         self._is_local = isinstance(context.job.pace, Local)
         self._in_slots = isinstance(context.job.pace, Sync)
@@ -61,13 +66,77 @@ class DeputyExchange:
         self._gradients = self._expect()
         self._forward: Forward | None = None
         self._sent_bytes = 0
-        if memory == remote.MIRROR:
-            others = [worker for worker in range(context.job.workers) if worker != context.rank]
-            self._forward = Forward(at_home, index, others, others[0], line.link)
+        host = HostPush(at_home.memory, context, members or [context.rank], self._fetch_fold, self._fetch_own)
+        self._host = host if memory == remote.HOST else None
+        self._is_lead = context.rank in members[:1]
+        if self._host is None:
+            host.leave()
+        if memory in (remote.MIRROR, remote.HOST):
+            others = [worker for worker in range(context.job.workers) if worker not in (members or [context.rank])]
+            sends = memory == remote.MIRROR or self._is_lead
+            self._forward = Forward(at_home, index, others, members, line.link if sends else None)
+        self._set_way()
+
+    def _set_way(self) -> None:
+        rounds = self.at_home.in_rounds
+        if rounds is not None:
+            rounds.bring = None if self._host is None else self._host.bring
 
     def stop(self) -> None:
         if self._forward is not None:
             self._forward.stop()
+
+    # --- a host's fold ---
+
+    def offer(self, mask: bytes) -> None:
+        """The worker has put the gradients of these parameters where its host folds them. Raises ConfigError."""
+        if self._host is None or len(mask) != len(self.at_home.parameters):
+            raise ConfigError(f"a fold was offered of {len(mask)} parameters")
+        self._forget()
+        self.at_home.offered, self._host.offers = mask, True
+
+    def _fetch_fold(self, number: int, weights: list[float]) -> None:
+        self._line.ask_worker(remote.SendFold(self.index, number, weights))
+
+    def _fetch_own(self) -> None:
+        self._line.ask_worker(remote.SendOwn(self.index))
+
+    @property
+    def is_apart(self) -> bool:
+        """Is the worker to leave the mirror that its host shares?"""
+        return self._host is not None and not self._host.is_one
+
+    @property
+    def is_whole(self) -> bool:
+        """Do all of the worker's host share a mirror?"""
+        return self._host is not None and self._host.is_one
+
+    def leave(self) -> None:
+        """The worker has memory of its own now."""
+        self.stop()
+        self._sent_bytes = self.sent_bytes
+        if self._host is not None:
+            self._host.leave()
+        rounds = self.at_home.in_rounds
+        assert rounds is not None
+        rounds.on_close = lambda number, contributors: None
+        self._host = self._forward = None
+        self._memory, self._told = remote.OWN, -1
+        self._set_way()
+
+    def bring(self) -> remote.Brought | None:
+        """Have the newest values come to the mirror that the worker's host shares; None if it has none."""
+        host, at_home = self._host, self.at_home
+        if host is None:
+            return None
+        number, loads = at_home.number, at_home.memory.loads[0]
+        # As the exchange is shared the first worker makes the mirror: the others may not have it yet.
+        comes = (self._told >= 0 or self._is_lead) and host.claim(number, loads)
+        if comes:
+            self._send_all()
+        self._told = number
+        self.took(number)
+        return remote.Brought(number, loads, comes)
 
     @property
     def sent_bytes(self) -> int:
@@ -97,6 +166,9 @@ class DeputyExchange:
         ``remote.Step``. Raises ConfigError."""
         parameters = self.at_home.parameters
         self._forget()
+        self.at_home.offered = None
+        if self._host is not None:
+            self._host.offers = False
         if not mask:
             return
         if len(mask) != len(parameters):
@@ -176,8 +248,8 @@ class DeputyExchange:
                 return self.index == stepped and (self._forward is None or is_newer)
             case remote.WrapOptimizer():
                 return self._told < 0
-            case remote.Load(exchange=loaded):
-                return self.index == loaded
+            case remote.Load(exchange=asked) | remote.Leave(exchange=asked):
+                return self.index == asked
             case remote.Meet() | remote.More() | remote.End() if not self._in_slots:
                 return True
             case (
@@ -213,15 +285,20 @@ class DeputyExchange:
         if self._memory == remote.HOME:
             return []  # they lie where the worker sees them
         if self._forward is not None:
-            for vector in self._table.sizes:
-                self._send(f"parameters/{self.index}/{vector}", vectors[vector])
-            self._send(f"state/{self.index}", self.at_home.memory.state_bytes())
+            self._send_all()
             self._forward.took(self.at_home.number)
             return []
         for vector in self._table.dense_sizes:
             self._send(f"parameters/{self.index}/{vector}", vectors[vector])
         tables = [place for place, entry in enumerate(self._table.entries) if entry.row]
         return [place for place in tables if self._send_rows(place, vectors)]
+
+    def _send_all(self) -> None:
+        """The parameters and the optimizer's state, to a mirror."""
+        vectors = self.at_home.newest()
+        for vector in self._table.sizes:
+            self._send(f"parameters/{self.index}/{vector}", vectors[vector])
+        self._send(f"state/{self.index}", self.at_home.memory.state_bytes())
 
     def _send_rows(self, place: int, vectors: dict[str, torch.Tensor]) -> bool:
         """Send the rows of a table that the worker has otherwise. Are there any?"""

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TypeVar
 
+from paceline.engine.elsewhere.line import Asked
 from paceline.engine.elsewhere.mail import Mail
 from paceline.errors import ConfigError, WorkersLost
 from paceline.protocol import remote
@@ -52,7 +53,7 @@ class DeputyLine:
         """What the worker wants done next. Raises Aborted."""
         return self._next(remote.Ask)
 
-    def ask_worker(self, asked: remote.Show | remote.Keep) -> remote.Shown:
+    def ask_worker(self, asked: Asked) -> remote.Shown:
         """While the worker waits for an answer: its script stands still. Raises Aborted, and what it could not do."""
         with self.kept():
             self.link.send(asked)

@@ -58,10 +58,17 @@ class Early:
         self._came = [0] * len(replica.parameters)  # gradients since the last step, by parameter
         self._last = 1  # how many there were before the last step: the one to wait for
         self._paused = self._wrong = 0
+        self.was_finite = True  # what was gathered last
         for param in self._of:
             parameter = replica.parameters[param]
             if parameter.requires_grad and parameter.is_leaf and parameter.device.type == "cpu":
                 parameter.register_post_accumulate_grad_hook(lambda _, param=param: self._hear(param))
+
+    def use(self, replica: Replica) -> None:
+        """From now on gradients are written to this one's slot."""
+        self._replica = replica
+        self._told = set()
+        self._left = [len(bucket.params) for bucket in self._buckets]
 
     def _hear(self, param: int) -> None:
         self._came[param] += 1
@@ -78,7 +85,7 @@ class Early:
     def gather(self) -> list[Bucket]:
         """Write the gradients as they are now; the buckets that are others than what was told."""
         replica, early = self._replica, len(self._told)
-        replica.write_gradients()
+        self.was_finite = replica.write_gradients()
         rest = [
             bucket
             for place, bucket in enumerate(self._buckets)

@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import torch
 
@@ -16,6 +16,8 @@ from paceline.protocol import remote
 from paceline.transport.ends import Ended, Event, LinkEnded, Received
 from paceline.transport.link import Link
 
+# By the deputy, of a worker that waits for an answer.
+Asked: TypeAlias = remote.Show | remote.Keep | remote.SendFold | remote.SendOwn
 STOPPED = 75  # the exit status of a worker that was told to stop, or has lost home
 _GRACE_S = 2.0  # for the script to come to its next call
 
@@ -54,11 +56,11 @@ class Line:
     @contextmanager
     def asking(self) -> Iterator[None]:
         """Within it the script waits for home."""
-        self.asks = True
+        before, self.asks = self.asks, True
         try:
             yield
         finally:
-            self.asks = False
+            self.asks = before
 
     def put(self, link: Link, what: str, tensor: torch.Tensor) -> None:
         with self.kept():
@@ -68,13 +70,13 @@ class Line:
         with self.kept():
             return send_document(link, prefix, value)
 
-    def answer(self, heed: Callable[[remote.Show | remote.Keep], None]) -> remote.Answer:
+    def answer(self, heed: Callable[[Asked], None]) -> remote.Answer:
         """The next. ``heed`` is called for what the deputy asks before."""
         while True:
             match self.mail.events.get():
                 case Received(message=remote.Answer() as answer):
                     return answer
-                case Received(message=remote.Show() | remote.Keep() as asked):
+                case Received(message=remote.Show() | remote.Keep() | remote.SendFold() | remote.SendOwn() as asked):
                     heed(asked)
                 case Received(message=remote.Stop(reason=reason)):
                     self.give_up(reason)

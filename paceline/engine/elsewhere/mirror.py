@@ -4,11 +4,15 @@
 
 So gradients cross the network in both directions, which is as much as they are, and can do so during backward;
 parameters do not. Home stays what counts: when a mirror has missed a round it is filled anew.
+
+Several workers of a host have one mirror between them (``HostMirror``): the first of them makes it and is sent what the
+others have pushed, folded; all write their gradients to their slots in it, and each steps a share.
 """
 
 from __future__ import annotations
 
 import mmap
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import optim
@@ -16,8 +20,16 @@ from torch import optim
 from paceline.engine.elsewhere.mail import Mail
 from paceline.engine.exchange.shards import Shards
 from paceline.engine.exchange.stepper import Stepper
-from paceline.protocol import remote
-from paceline.transport.slots import ExchangeMemory, Spec, size_bytes
+from paceline.protocol import hosts, remote
+from paceline.transport import segment
+from paceline.transport.borrow import borrow
+from paceline.transport.slots import ExchangeMemory, Spec, by_place, size_bytes
+
+_LOOK_S = 2.0  # how often a worker that waits for the others of its host asks home whether they are alive
+
+
+class Broken(Exception):
+    """The workers of this host share a mirror no more: one of them has died, or left it."""
 
 
 def arithmetic() -> str:
@@ -28,8 +40,8 @@ def arithmetic() -> str:
 class Mirror:
     """Of exchange ``index``, for worker ``rank``; ``memory`` is laid out as home's."""
 
-    def __init__(self, spec: Spec, index: int, rank: int) -> None:
-        self.memory = ExchangeMemory(mmap.mmap(-1, size_bytes(spec)), spec)
+    def __init__(self, spec: Spec, index: int, rank: int, memory: ExchangeMemory | None = None) -> None:
+        self.memory = memory or ExchangeMemory(mmap.mmap(-1, size_bytes(spec)), spec)
         self._spec, self._index, self._rank = spec, index, rank
         self._stepper: Stepper | None = None
 
@@ -53,10 +65,12 @@ class Mirror:
 
     def follow(self, told: remote.Follow, optimizer: optim.Optimizer) -> None:
         """Step this round, of which everything has come."""
+        self._note(told)
+        self._step(told, optimizer, 0, 1)
+
+    def _note(self, told: remote.Follow) -> None:
+        """Write what belongs to the pushes beside the gradients."""
         memory = self.memory
-        if self._stepper is None:
-            shards = Shards(self._spec, memory, type(optimizer), vars(optimizer))
-            self._stepper = Stepper(shards, memory, saves=False)  # if this process dies, so does the mirror
         memory.loads[0] = told.loads
         for worker, weight, mask in told.sources:
             slot = memory.slots[worker]
@@ -65,5 +79,68 @@ class Mirror:
                 slot.mask[:] = mask
         if told.settings:
             memory.slots[told.sources[0][0]].write_settings(told.settings)
+
+    def _step(self, told: remote.Follow, optimizer: optim.Optimizer, share: int, shares: int) -> None:
+        if self._stepper is None:
+            shards = Shards(self._spec, self.memory, type(optimizer), vars(optimizer))
+            self._stepper = Stepper(shards, self.memory, saves=False)  # if this process dies, so does the mirror
         contributors = tuple(worker for worker, _, _ in told.sources)
-        self._stepper.step(told.number, contributors, 0, 1)
+        self._stepper.step(told.number, contributors, share, shares)
+
+
+class HostMirror(Mirror):
+    """That of ``members``, of which this worker is one; ``others`` is in whose slot the fold of all others comes."""
+
+    def __init__(
+        self, spec: Spec, index: int, rank: int, memory: ExchangeMemory, members: Sequence[int], others: int
+    ) -> None:
+        super().__init__(spec, index, rank, memory)
+        self.members, self._lead, self._others = tuple(members), members[0], others
+        self.is_whole: Callable[[], bool] = lambda: True  # asks home whether the members still share it
+
+    @staticmethod
+    def make(spec: Spec) -> int:
+        """A descriptor of memory for it. Raises HostError."""
+        return segment.create("mirror", size_bytes(spec), by_place(spec), spec.workers)
+
+    @staticmethod
+    def open(spec: Spec, place: tuple[int, int]) -> ExchangeMemory:
+        """That of a descriptor of a process of this host. Raises OSError, HostError."""
+        return ExchangeMemory(borrow(*place), spec)
+
+    @property
+    def is_lead(self) -> bool:
+        return self._rank == self._lead
+
+    def follow(self, told: remote.Follow, optimizer: optim.Optimizer) -> None:
+        """This worker's share of it; returns when all is stepped. Raises Broken."""
+        memory, number = self.memory, told.number
+        if self.is_lead:
+            self._note(told)
+            for worker, _, _ in told.sources:
+                is_here = worker in self.members
+                memory.slots[worker].write_lies_in(number, None if is_here else self._others)
+            memory.tell_word(memory.pushed, self._lead, number)
+        self._await(memory.pushed, self._lead, number)  # what came over the first one's link is there
+        self._step(told, optimizer, self.members.index(self._rank), len(self.members))
+        memory.tell_word(memory.stepped, self._rank, number)
+        for member in self.members:
+            self._await(memory.stepped, member, number)
+        if self.is_lead:
+            memory.tell_word(memory.brought, self._lead, hosts.version(number, told.loads))
+
+    def fill(self, told: remote.Brought) -> None:
+        """Home's values are here, if they were sent to this worker; else wait for them. Raises Broken."""
+        memory = self.memory
+        if told.comes:
+            memory.loads[0] = told.loads
+            for member in self.members:
+                memory.stepped[member] = told.number
+            memory.tell_word(memory.brought, self._lead, hosts.version(told.number, told.loads))
+        self._await(memory.brought, self._lead, hosts.version(told.number, told.loads))
+
+    def _await(self, words: memoryview[int], place: int, least: int) -> None:
+        while (seen := words[place]) < least:
+            self.memory.await_word(words, place, seen, _LOOK_S)
+            if words[place] == seen and not self.is_whole():
+                raise Broken

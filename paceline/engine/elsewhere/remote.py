@@ -25,11 +25,12 @@ from paceline.config import Job, Sync
 from paceline.data.loader import Count, share
 from paceline.data.part import Part
 from paceline.data.trained import Trained
-from paceline.engine.elsewhere.line import Line
+from paceline.engine.elsewhere.around import Around
+from paceline.engine.elsewhere.line import Asked, Line
 from paceline.engine.elsewhere.mail import send_packed
-from paceline.engine.elsewhere.mirror import arithmetic
 from paceline.engine.elsewhere.remote_exchange import RemoteExchange
 from paceline.engine.elsewhere.remote_gradients import RemoteGradients
+from paceline.engine.elsewhere.remote_host import RemoteHost
 from paceline.engine.elsewhere.remote_passes import RemotePasses
 from paceline.engine.exchange.meeting import Push
 from paceline.engine.setup import decode_job
@@ -40,7 +41,6 @@ from paceline.params import optimizers
 from paceline.params.packing import Tensors
 from paceline.params.table import tabulate
 from paceline.protocol import messages, remote
-from paceline.transport.borrow import can_borrow, this_host
 from paceline.transport.ends import LinkEnded
 from paceline.transport.link import Link
 
@@ -50,12 +50,12 @@ _MOST_NOTES = 1000
 class RemoteWorker:
     """The face of ``engine/worker/`` that ``run/``, the loaders and clipping use. Not for several threads."""
 
-    def __init__(self, link: Link, line: Line, rank: int, hosts: Sequence[str] = ()) -> None:
-        """``hosts``: on which host each worker is, by rank; none: all are on this one. Raises NotLetIn if the place is
-        not free yet."""
+    def __init__(self, link: Link, line: Line, rank: int, around: Around) -> None:
+        """Raises NotLetIn if the place is not free yet."""
         self.rank, self._link, self._line, self._mail = rank, link, line, line.mail
         self._status = remote.Status()
-        self._gradients = RemoteGradients(link, line, rank)
+        self._gradients, self._around = RemoteGradients(link, line, rank), around
+        self._host = RemoteHost(rank, around, self._gradients, self._mail, self._ask)
         self._notes: list[remote.Note] = []
         self._exchanges: list[RemoteExchange] = []
         self._buffers: list[list[torch.Tensor]] = []
@@ -63,12 +63,11 @@ class RemoteWorker:
         self.passes = RemotePasses(self)
         self.collectives = _Collectives(self)
         self.saving = _Saving()
-        told = self._ask(remote.Who(hosts[rank] if hosts else this_host(), os.getpid()))
+        told = self._ask(remote.Who(around.host(rank), os.getpid()))
         line.is_in = True
         self._is_newcomer = not self._status.joined and not told["resumes"]
         self.job: Job = decode_job(told["job"])
-        self._are_apart = len(set(hosts)) > 1
-        self._kind = self._choose_memory(told["try"], same_bits=told["arithmetic"] == arithmetic())
+        self._kind = around.choose(self.job, rank, told, is_newcomer=self._is_newcomer)
         self.directory = Path(told["directory"])
         self._part = Part(
             *((0, 1) if self.job.data == "own" else (rank, self.job.workers)),
@@ -76,15 +75,6 @@ class RemoteWorker:
             self.job.seed,
             msgspec.convert(told["trained"], tuple[Trained | None, ...]),
         )
-
-    def _choose_memory(self, home: tuple[int, int] | None, *, same_bits: bool) -> str:
-        """Where parameters are to lie. ``home``: a descriptor of one of its processes, if it is on this host."""
-        # A newcomer's gradients of ghost batches are nobody's business, so its memory is its own.
-        if not isinstance(self.job.pace, Sync) or self.job.servers or self._is_newcomer:
-            return remote.OWN
-        if home is not None and can_borrow(*home):
-            return remote.HOME
-        return remote.MIRROR if self._are_apart and self.job.workers == 2 and same_bits else remote.OWN
 
     @property
     def num_workers(self) -> int:
@@ -123,7 +113,7 @@ class RemoteWorker:
     ) -> RemoteExchange:
         """As ``Worker.add_exchange``: a collective. Raises ConfigError."""
         exchange = RemoteExchange(optimizer, names, with_rows, self.job, len(self._exchanges), share=share)
-        exchange.lay_out(self._mail, self._kind, self.rank)
+        kind = self._host.lay_out(exchange, self._kind)
         groups = [g for g, group in enumerate(optimizer.param_groups) for _ in group["params"]]
         if self.rank == 0:
             for place, parameter in enumerate(exchange.parameters):
@@ -139,11 +129,12 @@ class RemoteWorker:
             ],
             state=self._line.put_document(self._link, "state", state),
             spec=msgspec.msgpack.encode(exchange.spec),
-            memory=self._kind,
+            memory=kind,
+            members=self._around.members(self.rank) if kind == remote.HOST else [],
         )
         self._exchanges.append(exchange)
         place = self._ask(request)
-        if self._kind == remote.HOME:
+        if kind == remote.HOME:
             exchange.attach(tuple(place), self.rank)
         exchange.adopt(lambda: self._show_state(exchange))
         if isinstance(self.job.pace, Sync):
@@ -154,7 +145,7 @@ class RemoteWorker:
 
     def _send_early(self, exchanges: Sequence[RemoteExchange]) -> None:
         """Gradients of ghost batches are nobody's business; those from here on are."""
-        if self._are_apart and not self._is_newcomer and isinstance(self.job.pace, Sync):
+        if self._around.are_apart and not self._is_newcomer and isinstance(self.job.pace, Sync):
             for exchange in exchanges:
                 self._gradients.send_early(exchange)
 
@@ -206,8 +197,7 @@ class RemoteWorker:
         if one.inner is not None:
             self._local_step(one, void=void)
             return
-        mask, rows = (b"", {}) if void else self._gradients.send(one)
-        self._ask(remote.Step(index, void, mask, rows, one.changed_settings()))
+        self._ask(self._gradients.bring(one, void=void))
         one.stepped()
 
     def _local_step(self, one: RemoteExchange, *, void: bool) -> None:
@@ -221,6 +211,8 @@ class RemoteWorker:
 
     def norm(self, exchange: Any, chosen: bytes, order: float) -> float:
         """The norm of a gradient of this exchange over all workers; see engine/worker/clipping.py."""
+        if exchange.host is not None:
+            self._host.leave(exchange)  # a norm is that of gradients that are at home
         mask, rows = self._gradients.send(exchange)
         return float(self._ask(remote.Norm(exchange.index, mask, rows, chosen, order)))
 
@@ -306,11 +298,13 @@ class RemoteWorker:
 
     ask = _ask
 
-    def _heed(self, asked: remote.Show | remote.Keep) -> None:
+    def _heed(self, asked: Asked) -> None:
         """What the deputy asks meanwhile."""
         keeper, shown = self.saving.keeper, remote.Shown()
         try:
-            if isinstance(asked, remote.Show):
+            if isinstance(asked, remote.SendFold | remote.SendOwn):
+                self._host.heed(asked, self._exchanges[asked.exchange])
+            elif isinstance(asked, remote.Show):
                 tensors: Tensors = {}
                 document = keeper.state(self._exchanges, tensors, random=asked.random)
                 with self._line.kept():
@@ -330,7 +324,7 @@ class RemoteWorker:
                     self._line.put(self._link, f"buffers/{index}/{place}", tensor.cpu())
         for exchange in self._exchanges:
             if exchange.inner is not None:
-                self._gradients.bring(exchange, notes)
+                self._gradients.bring_local(exchange, notes)
         with self._line.kept():
             self._link.send(remote.Ask(notes, request))
 
@@ -345,13 +339,17 @@ class RemoteWorker:
                 exchange.inner.begin()
         for index, tables in status.fresh.items():
             self._exchanges[index].take_newest(self._mail, tables)
-        for index, told in status.follow.items():
-            self._exchanges[index].follow(told)
-            with self._line.kept():
-                self._link.send(remote.Took(index, told.number))
         if status.buffers:
             for index, tensors in enumerate(self._buffers):
                 self._take(tensors, f"averaged/{index}")
+        for index, told in status.follow.items():
+            if self._host.follow(self._exchanges[index], told):
+                with self._line.kept():
+                    self._link.send(remote.Took(index, told.number))
+        for index, values in status.brought.items():
+            self._host.bring(self._exchanges[index], values)
+        for index in status.apart:
+            self._host.leave(self._exchanges[index])
 
     def forget_gradients(self) -> None:
         """Those of ghost batches, which are not to be in the next step."""

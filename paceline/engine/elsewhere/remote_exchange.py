@@ -11,9 +11,10 @@ import torch
 from torch import nn, optim
 
 from paceline.config import Job, Local
+from paceline.engine.elsewhere.around import Around
 from paceline.engine.elsewhere.early import Bucket, Early, buckets
 from paceline.engine.elsewhere.mail import Mail
-from paceline.engine.elsewhere.mirror import Mirror
+from paceline.engine.elsewhere.mirror import HostMirror, Mirror
 from paceline.engine.exchange.exchange import make_inner
 from paceline.engine.exchange.inner import Inner
 from paceline.engine.exchange.replica import Replica
@@ -49,7 +50,10 @@ class RemoteExchange:
         self.inner: Inner | None = None
         self.early: Early | None = None
         self.mirror: Mirror | None = None
+        self.is_adopted = False
         self.is_home = False  # do the parameters lie in home's memory?
+        self.host: HostMirror | None = None  # or in a mirror that the workers of this host share
+        self.is_finite = True  # what was gathered last
         self._memory: ExchangeMemory | None = None
         self._ready: set[int] = set()  # buckets in the slot
         self._settings = optimizers.Settings(optimizer)
@@ -58,12 +62,11 @@ class RemoteExchange:
         self.buckets: Sequence[Bucket] = self.whole
 
     def lay_out(self, mail: Mail, kind: str, rank: int) -> None:
-        """Make memory, but for HOME's, and tell where what comes belongs."""
+        """Make memory, but where it is others', and tell where what comes belongs."""
         if kind == remote.MIRROR:
-            self.mirror = Mirror(self.spec, self.index, rank)
-            self.mirror.expect(mail)
-            self._use(self.mirror.memory, self.spec, rank)
+            self._look_into(Mirror(self.spec, self.index, rank), mail, rank)
         elif kind == remote.OWN:
+            self.mirror = self.host = None
             own = msgspec.structs.replace(self.spec, workers=1, servers=0, parts=0, state=())
             memory = ExchangeMemory(mmap.mmap(-1, size_bytes(own)), own)
             for vector in self.spec.table.dense_sizes:
@@ -75,10 +78,35 @@ class RemoteExchange:
         self.is_home = True
         self._use(ExchangeMemory(borrow(*place), self.spec), self.spec, rank)
 
+    def attach_mirror(self, mail: Mail, memory: ExchangeMemory, rank: int, around: Around) -> None:
+        """Take the mirror of this host's workers into use, of which this one is ``rank``."""
+        members = around.members(rank)
+        others = next(other for other in range(len(around.hosts)) if other not in members)
+        self.host = HostMirror(self.spec, self.index, rank, memory, members, others)
+        self._look_into(self.host, mail, rank)
+
+    def _look_into(self, mirror: Mirror, mail: Mail, rank: int) -> None:
+        self.mirror = mirror
+        mirror.expect(mail)
+        self._use(mirror.memory, self.spec, rank)
+
+    @property
+    def lies_with_others(self) -> bool:
+        """Are gradients written where other processes look for them?"""
+        return self.is_home or self.host is not None
+
+    @property
+    def memory(self) -> ExchangeMemory:
+        """Where it lies."""
+        assert self._memory is not None
+        return self._memory
+
     def _use(self, memory: ExchangeMemory, spec: Spec, rank: int) -> None:
         self._memory = memory
         self.replica = Replica(self.optimizer, spec, memory, rank, views=self._views)
         self.inner = make_inner(self.replica, self._pace)
+        if self.early is not None:
+            self.early.use(self.replica)
 
     def send_early(self, tell: Callable[[RemoteExchange, int], None]) -> None:
         """From now on ``tell`` hears of each bucket of gradients when backward has made it."""
@@ -86,14 +114,14 @@ class RemoteExchange:
         self.early = Early(self.replica, self.buckets, lambda place: tell(self, place))
 
     def tell_ready(self, rank: int, place: int) -> None:
-        """In home's memory: buckets up to this one are in the slot."""
+        """Where others look: buckets up to this one are in the slot."""
         assert self._memory is not None
         self._ready.add(place)
         count = next(n for n in range(len(self.buckets) + 1) if n not in self._ready)
         self._memory.tell_ready(rank, max(self._memory.stepped) + 1, count)
 
     def tell_all_ready(self, rank: int) -> None:
-        """In home's memory: all of the gradient is in the slot, rows too."""
+        """Where others look: all of the gradient is in the slot, rows too."""
         if self.early is not None:
             assert self._memory is not None
             self._memory.tell_ready(rank, max(self._memory.stepped) + 1, len(self.buckets) + 1)
@@ -107,6 +135,7 @@ class RemoteExchange:
     def adopt(self, show_state: Callable[[], None]) -> None:
         """The newest values have come: from now on the parameters lie where these come."""
         self.replica.adopt()
+        self.is_adopted = True
         if not self.steps_by_itself and self.inner is None:
             self.optimizer.state.clear()
             self.optimizer.register_state_dict_pre_hook(lambda _: show_state())
@@ -126,8 +155,10 @@ class RemoteExchange:
     def gather(self) -> Sequence[Bucket]:
         """Write the gradients into the slot; what of it home has not got yet, without rows."""
         if self.early is not None:
-            return self.early.gather()
-        self.replica.write_gradients()
+            rest = self.early.gather()
+            self.is_finite = self.early.was_finite
+            return rest
+        self.is_finite = self.replica.write_gradients()
         return self.whole
 
     def gradients(self, some: Sequence[Bucket]) -> Iterable[tuple[str, torch.Tensor, int, int]]:

@@ -10,8 +10,10 @@ import msgspec
 from paceline.engine.elsewhere.early import Bucket
 from paceline.engine.elsewhere.line import Line
 from paceline.engine.elsewhere.mail import send_range
+from paceline.engine.elsewhere.outbox import Outbox
 from paceline.engine.elsewhere.remote_exchange import RemoteExchange
 from paceline.protocol import remote
+from paceline.protocol.rounds import NEVER
 from paceline.transport.ends import LinkEnded
 from paceline.transport.link import Link
 
@@ -21,6 +23,7 @@ class RemoteGradients:
 
     def __init__(self, link: Link, line: Line, rank: int) -> None:
         self._link, self._line, self._rank = link, line, rank
+        self._outboxes: dict[int, Outbox] = {}  # by exchange, of those whose host's gradients this process folds
 
     def send(self, one: RemoteExchange) -> tuple[bytes, dict[int, int]]:
         """What of them home has not got yet. Which parameters have one, and their rows, as in ``remote.Step``."""
@@ -28,16 +31,60 @@ class RemoteGradients:
         if one.is_home:
             one.tell_all_ready(self._rank)
         else:
-            self._put(one, rest)
+            self._put(one, one.whole if one.host is not None else rest)
         return bytes(one.replica.slot.mask), one.rows()
+
+    def bring(self, one: RemoteExchange, *, void: bool) -> remote.Step:
+        """What is asked for with them, as they are at the step: they are where home, or this host, has them then."""
+        settings = one.changed_settings()
+        if not void and one.host is not None:
+            one.gather()
+            if one.is_finite:
+                one.tell_all_ready(self._rank)
+                return remote.Step(one.index, False, bytes(one.replica.slot.mask), {}, settings, offers=True)
+        mask, rows = (b"", {}) if void else self.send(one)
+        return remote.Step(one.index, void, mask, rows, settings)
+
+    def fold(self, one: RemoteExchange) -> None:
+        """From now on this process sends what its host's workers bring, folded."""
+        mirror, memory = one.host, one.memory
+        assert mirror is not None
+        name, number = f"gradient/{one.index}", max(memory.stepped) + 1
+        self._outboxes[one.index] = Outbox(memory, one.spec.table, mirror.members, name, self._link, number)
+
+    def send_fold(self, asked: remote.SendFold, one: RemoteExchange) -> None:
+        """What differs from what has been sent before."""
+        assert one.host is not None
+        self._outboxes[one.index].finish(asked.number, dict(zip(one.host.members, asked.weights, strict=True)))
+
+    def send_own(self, one: RemoteExchange) -> None:
+        """This worker's gradient, in no fold, as it is in the slot."""
+        outbox = self._outboxes.get(one.index)
+        if outbox is not None:
+            outbox.finish(max(one.memory.stepped) + 1, {})
+        self._put(one, one.whole)
+
+    def stepped(self, one: RemoteExchange) -> None:
+        """The mirror of this host has the newest values: what its workers bring next may go."""
+        if one.index in self._outboxes:
+            self._outboxes[one.index].allow(max(one.memory.stepped) + 1)
+
+    def leave(self, one: RemoteExchange) -> None:
+        """This worker's gradients go alone from now on."""
+        outbox = self._outboxes.pop(one.index, None)
+        if outbox is not None:
+            outbox.finish(NEVER, {})
+            outbox.stop()
+        if one.early is not None:
+            one.replica.before_rewriting = self._await_home
 
     def send_early(self, one: RemoteExchange) -> None:
         """From now on also in the midst of backward, bucket by bucket."""
         one.send_early(self._tell_early)
-        if not one.is_home:
+        if not one.lies_with_others:
             one.replica.before_rewriting = self._await_home
 
-    def bring(self, one: RemoteExchange, notes: list[remote.Note]) -> None:
+    def bring_local(self, one: RemoteExchange, notes: list[remote.Note]) -> None:
         """What local steps have come to goes with the last of them that counts: home may close the period."""
         for place in range(len(notes) - 1, -1, -1):
             note = notes[place]
@@ -54,7 +101,7 @@ class RemoteGradients:
 
     def _tell_early(self, one: RemoteExchange, place: int) -> None:
         """A bucket of gradients is in the slot."""
-        if one.is_home:
+        if one.lies_with_others:
             one.tell_ready(self._rank, place)
             return
         bucket = one.buckets[place]

@@ -35,6 +35,9 @@ from paceline.transport.slots import ExchangeMemory
 class Exchange:
     """One wrapped optimizer. ``spec`` is made before the memory exists; ``attach`` completes it."""
 
+    # Which parameters have a gradient, where that is on another host, finite, and the meeting is to get it.
+    offered: bytes | None = None
+
     def __init__(
         self,
         optimizer: optim.Optimizer,
@@ -207,7 +210,9 @@ class Exchange:
         """
         self._replica.check_unchanged()
         self.was_finite = True
-        if push.weight >= 0:
+        if self.offered is not None:
+            self._replica.write_mask(self.offered)
+        elif push.weight >= 0:
             inner = self.inner is not None
             self.was_finite = self._replica.has_finite_gradients() if inner else self._replica.write_gradients()
             if not self.was_finite:

@@ -142,7 +142,7 @@ class Replica:
                         self._dense[param].copy_(gradient, non_blocking=True)
                     elif self._mask[param] or param in self.early:
                         self._dense[param].zero_()
-            self._write_mask(bytes(gradient is not None for gradient in gradients))
+            self.write_mask(bytes(gradient is not None for gradient in gradients))
             self.wait_for_device()
             there = [self.slot.gradient[key] for key in self._vectors]
             there += [_rows_of(gradients[param]) for param in self._by_rows if gradients[param] is not None]
@@ -192,14 +192,14 @@ class Replica:
             for view, gradient in zip(self._dense.values(), gradients, strict=True):
                 if gradient is not None:
                     view.add_(gradient.to(view.device))
-        self._write_mask(bytes(h or g is not None for h, g in zip(self._mask, gradients, strict=True)))
+        self.write_mask(bytes(h or g is not None for h, g in zip(self._mask, gradients, strict=True)))
 
     def write_difference(self) -> None:
         """Write (shared parameters - own) into the slot: the outer gradient of local steps (Douillard et al. 2023)."""
         with torch.no_grad():
             for view, shared, parameter in zip(self._dense.values(), self.shared, self.parameters, strict=True):
                 torch.sub(shared, parameter.to(shared.device), out=view)
-        self._write_mask(self._all)
+        self.write_mask(self._all)
 
     def write_settings(self, optimizer: optim.Optimizer) -> None:
         """Schedulers change hyper-parameters between steps; they travel only when they have changed."""
@@ -212,7 +212,8 @@ class Replica:
         kept = [{k: v for k, v in group.items() if k not in ("fused", "foreach")} for group in settings]
         self.slot.write_settings(optimizers.encode(kept))
 
-    def _write_mask(self, mask: bytes) -> None:
+    def write_mask(self, mask: bytes) -> None:
+        """Into the slot: which parameters have a gradient."""
         if mask != self._mask:
             self._mask = mask
             self.slot.mask[:] = mask

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from paceline.engine.exchange.meeting import Push, Round
 from paceline.engine.exchange.stepper import Stepper
 from paceline.errors import ConfigError
+from paceline.protocol.hosts import pushed_for
 from paceline.protocol.rounds import (
     NEVER,
     Abandoned,
@@ -42,6 +43,8 @@ class Rounds:
         # Called when a round has closed, with its number and contributors, whose slots are not written meanwhile.
         self.on_close: Callable[[int, tuple[int, ...]], None] = lambda number, contributors: None
         self._servers = tuple(range(spec.workers, spec.workers + spec.servers))
+        # Pushes in place of this, where what those of a host bring is one (engine/elsewhere/host_push.py).
+        self.bring: Callable[[int, float], None] | None = None
 
     @property
     def number(self) -> int:
@@ -57,8 +60,11 @@ class Rounds:
         board, memory = self._board, self._memory
         number = self.number + 1
         self._slot.write(number, push.weight, push.loss, push.stop, push.steps, push.place, board.crew)
-        memory.pushed[self._rank] = number
-        board.ring(self._rank)
+        if self.bring is not None:
+            self.bring(number, push.weight)
+        else:
+            memory.pushed[self._rank] = number
+            board.ring(self._rank)
         pushed = time.monotonic()
         if self._servers:
             board.wait(lambda: self._is_stepped(number))
@@ -87,8 +93,12 @@ class Rounds:
 
     def bury(self, worker: int, deaths: int) -> None:
         """Under the run's lock: this worker has died so many times, and counts in no round until it has joined."""
-        if self._memory.attached[worker] < deaths:
-            self._memory.since[worker] = NEVER
+        memory = self._memory
+        if memory.attached[worker] < deaths:
+            pushed = pushed_for(worker, memory.offered, memory.pushed, memory.slots)
+            if pushed > memory.pushed[worker]:
+                memory.pushed[worker] = pushed
+            memory.since[worker] = NEVER
 
     def finish_abandoned(self) -> None:
         """Under the run's lock: complete the last round if only the dead are in it."""

@@ -1,0 +1,112 @@
+"""The gradients of one host's workers on their way to another host, folded, before and after they are pushed.
+
+    their slots --fold--> outbox --> link     bucket by bucket, as backward passes make them; in the end what differs
+
+Nothing that goes early counts: when it is settled who counts and by how much, everything is folded once more and
+compared with what was sent. The outbox is there because slots are written again as soon as a round is over, and what is
+sent may have to be sent once more until it has arrived. One worker's gradient is sent as it is.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+
+import torch
+
+from paceline.engine.elsewhere.early import buckets
+from paceline.engine.elsewhere.mail import send_range
+from paceline.params.fold import fold_into
+from paceline.params.table import Table, same_bits, vector_dtype
+from paceline.transport.ends import LinkEnded
+from paceline.transport.link import Link
+from paceline.transport.slots import ExchangeMemory
+
+_LOOK_S = 0.5
+
+
+class Outbox:
+    """Of ``workers`` of ``memory``; it arrives as the arrays ``name``/vector. Gradients of round ``number`` may go,
+    those of later ones when that is allowed. ``also``: called when all of a single worker's gradient is there."""
+
+    def __init__(
+        self,
+        memory: ExchangeMemory,
+        table: Table,
+        workers: Sequence[int],
+        name: str,
+        link: Link,
+        number: int,
+        also: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._memory, self._workers, self._name, self._link, self._also = memory, tuple(workers), name, link, also
+        self._buckets = buckets(table)
+        self._sent = {v: torch.zeros(size, dtype=vector_dtype(v)) for v, size in table.dense_sizes.items()}
+        most = {v: max(b.stop - b.start for b in self._buckets if b.vector == v) for v in self._sent}
+        self._folded = {v: torch.zeros(size, dtype=vector_dtype(v)) for v, size in most.items()}
+        self._shares = dict.fromkeys(workers, 1 / len(workers))  # as they were last time, and before that alike
+        self._number, self._finished = number, number - 1  # the round that may go, the last one that is settled
+        self._busy = threading.Lock()
+        self._over = False
+        self.sent_bytes = 0
+        self._early = threading.Thread(target=self._send_early, name="paceline-outbox", daemon=True)
+        self._early.start()
+
+    def stop(self) -> None:
+        self._over = True
+
+    def allow(self, number: int) -> None:
+        """What is there of this round may go: it overwrites nothing any more that somebody needs."""
+        self._number = max(self._number, number)
+        for worker in self._workers:
+            self._memory.wake_ready(worker)  # who sends may be asleep with buckets that had to wait for this
+
+    def finish(self, number: int, weights: Mapping[int, float]) -> None:
+        """Send what of round ``number`` has not been sent: of these workers, in this order. With none, nothing. The
+        link may have ended: that is found out by who hears nothing more."""
+        total = sum(weights.values())
+        with self._busy, suppress(LinkEnded):
+            self._finished = number
+            if not weights:
+                return
+            self._shares = {worker: weight / total for worker, weight in weights.items()}
+            self._update(0, len(self._buckets))
+            if len(self._workers) == 1:
+                self._also()
+
+    def _update(self, first: int, count: int) -> None:
+        """Send buckets ``[first, count)``, of them those that are others than what was sent last."""
+        slots, shares = self._memory.slots, list(self._shares.values())
+        for bucket in self._buckets[first:count]:
+            part, vector = slice(bucket.start, bucket.stop), bucket.vector
+            gradients = [slots[worker].gradient[vector][part] for worker in self._shares]
+            now, sent = gradients[0], self._sent[vector]
+            if len(gradients) > 1:
+                now = self._folded[vector][: len(now)]
+                fold_into(now, gradients, shares)
+            if same_bits(sent[part], now):
+                continue
+            sent[part] = now
+            name = f"{self._name}/{vector}"
+            self.sent_bytes += send_range(self._link, name, sent, bucket.start, bucket.stop)
+
+    def _send_early(self) -> None:
+        memory, workers, done = self._memory, self._workers, (0, 0)
+        is_alone = len(workers) == 1
+        while not self._over:
+            seen, number = [memory.ready[worker] for worker in workers], self._number
+            counts = [memory.count_ready(worker, number) for worker in workers]
+            count = min(counts)
+            first = done[1] if done[0] == number else 0
+            if count > first:
+                with self._busy, suppress(LinkEnded):
+                    if number > self._finished:  # else the slots may soon have the next gradients
+                        is_all = is_alone and count > len(self._buckets)
+                        self._update(0 if is_all else first, count)
+                        if is_all:
+                            self._also()
+                done = (number, count)
+            else:
+                behind = counts.index(count)
+                memory.await_ready(workers[behind], seen[behind], _LOOK_S)

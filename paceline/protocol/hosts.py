@@ -1,0 +1,74 @@
+"""The push of a host: what its workers bring to a round is one, or each brings its own.
+
+Workers of a host that is not home's fold their gradients before the wire. A fold cannot be taken apart, so it counts
+with all of them or not at all:
+
+1. Each *offers* its gradient for a round, once all of it is where the others of its host see it.
+2. When all have offered, the first of them (the lead) has the fold sent. Then, under the run's lock, it says of each
+   that its gradient lies in the fold, and pushes: that one store is the push of all. Each then says so for itself, and
+   for one that has died whoever buries it.
+3. If one of them does not come to the round, because it is parked, gone or has died, or brings nothing that could be
+   folded, each sends its own gradient and pushes it. Who finds that out takes its offer back under the same lock, so it
+   is either in the fold, or the fold is not pushed.
+4. A host of whose workers one has died, or left, is not one any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from paceline.protocol.rounds import Board, Column, Waiting, is_out
+
+
+class Slot(Protocol):
+    def lies_in(self, number: int) -> int | None:
+        """Whose slot has what this worker brings to round ``number``; None: its own, which has nothing else."""
+
+
+LEAVES = 2**62  # in ``offered``: it takes part in no fold any more
+
+
+def offer(number: int) -> int:
+    """What a worker writes who offers its gradient for round ``number``."""
+    return 2 * number + 1
+
+
+def alone(number: int) -> int:
+    """What it writes who brings its own to that round."""
+    return 2 * number
+
+
+def are_together(number: int, members: Sequence[int], offered: Column, deaths: Column, board: Board) -> bool | Waiting:
+    """Is what these workers of one host bring to round ``number`` one push?"""
+    missing = [member for member in members if offered[member] != offer(number)]
+    for member in missing:
+        if offered[member] in (alone(number), LEAVES) or is_out(member, board):
+            return False
+    if any(deaths[member] for member in members):
+        return False
+    if missing:
+        return Waiting(missing[0], f"worker {missing[0]} has not offered its gradient for round {number}")
+    return True
+
+
+def is_one(members: Sequence[int], offered: Column, deaths: Column) -> bool:
+    """Can these workers still push as one?"""
+    return not any(deaths[member] or offered[member] == LEAVES for member in members)
+
+
+def is_pushed(worker: int, number: int, pushed: Column, slots: Sequence[Slot]) -> bool:
+    """Has the push of its host been made, with this worker's gradient of round ``number`` in it?"""
+    lead = slots[worker].lies_in(number)
+    return lead is not None and slots[lead].lies_in(number) == lead and pushed[lead] >= number
+
+
+def pushed_for(worker: int, offered: Column, pushed: Column, slots: Sequence[Slot]) -> int:
+    """The last round that this worker, which has died, has pushed, or its host for it."""
+    number, is_offer = divmod(offered[worker], 2)
+    return number if is_offer and is_pushed(worker, number, pushed, slots) else pushed[worker]
+
+
+def version(number: int, loads: int) -> int:
+    """Of home's values after round ``number``, ``loads`` checkpoints having been loaded: rises with each. 0 is none."""
+    return number + loads + 1

@@ -1,0 +1,78 @@
+"""What a worker and its deputy (``remote.py``) say of where parameters lie, and of mirrors (docs/decisions/0017)."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Said(msgspec.Struct, frozen=True, tag_field="t", array_like=True):
+    """Base of all that is said over the link: a msgpack array that begins with the tag."""
+
+
+# Where the parameters of a worker elsewhere lie: in memory of its own, in home's, which is on the same host, or in a
+# mirror of home's, which is stepped there as home steps, with what others have pushed: one's own, or one that is shared
+# with the other workers of a host, whose gradients are folded before they are sent.
+OWN, HOME, MIRROR, HOST = "own", "home", "mirror", "host"
+
+
+# Asked by the worker.
+
+
+class Leave(Said, frozen=True, tag=52):
+    """...from now on my parameters lie in memory of my own. Nothing, and the newest values have come before."""
+
+    exchange: int
+
+
+class IsWhole(Said, frozen=True, tag=53):
+    """...I wait for others of my host. Do all of them live, and share its mirror?"""
+
+    exchange: int
+
+
+# Asked by the deputy, while the worker waits for an answer to a step in which it has offered its gradient.
+
+
+class SendFold(Said, frozen=True, tag=65):
+    """...send what your host's workers bring to this round, folded; all have offered it. ``weights``: by member, lowest
+    first. Answer: Shown, without anything."""
+
+    exchange: int
+    number: int
+    weights: list[float]
+
+
+class SendOwn(Said, frozen=True, tag=66):
+    """...send your own gradient: it will be in no fold. Answer: Shown, without anything."""
+
+    exchange: int
+
+
+# Told with an answer, by exchange.
+
+
+class Follow(msgspec.Struct, frozen=True, array_like=True):
+    """Round ``number`` is over. It was stepped with what these workers had pushed, with these weights, for the
+    parameters in these masks; what had not come before has come now. ``settings``: of the first of them, if they have
+    changed. ``loads``: checkpoints that have been loaded by then."""
+
+    number: int
+    loads: int
+    sources: list[tuple[int, float, bytes]]
+    settings: bytes
+
+
+class Brought(msgspec.Struct, frozen=True, array_like=True):
+    """A host's mirror is to have home's values after round ``number``, when ``loads`` checkpoints had been loaded. They
+    have come before this (``comes``), or to another of its workers."""
+
+    number: int
+    loads: int
+    comes: bool
+
+
+class Took(Said, frozen=True, tag=5):
+    """...my mirror has stepped this round: what others push in the next may come. No answer."""
+
+    exchange: int
+    number: int

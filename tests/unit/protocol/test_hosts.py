@@ -1,0 +1,77 @@
+"""Claims about the push of a host's workers as one, in protocol/hosts.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from paceline.protocol.hosts import LEAVES, alone, are_together, is_one, is_pushed, offer, pushed_for, version
+from paceline.protocol.rounds import Waiting
+from tests.unit.protocol.test_rounds import board
+
+MEMBERS, ROUND = (2, 3), 7
+NOBODY = [0, 0, 0, 0]
+
+
+@dataclass
+class Header:
+    """Of a slot: the round it is of, and where its gradient lies."""
+
+    number: int = 0
+    place: int | None = None
+
+    def lies_in(self, number: int) -> int | None:
+        return self.place if number == self.number else None
+
+
+def ask(third: int, fourth: int, *, parked: str = "0000", gone: str = "0000", deaths: list[int] = NOBODY) -> object:
+    answer = are_together(ROUND, MEMBERS, [0, 0, third, fourth], deaths, board(gone, parked, loader0="0001"))
+    return answer.on if isinstance(answer, Waiting) else answer
+
+
+def test_a_host_pushes_as_one_when_all_of_it_have_offered() -> None:
+    assert ask(offer(ROUND), offer(ROUND)) is True
+    assert ask(offer(ROUND), offer(ROUND - 1)) == 3
+    assert ask(0, offer(ROUND)) == 2
+
+
+@pytest.mark.parametrize("other", [alone(ROUND), LEAVES])
+def test_not_when_one_brings_its_own_or_has_left(other: int) -> None:
+    assert ask(offer(ROUND), other) is False
+    assert ask(0, other) is False  # nor is the rest waited for
+
+
+def test_not_when_one_is_parked_or_gone_or_has_ever_died() -> None:
+    assert ask(offer(ROUND), 0, parked="0001") is False
+    assert ask(offer(ROUND), 0, gone="0001") is False
+    assert ask(offer(ROUND), offer(ROUND), deaths=[0, 0, 0, 1]) is False
+    assert ask(offer(ROUND), offer(ROUND), deaths=[1, 0, 0, 0]) is True  # that is another host's
+    assert not is_one(MEMBERS, NOBODY, [0, 0, 1, 0])
+    assert not is_one(MEMBERS, [0, 0, 0, LEAVES], NOBODY)
+    assert is_one(MEMBERS, [LEAVES, 0, offer(3), alone(4)], [1, 1, 0, 0])
+
+
+def test_the_leads_store_is_the_push_of_all_of_them() -> None:
+    before, after = [ROUND, ROUND, ROUND - 1, ROUND - 1], [ROUND, ROUND, ROUND, ROUND - 1]
+    slots = [Header(ROUND), Header(ROUND), Header(ROUND, 2), Header(ROUND, 2)]
+    offered = [0, 0, offer(ROUND), offer(ROUND)]
+    assert not is_pushed(3, ROUND, before, slots)
+    assert is_pushed(3, ROUND, after, slots)
+    assert [pushed_for(3, offered, pushed, slots) for pushed in (before, after)] == [ROUND - 1, ROUND]
+    assert pushed_for(0, offered, after, slots) == ROUND
+
+
+def test_what_a_lead_said_that_died_before_its_push_is_not_taken_for_one() -> None:
+    # The next process in its place has pushed the round, with a gradient of its own.
+    slots = [Header(ROUND), Header(ROUND), Header(ROUND, None), Header(ROUND, 2)]
+    assert not is_pushed(3, ROUND, [ROUND, ROUND, ROUND, 0], slots)
+    # Nor is an offer that was taken back, or one of a round before.
+    slots[2] = Header(ROUND, 2)
+    assert pushed_for(3, [0, 0, 0, alone(ROUND)], [ROUND, ROUND, ROUND, ROUND - 1], slots) == ROUND - 1
+    assert pushed_for(3, [0, 0, 0, LEAVES], [ROUND, ROUND, ROUND, ROUND - 1], slots) == ROUND - 1
+    assert pushed_for(3, [0, 0, 0, offer(ROUND - 2)], [ROUND, ROUND, ROUND, ROUND - 1], slots) == ROUND - 1
+
+
+def test_versions_rise_with_rounds_and_with_what_is_loaded() -> None:
+    assert 0 < version(0, 0) < version(1, 0) < version(1, 1) < version(2, 1)
