@@ -5,6 +5,9 @@ rn to rn+n-1 of it: n workers then see what one process with n times the batch w
 ``hash`` by a hash of the sample's number (the same in every epoch and run), ``block`` by
 equal contiguous ranges, ``random`` drawn anew for every epoch. Where samples have no numbers (batch samplers of
 the user's own, streams) batches take their place.
+
+What is left of an epoch may be dealt once more, to others: by another hash each time, or all that was one worker's
+might be one worker's again. So are then the samples of a ``block``.
 """
 
 from __future__ import annotations
@@ -15,13 +18,18 @@ from numpy.typing import NDArray
 Owners = NDArray[np.int64]
 
 
-def owners(assign: str, numbers: NDArray[np.int64], total: int, workers: int, seed: int, epoch: int) -> Owners:
-    """The worker of each of ``numbers`` (int64[k], each in [0, total)); int64[k]."""
+def owners(
+    assign: str, numbers: NDArray[np.int64], total: int, workers: int, seed: int, epoch: int, deal: int = 0
+) -> Owners:
+    """The worker of each of ``numbers`` (int64[k], each in [0, total)); int64[k]. ``deal``: so many deals of the epoch
+    were before this one."""
     if assign == "round_robin":
         return numbers % workers
-    if assign == "block":
+    if assign == "block" and not deal:
         return numbers * workers // max(total, 1)
     salt = mix(np.uint64(0 if assign == "hash" else epoch_seed(seed, epoch)))
+    if deal:
+        salt = mix(salt ^ np.uint64(deal))
     mixed = mix(numbers.astype(np.uint64) ^ salt)
     return (mixed % np.uint64(workers)).astype(np.int64)
 

@@ -97,8 +97,8 @@ class SharedLoader(DataLoader[Any]):
         epoch, part = self._passes.epoch(self._index), self._part.of(self._passes.deal(self._index))
         if self._plan is None:
             self._passes.fetching()
-            batches = part.rest(self._index, epoch, super().__iter__(), None)
-            yield from islice(_streamed(batches, part, epoch, None, self._count, leases), skip, None)
+            batches, deal = part.rest(self._index, epoch, super().__iter__(), None), part.deal(self._index, epoch)
+            yield from islice(_streamed(batches, part, epoch, None, self._count, leases, deal), skip, None)
             return
         counts = self._plan.start(epoch, part, leases, skip, self._passes.fetching)
         for batch in super().__iter__():
@@ -135,18 +135,24 @@ class SharedBatches:
         epoch, part = self._passes.epoch(self._index), self._part.of(self._passes.deal(self._index))
         total = len(self._source) if isinstance(self._source, Sized) else None
         self._passes.fetching()
-        batches = part.rest(self._index, epoch, self._source, total)
-        return islice(_streamed(batches, part, epoch, total, self._count, leases), skip, None)
+        batches, deal = part.rest(self._index, epoch, self._source, total), part.deal(self._index, epoch)
+        return islice(_streamed(batches, part, epoch, total, self._count, leases, deal), skip, None)
 
 
 def _streamed(
-    batches: Iterable[Any], part: Part, epoch: int, total: int | None, count: Count, leases: Leases | None
+    batches: Iterable[Any],
+    part: Part,
+    epoch: int,
+    total: int | None,
+    count: Count,
+    leases: Leases | None,
+    deal: int = 0,
 ) -> Iterator[tuple[Any, int]]:
     """This worker's batches of a stream, which it can only read from its beginning to its end."""
     wanted = leases.draw(None) if leases is not None else None
     for ordinal, batch in enumerate(batches):
         if leases is None:
-            if part.owns_batch(ordinal, total, epoch):
+            if part.owns_batch(ordinal, total, epoch, deal):
                 yield batch, count(batch)
         elif ordinal == wanted:
             leases.begin()

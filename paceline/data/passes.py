@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Protocol, TypeAlias
+
+from paceline.protocol.deals import Deal
 
 Item: TypeAlias = "tuple[Any, int]"  # a batch, and its samples
 
@@ -19,10 +21,10 @@ class Passes(Protocol):
         """How many passes over the loader have been trained on: the same on all workers at the same place."""
 
     def skip(self, loader: int) -> int:
-        """How many of this worker's batches of the pass have been trained on by a worker before it in its place."""
+        """How many batches of this worker's part have been trained on by a worker before it in its place."""
 
-    def deal(self, loader: int) -> tuple[int, int] | None:
-        """Which part of the pass is this worker's (-1: none), of how many; None if that never changes."""
+    def deal(self, loader: int) -> Deal | None:
+        """Which part of the pass is this worker's; None if that never changes."""
 
     def fetching(self) -> None:
         """The first batch of a pass is about to be fetched; what is drawn at random from here on is its."""
@@ -47,7 +49,8 @@ class Passes(Protocol):
         """The leases to draw this pass's batches by, already opened; None where each worker knows its own batches."""
 
     def more(self, loader: int) -> bool:
-        """None is left to draw by lease. Blocks until others have given some back (True), or can do so no more."""
+        """None is left to draw by lease, or of this worker's part. Blocks until others have given some back, or there
+        is a part of another deal (True), or there will be no more."""
 
     def verdict(self, loader: int) -> bool | None:
         """Did the last push of batches of this loader count, since this was last asked? None if there was none."""
@@ -119,12 +122,7 @@ def one_pass(loader: Any, index: int, passes: Passes, batches: Batches) -> Itera
     before = passes.over  # then this is a whole evaluation, or a pass of one batch
     ended = False
     leases = passes.leases(index) if training else None
-    if leases is not None:
-        given = _counted(_leased(batches, leases, lambda: passes.more(index)), passes, index)
-    elif training:
-        given = _counted(batches(None, passes.skip(index)), passes, index)
-    else:
-        given = batches(None)
+    given = _counted(_all(batches, leases, passes, index), passes, index) if training else batches(None)
     pending = passes.pending(index) if training else None
     if pending is not None:
         pending.begin()
@@ -155,10 +153,11 @@ def _counted(batches: Iterator[Item], passes: Passes, index: int) -> Iterator[It
         yield item
 
 
-def _leased(batches: Batches, leases: Leases, more: Callable[[], bool]) -> Iterator[Item]:
-    yield from batches(leases)
-    while more():
-        yield from batches(leases)
+def _all(batches: Batches, leases: Leases | None, passes: Passes, index: int) -> Iterator[Item]:
+    more = True
+    while more:
+        yield from batches(leases, 0 if leases is not None else passes.skip(index))
+        more = passes.more(index)
 
 
 def _with_dropped(batches: Iterator[Item], pending: Pending, passes: Passes, index: int) -> Iterator[Item]:

@@ -91,9 +91,9 @@ class Plan:
         return iter(self._listed(epoch, self._part)[skip:])
 
     def _leased(self, leases: Leases, epoch: int) -> Iterator[Any]:
-        sampler, everything = self._source.batch_sampler, Part(0, 1, "round_robin", self._part.seed)
+        sampler, everything = self._source.batch_sampler, self._part.whole
         if self._is_plain(sampler):
-            order = self._rest(self._order(sampler.sampler, epoch), sampler, epoch)
+            order = self._rest(self._order(sampler.sampler, epoch), sampler, epoch, everything)
             total = _count_batches(sampler, len(order))
             while (ordinal := leases.draw(total)) is not None:
                 yield _batch(order, sampler, ordinal)
@@ -104,38 +104,43 @@ class Plan:
 
     def _listed(self, epoch: int, part: Part) -> list[Any]:
         """A part's batches by a sampler of the user's, drawn once an epoch: its length is known only then."""
-        if self._drawn[0] != (epoch, part.rank, part.workers):
+        if self._drawn[0] != (epoch, part):
             sampler = self._source.batch_sampler
             if type(sampler) is BatchSampler:
                 batches = list(self._cut(sampler, epoch, part))
             else:
                 drawn = self._draw(self._source.sampler if sampler is None else sampler, epoch)
-                drawn = list(part.rest(self._index, epoch, drawn, len(drawn)))
-                batches = [drawn[ordinal] for ordinal in _owned(part, len(drawn), epoch)]
-            self._drawn = ((epoch, part.rank, part.workers), batches)
+                drawn = part.rest_of(self._index, epoch, drawn)
+                batches = [drawn[ordinal] for ordinal in self._owned(part, len(drawn), epoch)]
+            self._drawn = ((epoch, part), batches)
         return self._drawn[1]
 
     def _cut(self, sampler: BatchSampler, epoch: int, part: Part, skip: int = 0) -> Iterator[Any]:
         """Batches as ``sampler`` cuts them: of the part's own samples, or whole ones of the global order; without the
         first ``skip``."""
-        order = self._rest(self._order(sampler.sampler, epoch), sampler, epoch)
+        order = self._rest(self._order(sampler.sampler, epoch), sampler, epoch, part)
         if part.assign == "round_robin" or not isinstance(order, np.ndarray):
-            ordinals = _owned(part, _count_batches(sampler, len(order)), epoch)
+            ordinals = self._owned(part, _count_batches(sampler, len(order)), epoch)
             return (_batch(order, sampler, ordinal) for ordinal in ordinals[skip:])
         total = len(self._source.dataset)  # type: ignore[arg-type]
-        held = order[part.mine(order, total, epoch)].tolist()
+        held = order[part.mine(order, total, epoch, part.deal(self._index, epoch))].tolist()
         return iter(BatchSampler(held[skip * sampler.batch_size :], sampler.batch_size, sampler.drop_last))
 
-    def _rest(self, order: Any, sampler: BatchSampler, epoch: int) -> Any:
+    def _owned(self, part: Part, batches: int, epoch: int) -> list[int]:
+        """The ordinals of a part's batches, of so many that are to be dealt."""
+        mine = part.mine(np.arange(batches), batches, epoch, part.deal(self._index, epoch))
+        return np.flatnonzero(mine).tolist()
+
+    def _rest(self, order: Any, sampler: BatchSampler, epoch: int, part: Part) -> Any:
         """Of an epoch's order, what is still to be dealt."""
-        trained = self._part.left_of(self._index, epoch)
-        if trained is None:
-            return order
-        if not isinstance(order, np.ndarray):
-            batches = [_batch(order, sampler, ordinal) for ordinal in range(_count_batches(sampler, len(order)))]
-            return [number for batch in trained.batches_left(batches, len(batches)) for number in batch]
         total = len(self._source.dataset)  # type: ignore[arg-type]
-        return trained.samples_left(order, sampler.batch_size, total)
+        for trained in part.trained_in(self._index, epoch):
+            if isinstance(order, np.ndarray):
+                order = trained.samples_left(order, sampler.batch_size, total)
+            else:
+                batches = [_batch(order, sampler, ordinal) for ordinal in range(_count_batches(sampler, len(order)))]
+                order = [number for batch in trained.batches_left(batches, len(batches)) for number in batch]
+        return order
 
     def _order(self, sampler: Any, epoch: int) -> Any:
         """The epoch's global order: int64[n] where samples are numbers, else a list."""
@@ -158,11 +163,6 @@ class Plan:
                 del self._orders[old]
             self._orders[epoch] = drawn
         return list(self._orders[epoch])
-
-
-def _owned(part: Part, batches: int, epoch: int) -> list[int]:
-    """The ordinals of a part's batches, of so many."""
-    return np.flatnonzero(part.mine(np.arange(batches), batches, epoch)).tolist()
 
 
 def _count_batches(sampler: BatchSampler, samples: int) -> int:

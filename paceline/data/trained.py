@@ -1,7 +1,8 @@
-"""What of an epoch had been trained on when a checkpoint was made, for a run that goes on with other workers.
+"""What of an epoch has been trained on, so that the rest of it can be dealt anew, as an epoch that is shorter.
 
-Then the rest is dealt anew, as an epoch that is shorter. With as many workers as before nobody needs this: each skips
-its own.
+It is when a run goes on from a checkpoint with other workers (with as many as before each skips its own), and when one
+that shares the epoch is given up. The rest of a rest is dealt likewise: there may be several of these for one epoch, in
+their order.
 """
 
 from __future__ import annotations
@@ -16,12 +17,11 @@ from paceline.data.assign import owners
 
 T = TypeVar("T")
 
-ALL = 1 << 40  # batches: more than anybody has
-
 
 @dataclass(frozen=True)
 class Trained:
-    """In ``epoch``, dealt to ``workers`` by ``assign``, worker w had trained on ``done[w]`` of its batches.
+    """In ``epoch``, dealt to ``workers`` by ``assign`` behind ``deal`` other deals, worker w has trained on ``done[w]``
+    of its batches.
 
     By lease instead: ``first`` and ``before`` as ``Ledger.left`` tells them.
     """
@@ -33,6 +33,7 @@ class Trained:
     done: tuple[int, ...] = ()
     first: int = 0
     before: tuple[int, ...] = ()
+    deal: int = 0
 
     def batches_left(self, batches: Iterable[T], total: int | None) -> Iterator[T]:
         """Of batches in their order, those that are left; ``total`` as in ``Part.owns_batch``."""
@@ -51,7 +52,7 @@ class Trained:
             for ordinal in filter(is_trained, range(batches)):
                 trained[ordinal * size : (ordinal + 1) * size] = True
         else:
-            owner = owners(self.assign, order, total, self.workers, self.seed, self.epoch)
+            owner = owners(self.assign, order, total, self.workers, self.seed, self.epoch, self.deal)
             for worker, done in enumerate(self.done):
                 trained[np.flatnonzero(owner == worker)[: done * size]] = True
         return order[~trained]
@@ -66,7 +67,7 @@ class Trained:
 
         def is_trained(ordinal: int) -> bool:
             number = np.array([ordinal], dtype=np.int64)
-            owner = int(owners(assign, number, total or 1, self.workers, self.seed, self.epoch)[0])
+            owner = int(owners(assign, number, total or 1, self.workers, self.seed, self.epoch, self.deal)[0])
             left[owner] -= 1
             return left[owner] >= 0
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from paceline.config import Job
+from paceline.data.trained import Trained
 from paceline.transport.board import Board
 from paceline.transport.channel import Channel
 from paceline.transport.lock import Lock
@@ -25,6 +26,8 @@ class Context:
     board: Board
     lock: Lock
     resume: Path | None = None  # the checkpoint that the run goes on from
+    # What of their epochs had been trained on then, by loader: newcomers know it too, who do not read the checkpoint.
+    trained: tuple[tuple[Trained, ...], ...] = ()
 
     def ring(self) -> None:
         """Tell of a change that rounds depend on, also those who wait for no one in particular."""

@@ -56,6 +56,7 @@ def main(role: str, rank: int, setup: bytes, descriptors: tuple[int, ...], paren
             board=board,
             lock=Lock(descriptors[1], board.journal),
             resume=Path(known.resume) if known.resume else None,
+            trained=known.trained,
         )
         contexts.current = context
         if role == "server":

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from paceline.config import Job, parse_pace
+from paceline.data.trained import Trained
 
 
 class Door(msgspec.Struct, frozen=True):
@@ -30,6 +31,7 @@ class Setup(msgspec.Struct, frozen=True):
     args: tuple[str, ...] = ()
     call: dict[str, Any] | None = None
     resume: str = ""  # the checkpoint to go on from
+    trained: tuple[tuple[Trained, ...], ...] = ()  # what the run that made it had trained on, by loader
     door: Door | None = None  # workers are deputies
 
 

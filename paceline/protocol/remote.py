@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from paceline.protocol.deals import Deal
 from paceline.protocol.messages import Failed
 from paceline.protocol.mirrors import (
     HOME,
@@ -178,7 +179,7 @@ class BeginLease(Said, frozen=True, tag=39):
 
 
 class More(Said, frozen=True, tag=40):
-    """...none is left for me to draw. Have others given some back?"""
+    """...none is left for me to draw, or of my part. Have others given some back, or is there another deal?"""
 
     loader: int
 
@@ -328,7 +329,7 @@ class Status(msgspec.Struct, frozen=True, array_like=True):
     exchange, the round that a mirror is to step; ``brought``: what a host's mirror is to have; ``apart``: exchanges of
     which the host's workers share a mirror no more.
 
-    ``deals``: by loader, see ``data.loader.Passes.deal``; ``workers``: how many there are to be. Of one that comes in
+    ``deals``: by loader, see ``data.passes.Passes.deal``; ``workers``: how many there are to be. Of one that comes in
     another's place: ``joined``, whether the others count with it; ``behind``, whether it has passes to catch up with;
     ``takes``, whether there is something to take before its next batch. ``saves``: at the next border it has to give
     its part of a checkpoint."""
@@ -344,7 +345,7 @@ class Status(msgspec.Struct, frozen=True, array_like=True):
     follow: dict[int, Follow] = {}
     brought: dict[int, Brought] = {}
     apart: list[int] = []
-    deals: list[tuple[int, int] | None] = []
+    deals: list[Deal | None] = []
     workers: int = 0
     joined: bool = True
     behind: bool = False

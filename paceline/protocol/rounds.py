@@ -50,17 +50,20 @@ Column: TypeAlias = "Sequence[int] | memoryview[int]"
 PRESENT, LEFT, AWAY = 0, 1, 2  # values of ``gone``
 NEVER = 2**63 - 1
 NOT_PARKED = 0
-EMPTY, TAIL = 1 << 32, 1 << 33  # added to where a worker parks
+# Added to where a worker parks; DEAL with the number of a deal above it.
+EMPTY, TAIL, DEAL = 1 << 32, 1 << 33, 1 << 34
 
 
 class Board(Protocol):
     """What the workers of a job have published of themselves; each column has one writer a cell.
 
-    ``parked[w]`` is 0, or 1 + the loader at whose end worker w waits, with EMPTY added by law 4 or TAIL by law 5;
+    ``parked[w]`` is 0, or 1 + the loader at whose end worker w waits, with EMPTY added by law 4, TAIL by law 5 or DEAL
+    by law 8;
     ``passes(l)[w]`` is how many passes over loader l worker w has finished; ``gone[w]`` is LEFT once w has left, AWAY
     when it has died and another is to take its place;
     ``evaluated[l]`` is 1 once anyone has read loader l without a step; ``returned[l]`` is how many batches of it have
-    come back, ``drained[l]`` how many passes over it are drained.
+    come back, ``drained[l]`` how many passes over it are drained; ``deals[l]`` is the number of its newest deal,
+    ``lost[l]`` not 0 if somebody was given up within that (``deals.py``).
     """
 
     @property
@@ -77,6 +80,12 @@ class Board(Protocol):
 
     @property
     def drained(self) -> Column: ...
+
+    @property
+    def deals(self) -> Column: ...
+
+    @property
+    def lost(self) -> Column: ...
 
     @property
     def width(self) -> int:
@@ -148,8 +157,9 @@ def _excused(worker: int, board: Board) -> bool:
     number = board.passes(loader)[worker]
     if board.parked[worker] != parked:
         return False  # it has gone on in between: that number may be of a pass it left without parking
-    if parked & TAIL:
-        return board.drained[loader] <= number and not board.returned[loader] and not _free_to_go(parked, board)
+    if parked & (TAIL | DEAL):
+        more = board.returned[loader] if parked & TAIL else board.deals[loader] > deal_parked_at(parked)
+        return board.drained[loader] <= number and not more and not _free_to_go(parked, board)
     return not barrier_open(loader, number, board) and not _free_to_go(parked, board)
 
 
@@ -160,7 +170,12 @@ def _told_by(worker: int, board: Board) -> int:
 
 def parked_at(parked: int) -> int:
     """The loader at whose end a worker waits that is parked."""
-    return (parked & ~(EMPTY | TAIL)) - 1
+    return (parked & EMPTY - 1) - 1
+
+
+def deal_parked_at(parked: int) -> int:
+    """The deal at whose tail a worker waits that is parked at one."""
+    return parked >> 35
 
 
 def _free_to_go(parked: int, board: Board) -> bool:
@@ -174,9 +189,14 @@ def held_at_end(worker: int, board: Board) -> Waiting | None:
     held = holding(loader, board.passes(loader)[worker], board)
     if held is None or not parked & EMPTY:
         return held
-    if _free_to_go(parked, board) or _first_if_all_stand(board) == worker:
+    if is_let_go(worker, parked, board):
         return None
     return Waiting(board.common, held.reason)  # whoever evaluates or parks may end this
+
+
+def is_let_go(worker: int, parked: int, board: Board) -> bool:
+    """Law 4: may ``worker``, which is parked there, go on though that is shut?"""
+    return parked & EMPTY != 0 and (_free_to_go(parked, board) or _first_if_all_stand(board) == worker)
 
 
 def more_at_tail(worker: int, board: Board) -> bool | Waiting:
@@ -187,7 +207,7 @@ def more_at_tail(worker: int, board: Board) -> bool | Waiting:
         return False
     if board.returned[loader]:
         return True
-    if parked & EMPTY and (_free_to_go(parked, board) or _first_if_all_stand(board) == worker):
+    if is_let_go(worker, parked, board):
         return False
     return Waiting(board.common, "others may give back batches that they have drawn")
 

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from paceline.protocol.crew import crew_size
+from paceline.protocol.deals import Dealt
 from paceline.protocol.rounds import LEFT, Waiting
 from paceline.transport import futex, segment
 from paceline.transport.accounts import WORDS as ACCOUNTS_WORDS
@@ -31,6 +32,7 @@ COLLECTIVES = MAX_LOADERS - 1  # stands for a loader: its passes are what all wo
 AWAITS_OTHERS, AWAITS_ITS_WORKER = 1, 2  # what a process waits for, as told in its word of ``asleep``; 0: nothing
 _LINE = 8  # words in a cache line: members' change counts do not share one
 _SPINS = 40
+_COUNT_BITS = 41  # of how many batches of a part count: in a word, with the deal before them
 _WAIT_S = 0.5  # a sleeper looks for an abort at least this often, whoever forgot to wake it
 
 T = TypeVar("T")
@@ -95,12 +97,15 @@ class Board:
             watched("accounts", ACCOUNTS_WORDS)
         )  # what stop rules go by, where one decides for all
         # The columns with many writers. In "evaluated" whoever writes, writes 1; the others are written under the run's
-        # lock: the last pass over a loader of which the consequences are drawn, and what protocol/rounds.py has of
-        # leases.
+        # lock: the last pass over a loader of which the consequences are drawn, what protocol/rounds.py has of leases,
+        # and what protocol/deals.py has of deals.
         self.evaluated = self._words[offsets["evaluated"] : offsets["evaluated"] + MAX_LOADERS]
         self.decided = watched("decided", MAX_LOADERS)
         self.returned, self.drained = watched("returned", MAX_LOADERS), watched("drained", MAX_LOADERS)
+        self.deals, self.lost = watched("deals", MAX_LOADERS), watched("lost", MAX_LOADERS)
         self._shares = watched("shares", MAX_LOADERS * _shares_words(workers))
+        self._outs = watched("outs", MAX_LOADERS * workers)
+        self._loaders = range(MAX_LOADERS)
         self._cores = len(os.sched_getaffinity(0))
 
     @staticmethod
@@ -223,24 +228,41 @@ class Board:
     def passes(self, loader: int) -> memoryview[int]:
         return self._passes[loader]
 
-    def sharers(self, loader: int, number: int) -> tuple[int, ...] | None:
-        """Whom the batches of pass ``number`` are dealt to, lowest rank first; None before that is settled."""
+    def dealt(self, loader: int, number: int) -> Dealt | None:
+        """How the batches of pass ``number`` (the first is 0) are dealt by now; None before that is settled."""
         size = _shares_words(self.workers)
-        start = loader * size
+        start, outs = loader * size, loader * self.workers
         if self._shares[start] != number + 1:
             return None
-        masks = [self._shares[start + 1 + place] for place in range(size - 1)]
-        return tuple(worker for worker in range(self.workers) if masks[worker // 64] >> worker % 64 & 1)
+        first = self._shares[start + 1]
+        masks = [self._shares[start + 2 + place] for place in range(size - 2)]
+        sharers = tuple(worker for worker in range(self.workers) if masks[worker // 64] >> worker % 64 & 1)
+        words = ((worker, self._outs[outs + worker]) for worker in sharers)
+        known = {w: (first + (word >> _COUNT_BITS) - 1, word & (1 << _COUNT_BITS) - 1) for w, word in words if word}
+        return Dealt(first, self.deals[loader], sharers, known)
 
     def settle_sharers(self, loader: int, number: int, workers: Sequence[int]) -> None:
         """Under the run's lock: the batches of pass ``number`` are dealt to these."""
         size = _shares_words(self.workers)
-        start, masks = loader * size, [0] * (size - 1)
+        start, masks = loader * size, [0] * (size - 2)
         for worker in workers:
             masks[worker // 64] |= 1 << worker % 64
-        for place, mask in enumerate(masks):
-            self._shares[start + 1 + place] = mask
-        self._shares[start] = number + 1
+        for place, word in enumerate((number + 1, self.deals[loader], *masks)):
+            self._shares[start + place] = word
+        for worker in range(self.workers):
+            self._outs[loader * self.workers + worker] = 0
+        self.lost[loader] = 0
+
+    def open_passes(self) -> list[tuple[int, int]]:
+        """Under the run's lock: the loaders of which a pass has been dealt, each with the last."""
+        size = _shares_words(self.workers)
+        return [(loader, word - 1) for loader in self._loaders if (word := self._shares[loader * size])]
+
+    def take_out(self, loader: int, worker: int, batches: int) -> None:
+        """Under the run's lock: of a worker's part in the newest deal of the open pass so many batches count, and it
+        shares no later one."""
+        deal = self.deals[loader] - self._shares[loader * _shares_words(self.workers) + 1]
+        self._outs[loader * self.workers + worker] = deal + 1 << _COUNT_BITS | batches
 
     def look(self, loader: int, number: int, worker: int) -> memoryview[float]:
         """[sum of loss times samples, sum of samples, steps] of a worker's pass ``number``; two fit."""
@@ -335,8 +357,8 @@ class Board:
 
 
 def _shares_words(workers: int) -> int:
-    """Of a loader: 1 + a pass, and a set of workers."""
-    return 1 + -(-workers // 64)
+    """Of a loader: 1 + a pass, its first deal, and a set of workers."""
+    return 2 + -(-workers // 64)
 
 
 def _offsets(workers: int, servers: int) -> dict[str, int]:
@@ -360,7 +382,10 @@ def _offsets(workers: int, servers: int) -> dict[str, int]:
         "coming": workers,
         "settled": workers,
         "places": workers * 2,
+        "deals": MAX_LOADERS,
+        "lost": MAX_LOADERS,
         "shares": MAX_LOADERS * _shares_words(workers),
+        "outs": MAX_LOADERS * workers,
         "asleep": workers + servers + 1,
         "in_hand": workers,
         "longest_ns": workers,

@@ -8,8 +8,9 @@ from typing import TypeAlias
 
 from paceline.config import Bounded, Local, Quorum
 from paceline.data.ledger import RING
+from paceline.protocol.deals import Deal
 from paceline.protocol.log import Entry
-from paceline.protocol.rounds import AWAY, EMPTY, LEFT, TAIL, parked_at
+from paceline.protocol.rounds import AWAY, DEAL, EMPTY, LEFT, TAIL, deal_parked_at, parked_at
 from tests.simulation import known
 from tests.simulation.memory import LOADERS, Host
 from tests.simulation.plans import Plan
@@ -36,7 +37,9 @@ class Claims:
         self.in_hand: list[Batch] = []  # of those whose script was over, and no step was taken
         self._with_killed: list[tuple[int, Batch]] = []  # workers, and what they had in hand
         self.given_up: set[int] = set()
-        self.dealt: dict[int, set[Batch]] = {}  # to a worker, where they are not leased
+        # Where they are not leased: who has shared a pass, and been given up before or within it.
+        self._sharers: dict[int, set[int]] = {}
+        self._lost: dict[int, set[int]] = {}
         self.stepping: set[str] = set()  # names of tasks
         self.on_step: Callable[[], None] = lambda: None
         self.kills = 0
@@ -138,8 +141,10 @@ class Claims:
             return  # a newcomer draws the consequences of the death of its own predecessor
         loader, workers = parked_at(before), range(self._plan.places)
         passes, gone, parked = self._passes(loader), board.raw("gone"), board.raw("parked")
-        if before & TAIL:
-            may = board.raw("drained")[loader] > passes[rank] or board.raw("returned")[loader]
+        if before & (TAIL | DEAL):
+            may = board.raw("drained")[loader] > passes[rank] or (
+                board.raw("returned")[loader] if before & TAIL else board.raw("deals")[loader] > deal_parked_at(before)
+            )
             if before & EMPTY and not may:
                 dead = board.raw("deaths")
                 stand = all(parked[w] or gone[w] or dead[w] or w in self._killed for w in workers if w != rank)
@@ -160,13 +165,27 @@ class Claims:
         board, passes = self._host.board, self._passes(loader)
         assert not board.raw("returned")[loader], f"pass {now} is drained while batches lie on the table"
         for worker, (gone, parked) in enumerate(zip(board.raw("gone"), board.raw("parked"), strict=False)):
-            at_tail = parked & ~EMPTY == loader + 1 + TAIL or self._task == f"worker {worker}"
+            at_tail = parked_at(parked) == loader and bool(parked & (TAIL | DEAL))
+            at_tail = at_tail or self._task == f"worker {worker}"
             there = worker >= self._plan.places or gone or passes[worker] + at_tail >= now
             assert there, f"pass {now} is drained while worker {worker} is in it"
 
     def _passes(self, loader: int) -> list[int]:
         first = self._host.board.place("passes")[0] + loader * self._plan.places
         return [self._host.board.stored.get(first + worker, 0) for worker in range(self._plan.places)]
+
+    def deals(self, rank: int, number: int, deal: Deal) -> None:
+        """A worker reads a part of pass ``number``."""
+        self._sharers.setdefault(number, set()).add(rank)
+        self.met["another deal"] += bool(deal.before)
+        self.met["a third deal"] += len(deal.before) > 1
+
+    def gives_up(self, rank: int) -> None:
+        """Nobody takes the place of worker ``rank``, which has been killed."""
+        self.given_up.add(rank)
+        self.met["given up"] += 1
+        for number in range(self._passes(0)[rank], len(self._plan.batches)):
+            self._lost.setdefault(number, set()).add(rank)
 
     def read(self, rank: int, batch: Batch) -> None:
         self.read_batches.append(batch)
@@ -230,9 +249,10 @@ class Claims:
     def _gone_with_killed(self) -> set[Batch]:
         """What they had in hand comes again by lease, but where nobody was left for it, or the ring was too short."""
         plan = self._plan
-        return {
-            batch for rank, batch in self._with_killed if not plan.leased or plan.ring < RING or rank in self.given_up
-        }
+        if not plan.leased:
+            # What was read behind the last step of a finished pass, or deal, is gone.
+            return {batch for _, batch in self._with_killed if any(max(one.accumulate) > 1 for one in plan.scripts)}
+        return {batch for rank, batch in self._with_killed if plan.ring < RING or rank in self.given_up}
 
     def _check_ledger(self, counted: Counter[Batch]) -> None:
         words = self._host.ledgers[0].stored
@@ -272,9 +292,10 @@ class Claims:
         return all((share, shares, chunk) in chunks for share in range(shares) for chunk in (0, 1))
 
     def _due(self) -> list[Batch]:
-        """Every batch that somebody who is not given up may read."""
-        plan = self._plan
-        if self.given_up and not plan.leased:
-            taken = set().union(*(self.dealt.get(rank, set()) for rank in self.given_up))  # nobody else may read it
-            return [batch for rank in self.dealt for batch in self.dealt[rank] - taken]
-        return [(number, ordinal) for number, count in enumerate(plan.batches) for ordinal in range(count)]
+        """Every batch; where they are dealt by number not those of a pass of which everybody was given up."""
+        due = []
+        for number, count in enumerate(self._plan.batches):
+            left = self._sharers.get(number, set()) - self._lost.get(number, set())
+            if left or self._plan.leased or not self.given_up:
+                due += [(number, ordinal) for ordinal in range(count)]
+        return due

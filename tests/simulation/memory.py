@@ -187,6 +187,8 @@ class SimulatedBoard(Board):
         self.on_alarm = lambda ask: None
         self.leaving, self.coming, self._coming = column("leaving"), watched("coming", host.workers), offsets["coming"]
         self._shares = watched("shares", LOADERS * _shares_words(host.workers))
+        self._outs, self._loaders = watched("outs", LOADERS * host.workers), range(LOADERS)
+        self.deals, self.lost = watched("deals", LOADERS), watched("lost", LOADERS)
         self._heard = 0
         self._asleep = offsets["asleep"] + self.members
         self.in_hand, self.longest_ns = column("in_hand").private(), column("longest_ns").private()

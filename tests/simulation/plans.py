@@ -153,7 +153,7 @@ def _with_more(plan: Plan, more: random.Random) -> Plan:
         least = plan.pace.count if isinstance(plan.pace, Quorum) else 1
         # What was read behind the last step of a finished pass is gone.
         scripts = tuple(replace(script, accumulate=(1,) * len(plan.batches)) for script in plan.scripts)
-        with_others = plan.leased and more.random() < 0.6  # dealt to others it is tests/unit/data/test_trained.py's
+        with_others = more.random() < 0.6
         plan = replace(
             plan,
             scripts=scripts,
@@ -161,7 +161,6 @@ def _with_more(plan: Plan, more: random.Random) -> Plan:
             stops_after=int(more.expovariate(1 / 200)),
             goes_on_with=more.randint(least, max(least, 4)) if with_others else plan.workers,
             wishes=plan.wishes if plan.leased else (),
-            gives_up=plan.gives_up if plan.leased else 0.0,
         )
     return plan
 

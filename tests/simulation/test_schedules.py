@@ -43,6 +43,7 @@ def test_schedules_reach_what_the_claims_are_about() -> None:
         "killed before it joined",
         "killed again",
         "given up",
+        "another deal",
         "a round without some",
         "a share stepped for another",
         "leased",

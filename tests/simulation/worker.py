@@ -35,9 +35,11 @@ from paceline.engine.exchange.stepper import Stepper
 from paceline.engine.worker import catching_up, handover
 from paceline.engine.worker import worker as worker_module
 from paceline.engine.worker.ending import Leave
+from paceline.engine.worker.position import trained_before
 from paceline.engine.worker.worker import Worker
 from paceline.params.undo import Undo
 from paceline.protocol import messages
+from paceline.protocol.deals import Deal
 from paceline.protocol.log import Entry
 from paceline.protocol.rounds import NOT_PARKED
 from paceline.transport import futex
@@ -74,7 +76,8 @@ class Life:
         channel: Any = SimpleNamespace(send=self._send, receive=self._receive)
         job = job_of(plan)
         resume = None if host.resumed is None else Path()
-        context = Context(job, "worker", rank, Path(), channel, board, lock, resume)
+        trained = () if host.resumed is None else trained_before(host.resumed, job)
+        context = Context(job, "worker", rank, Path(), channel, board, lock, resume, trained)
         worker = Worker(context)
         model: Any = SimpleNamespace(training=True)
         worker.knows([model])
@@ -244,11 +247,11 @@ class Loader:
         if leases is None:
             deal = self._worker.passes.deal(self._index)
             assert deal is not None
-            which, many = deal
-            owners = plan.owners[planned] if train else range(total)
-            mine = [batch for batch, owner in zip(named, owners, strict=True) if owner % many == which]
-            if train and not self._worker.passes.over and not self._worker._catching_up.is_muted:
-                self._claims.dealt.setdefault(self._rank, set()).update(mine)
+            owned = dict(zip(named, plan.owners[planned] if train else range(total), strict=True))
+            before = [trained.done for trained in self._worker._part.of(deal).trained_in(self._index, number)]
+            mine = _part(owned, deal, before)
+            if train and deal.rank >= 0 and not self._worker.passes.over and not self._worker._catching_up.is_muted:
+                self._claims.deals(self._rank, number, deal)
             yield from ((batch, 1) for batch in mine[skip:])
         elif plan.streamed:
             yield from _streamed(named, Part(0, 1, "round_robin", 0), number, None, lambda _: 1, leases)
@@ -270,6 +273,16 @@ class Loader:
             ordinal = drawn.popleft()
             if leases.begin():
                 yield named[ordinal], 1
+
+
+def _part(owned: dict[Batch, int], deal: Deal, before: Sequence[Sequence[int]]) -> list[Batch]:
+    """As ``data/plan.py``: of what the deals before this one have left. ``owned``: whose batch is which."""
+    left = list(owned)
+    for done in before:
+        parts = [[batch for batch in left if owned[batch] % len(done) == which] for which in range(len(done))]
+        trained = {batch for part, count in zip(parts, done, strict=True) for batch in part[:count]}
+        left = [batch for batch in left if batch not in trained]
+    return [batch for batch in left if owned[batch] % deal.workers == deal.rank]
 
 
 class Parameter:

@@ -227,8 +227,7 @@ class World:
                         board.tell_death(rank, for_good=False)
                         self._start_worker(rank)
                     case GiveUp(rank=rank):
-                        self.claims.given_up.add(rank)
-                        self.claims.met["given up"] += 1
+                        self.claims.gives_up(rank)
                         lock.try_to_mend()
                         board.tell_death(rank, for_good=True)
                     case Abort(failure=failure):

@@ -27,6 +27,8 @@ def fill_board(state: dict[str, Any], board: Board, job: Job) -> None:
             if alike and known["done"][worker]:
                 board.places[2 * worker] = key_of(loader, passes)
                 board.places[2 * worker + 1] = known["done"][worker]
+        if alike and any(known["done"]):  # whoever dies before it begins that pass has its part all the same
+            board.settle_sharers(loader, passes, range(job.workers))
         board.decided[loader] = min(known["decided"], passes)
         board.evaluated[loader] = known["evaluated"]
         board.drained[loader] = passes

@@ -73,7 +73,7 @@ class RemoteWorker:
             *((0, 1) if self.job.data == "own" else (rank, self.job.workers)),
             "round_robin" if self.job.assign == "lease" else self.job.assign or "round_robin",
             self.job.seed,
-            msgspec.convert(told["trained"], tuple[Trained | None, ...]),
+            msgspec.convert(told["trained"], tuple[tuple[Trained, ...], ...]),
         )
 
     @property

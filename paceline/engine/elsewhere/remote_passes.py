@@ -13,6 +13,7 @@ from paceline.config import Job, Quorum
 from paceline.data.passes import Pending
 from paceline.engine.worker.passes import gradient_marks
 from paceline.protocol import remote
+from paceline.protocol.deals import Deal
 
 
 class Asking(Protocol):
@@ -85,7 +86,7 @@ class RemotePasses:
     def skip(self, loader: int) -> int:
         return self._skips[loader]
 
-    def deal(self, loader: int) -> tuple[int, int] | None:
+    def deal(self, loader: int) -> Deal | None:
         deals = self._worker.status.deals
         return deals[loader] if loader < len(deals) else None
 
@@ -116,7 +117,9 @@ class RemotePasses:
         return _Leases(self._worker, loader, draws_ahead=loader in self._draw_ahead)
 
     def more(self, loader: int) -> bool:
-        return bool(self._worker.ask(remote.More(loader)))
+        more = bool(self._worker.ask(remote.More(loader)))
+        self._skips[loader] = 0  # of a part that nobody has begun
+        return more
 
     def verdict(self, loader: int) -> bool | None:
         return self._verdicts.pop(loader, None)

@@ -35,6 +35,7 @@ from paceline.engine.launcher.recorder import Recorder, new_directory
 from paceline.engine.launcher.watch import Watch
 from paceline.engine.program import Call, Elsewhere, Script
 from paceline.engine.setup import Door, Setup, encode_job
+from paceline.engine.worker.position import trained_before
 from paceline.protocol import messages
 from paceline.protocol.coordinator import how_ended
 from paceline.transport import segment
@@ -283,6 +284,7 @@ def _describe(
         args=() if isinstance(program, Call) else program.args,
         call=program.main if isinstance(program, Call) else None,
         resume=str(resume.path.resolve()) if resume is not None else "",
+        trained=trained_before(resume.documents["state"], job) if resume is not None else (),
         door=Door(program.host, list(program.ports), program.job, program.starter, program.insecure)
         if isinstance(program, Elsewhere)
         else None,

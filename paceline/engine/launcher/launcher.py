@@ -42,7 +42,7 @@ from paceline.engine.launcher.wishes import Wishes
 from paceline.engine.setup import Setup, decode_job
 from paceline.protocol import messages
 from paceline.protocol.coordinator import Coordinator, how_ended
-from paceline.protocol.effects import Came, Died, Interrupted, Wished
+from paceline.protocol.effects import Came, Died, GiveUp, Interrupted, Wished
 from paceline.transport import segment
 from paceline.transport.board import Board
 from paceline.transport.channel import Channel, Closed
@@ -281,7 +281,10 @@ class _Launcher:
         if left:  # it had no time to say so
             self._hands.do(self._coordinator.handle(Came(role, rank, messages.Finished())))
             self._board.wake_all()  # nor to ring
-        self._hands.do(self._coordinator.handle(Died(role, rank, pid, status)))
+        effects = self._coordinator.handle(Died(role, rank, pid, status))
+        if GiveUp(rank) in effects:
+            self._saver.lost(rank, finished=True)  # nor is a part of it in any checkpoint from now on
+        self._hands.do(effects)
 
     def _answer(self, question: messages.Any) -> messages.Any:
         """To a user, see control.py."""

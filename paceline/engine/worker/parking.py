@@ -1,13 +1,13 @@
-"""Where a worker parks: at the tail of a pass by lease, and at the end of every pass, where all meet.
+"""Where a worker parks: at the tail of what it may read of a pass, and at the end of every pass, where all meet.
 
-The laws are in ``protocol/rounds.py``. At an end all draw the same conclusions from the pass: its looks at the loss,
-the mean of the buffers, the newest parameters.
+The laws are in ``protocol/rounds.py`` and ``protocol/deals.py``. At an end all draw the same
+conclusions from the pass: its looks at the loss, the mean of the buffers, the newest parameters.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from paceline.config import Local
@@ -18,7 +18,8 @@ from paceline.engine.worker.buffers import Buffers
 from paceline.engine.worker.ending import Ending
 from paceline.engine.worker.progress import Progress
 from paceline.engine.worker.settling import Settling
-from paceline.protocol.rounds import EMPTY, NOT_PARKED, TAIL, Waiting, held_at_end, more_at_tail
+from paceline.protocol.deals import more_of_pass, place_at_tail
+from paceline.protocol.rounds import EMPTY, NOT_PARKED, TAIL, Board, Waiting, held_at_end, more_at_tail
 
 
 class Parking:
@@ -49,21 +50,39 @@ class Parking:
             more = board.returned[loader] > 0
             if not more and board.drained[loader] <= board.passes(loader)[rank]:
                 board.parked[rank] = loader + 1 + TAIL + (0 if is_trained else EMPTY)
-        if board.parked[rank]:
+        return self._wait_at_tail(more_at_tail, lambda: None) if board.parked[rank] else more
+
+    def at_tail_of(self, loader: int, deal: int, *, is_trained: bool) -> bool:
+        """Wait until there is another deal behind this one (True), or the pass is drained; else as ``at_tail``."""
+        board, rank = self._board, self._rank
+        number = board.passes(loader)[rank] + 1
+        with self._lock:
+            more = self._settling.end_deal(loader, number, deal, arriving=rank)
+            if isinstance(more, Waiting):
+                board.parked[rank] = place_at_tail(loader, deal, is_empty=not is_trained)
+        if not isinstance(more, Waiting):
             self._context.ring()
-            while board.parked[rank]:
-                board.wait(partial(more_at_tail, rank, board))
-                with self._lock:  # others may have been faster
-                    answer = more_at_tail(rank, board)
-                    if not isinstance(answer, Waiting):
-                        more = answer
-                        board.parked[rank] = NOT_PARKED
-            self._context.ring()
-            for exchange in self._exchanges:
-                exchange.catch_up()
-                if not exchange.in_period:  # as at an end
-                    exchange.refresh()
-        return more
+            return more
+        return self._wait_at_tail(more_of_pass, lambda: self._settling.end_deal(loader, number, deal))
+
+    def _wait_at_tail(self, ask: Callable[[int, Board], bool | Waiting], decide: Callable[[], object]) -> bool:
+        """Stay parked there until the answer is not Waiting. ``decide`` is called under the lock, where it is due."""
+        board, rank = self._board, self._rank
+        more: bool | Waiting = False
+        self._context.ring()
+        while board.parked[rank]:
+            board.wait(partial(ask, rank, board))
+            with self._lock:  # others may have been faster
+                decide()
+                more = ask(rank, board)
+                if not isinstance(more, Waiting):
+                    board.parked[rank] = NOT_PARKED
+        self._context.ring()
+        for exchange in self._exchanges:
+            exchange.catch_up()
+            if not exchange.in_period:  # as at an end
+                exchange.refresh()
+        return more is True
 
     def finish(self, loader: int, steps: int, samples: int, *, leased: bool) -> None:
         """This worker has finished its pass: so many steps (not 0 if it was trained on), and samples trained on."""

@@ -26,10 +26,11 @@ from paceline.engine.worker.ending import Ending
 from paceline.engine.worker.leases import Leases
 from paceline.engine.worker.membership import Membership
 from paceline.engine.worker.parking import Parking
-from paceline.engine.worker.position import key_of
+from paceline.engine.worker.position import done_in, key_of
 from paceline.engine.worker.progress import Progress
 from paceline.errors import ConfigError
 from paceline.protocol import messages
+from paceline.protocol.deals import Deal
 from paceline.transport.board import COLLECTIVES
 
 
@@ -103,7 +104,7 @@ class Passes:
     def skip(self, loader: int) -> int:
         return self._places[loader][1]
 
-    def deal(self, loader: int) -> tuple[int, int] | None:
+    def deal(self, loader: int) -> Deal | None:
         return self._deals.of(loader)
 
     def fetching(self) -> None:
@@ -147,15 +148,29 @@ class Passes:
     def more(self, loader: int) -> bool:
         """Wait at the tail of a pass that is trained on, or may be; see ``protocol/rounds.py``."""
         is_trained = self._progress.own_steps > self._starts[loader] or loader in self._parking.trained_on
+        deal = self._deals.number(loader)
         if self._ending.over or (not is_trained and loader in self._drawn_from):
+            return False
+        if deal is None and loader not in self._leasing:
             return False
         if is_trained:
             self._close_periods()
             self._progress.close_row()
+        self._saving.at_border()  # rounds do not wait for who is parked
         begun = time.monotonic()
-        more = self._parking.at_tail(loader, is_trained=is_trained)
+        if deal is None:
+            more = self._parking.at_tail(loader, is_trained=is_trained)
+        else:
+            more = self._parking.at_tail_of(loader, deal, is_trained=is_trained) and self._go_on(loader)
         self._progress.waited_since(begun)
         return more
+
+    def _go_on(self, loader: int) -> bool:
+        """To the next deal of the pass, if there is training in it."""
+        if self._ending.others or not self._deals.go_on(loader):
+            return False
+        self._places[loader] = (key_of(loader, self.epoch(loader), self._deals.number(loader) or 0), 0)
+        return True
 
     # --- did what was read count? ---
 
@@ -242,18 +257,15 @@ class Passes:
             if self._board.leaving[self._rank] and not (keeps or self._open):
                 self._membership.depart()
             (self._open.add if has_part else self._open.discard)(loader)
-        done = self._done_before(loader, number)
+        key = key_of(loader, number, self._deals.number(loader) or 0)
+        # How many batches of its part had been trained on by the worker whose place this one takes.
+        done = done_in(self._board.places, self._rank, key) if loader not in self._leases else 0
         leases = self._leases.get(loader)
         if done or (self._board.deaths[self._rank] and leases is not None and leases.committed):
             self._parking.trained_on.add(loader)
         (self._continued.add if done or not has_part else self._continued.discard)(loader)
-        self._places[loader] = (key_of(loader, number), done)
+        self._places[loader] = (key, done)
         self._read_before[loader] = self._reading
-
-    def _done_before(self, loader: int, number: int) -> int:
-        """How many batches of its part of this pass had been trained on by the worker whose place this one takes."""
-        key, done = self._board.places[2 * self._rank], self._board.places[2 * self._rank + 1]
-        return done if key == key_of(loader, number) and loader not in self._leases else 0
 
     # --- a pass ends ---
 

@@ -1,7 +1,8 @@
 """What follows from a death that the launcher has told of: drawn once for all, under the run's lock.
 
 Decision 9: the abandoned round is stepped, what the dead have pushed counts and with it the samples behind it, their
-other batches are there for others, and their places are away. Who leaves on its own accord says so here too.
+other batches are there for others, and their places are away. Who leaves on its own accord says so here too. Where
+batches are dealt by number, what is left of the part of one that is given up is dealt anew (docs/decisions/0020).
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from paceline.engine.context import Context
 from paceline.engine.exchange.exchange import Exchange
 from paceline.engine.worker.leases import Leases
-from paceline.engine.worker.position import loader_of
-from paceline.protocol.rounds import AWAY, LEFT, NOT_PARKED, is_drained
+from paceline.engine.worker.position import done_in, key_of, loader_of
+from paceline.protocol.deals import ALL, deal_over, is_at_tail
+from paceline.protocol.rounds import AWAY, LEFT, NOT_PARKED, Waiting, is_drained
 
 
 class Settling:
@@ -43,7 +45,7 @@ class Settling:
         """Draw all consequences that can be drawn now; has anything changed?"""
         board = self._board
         dead = self.bury()
-        for exchange in (*self._exchanges, *self._stores) if dead else ():
+        for exchange in (*self._exchanges, *self._stores) if dead or board.owes else ():
             exchange.finish_abandoned()
         # To give back the batches of one whose round is not over would free others to push it, who are not in it.
         owed = [worker for worker in dead if self._leases and self._is_in_round(worker)]
@@ -65,6 +67,7 @@ class Settling:
         lost = [worker for worker in given_up if not self._is_in_round(worker)]
         board.owes = bool(owed) or len(lost) < len(given_up)
         for worker in lost:
+            self._lose(worker)
             board.presence[worker] = LEFT
         for loader in self._leases if dead or lost else ():
             self.drain(loader)
@@ -113,3 +116,39 @@ class Settling:
             board.drained[loader] += 1
         if board.drained[loader] > before:
             board.ring(board.common)
+
+    # --- where batches are dealt by number ---
+
+    def _lose(self, worker: int) -> None:
+        """Of what is dealt to this worker, which is given up, that counts which it has trained on."""
+        board = self._board
+        for loader, number in board.open_passes():
+            dealt = board.dealt(loader, number)
+            if dealt is not None and dealt.is_in(worker) and board.passes(loader)[worker] <= number:
+                done = done_in(board.places, worker, key_of(loader, number, dealt.newest))
+                board.take_out(loader, worker, done)
+                board.lost[loader] = 1
+
+    def end_deal(self, loader: int, number: int, deal: int, arriving: int | None = None) -> bool | Waiting:
+        """Is there another deal of pass ``number``, behind this one, or is the pass drained (False)? ``arriving`` is a
+        worker that has come to its tail, and is not parked there."""
+        board = self._board
+        if board.drained[loader] >= number:
+            return False
+        if board.deals[loader] > deal:
+            return True
+        over = deal_over(loader, number, arriving, board)
+        if isinstance(over, Waiting):
+            return over
+        dealt = board.dealt(loader, number - 1)
+        share = [w for w in dealt.sharers if dealt.is_in(w)] if over and dealt is not None else []
+        stand = [w for w in share if w == arriving or is_at_tail(w, loader, board)]
+        if stand:
+            for worker in set(share) - set(stand):
+                board.take_out(loader, worker, ALL)  # it has finished the pass
+            board.lost[loader] = 0
+            board.deals[loader] += 1
+        else:
+            board.drained[loader] = number
+        board.ring(board.common)
+        return bool(stand)

@@ -94,9 +94,7 @@ class Worker:
         # Who has data of its own trains on all of it.
         place = (0, 1) if job.data == "own" else (context.rank, job.workers)
         assert job.assign is not None
-        self._part = Part(*place, "round_robin" if job.assign == "lease" else job.assign, job.seed)
-        if self._catching_up.resumed is not None:
-            self._part = replace(self._part, trained=position.trained_before(self._catching_up.resumed.state, job))
+        self._part = Part(*place, "round_robin" if job.assign == "lease" else job.assign, job.seed, context.trained)
         self._samples_at_step: list[int] = []  # by exchange
         self._strikes = Strikes(context)
         self._readers: list[Reader] = []
@@ -137,7 +135,7 @@ class Worker:
         return self._catching_up.resumed is not None
 
     @property
-    def trained_before(self) -> Sequence[Trained | None]:
+    def trained_before(self) -> Sequence[tuple[Trained, ...]]:
         """By loader, what of its epoch had been trained on before the run was resumed."""
         return self._part.trained
 
@@ -217,7 +215,7 @@ class Worker:
         resumed = self._checkpoint() if leases.is_new else None
         if resumed is not None and loader < len(resumed.state["loaders"]):
             ledger = resumed.state["loaders"][loader]["ledger"]
-            if ledger is not None and self._part.left_of(loader, ledger[0]) is None:
+            if ledger is not None:
                 leases.refill(*ledger)
 
     def _checkpoint(self) -> Resumed | None:
@@ -329,7 +327,7 @@ class Worker:
     def _position(self, number: int) -> dict[str, Any]:
         """Under the run's lock: how far all are into their data, of what counts up to round ``number``."""
         self._settling.settle_places(number)
-        return position.tell(self.context, self.passes.count, self._leases, self._parking.trained_on)
+        return position.tell(self.context, self.passes.count, self._leases, self._parking.trained_on, self._part)
 
     def loaded(self, parameters: Iterable[nn.Parameter]) -> None:
         """The script has loaded a checkpoint into these parameters: it counts for all workers."""

@@ -71,6 +71,9 @@ class Passes:
     def leases(self, loader: int) -> None:
         return None
 
+    def more(self, loader: int) -> bool:
+        return False
+
     def verdict(self, loader: int) -> bool | None:
         return None
 

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from paceline.data.assign import owners
-from paceline.data.trained import ALL, Trained
+from paceline.data.trained import Trained
+from paceline.protocol.deals import ALL
 
 
 @given(

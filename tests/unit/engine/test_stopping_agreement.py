@@ -15,7 +15,8 @@ import torch
 from torch import nn, optim
 from torch.utils.data import DataLoader, TensorDataset
 
-from paceline.protocol.rounds import Waiting, holding, parked_at
+from paceline.protocol.deals import more_of_pass
+from paceline.protocol.rounds import DEAL, Waiting, holding, parked_at
 from paceline.protocol.stopping import CHECK_ROUNDS
 from tests.driver import run_job
 
@@ -61,7 +62,10 @@ def make_slow(run: Any, behind: int) -> None:
     def can_go_no_further() -> bool | Waiting:
         exchange = run.worker.exchanges[0]._memory
         parked = parked_at(board.parked[behind])
-        held = parked >= 0 and holding(parked, board.passes(parked)[behind], board) is not None
+        if board.parked[behind] & DEAL:
+            held = isinstance(more_of_pass(behind, board), Waiting)
+        else:
+            held = parked >= 0 and holding(parked, board.passes(parked)[behind], board) is not None
         ahead = exchange.pushed[behind] > max(exchange.stepped)
         return bool(held or ahead or board.gone[behind] or board.ended[behind]) or Waiting(behind, "it can go on")
 
