@@ -187,16 +187,17 @@ def test_a_killed_worker_ends_the_run_with_exit_code_5(runner: Runner) -> None:
     assert "is lost" in ended.summary["reason"]
 
 
-@pytest.mark.long
-def test_the_others_go_on_where_that_many_are_enough(runner: Runner) -> None:
+@pytest.mark.parametrize("pace", ["sync", pytest.param("bounded:2", marks=pytest.mark.long)])
+def test_the_others_go_on_where_that_many_are_enough(runner: Runner, pace: str) -> None:
+    """At sync batches are dealt by number: what the lost one had left of its part of the epoch is dealt anew."""
     runner.write("counting.py", COUNTING)
     runner.write("count.py", COUNT)
-    variables = {"PACELINE_MIN_WORKERS": "1", "PACELINE_PACE": "bounded:2", "PACELINE_RETURN_TIMEOUT": "1"}
+    variables = {"PACELINE_MIN_WORKERS": "1", "PACELINE_PACE": pace, "PACELINE_RETURN_TIMEOUT": "1"}
     first, second = by_hand(runner, "count.py", "die", **variables)
     assert second.end().code == -signal.SIGKILL
     ended = first.end()
     assert ended.code == 0, ended.err
-    assert ended.summary["pace"] == "bounded:2"
+    assert ended.summary["pace"] == pace
     assert counts(ended) == [3.0] * 64
     assert "worker 1 has not come within 1 s; the other goes on without it" in ended.out
 

@@ -54,9 +54,9 @@ def clipped(tmp_path_factory: pytest.TempPathFactory) -> Ended:
     ("options", "value"),
     [
         ("--pace sync", "nan"),
-        ("--pace async", "inf"),
+        ("--pace async --assign round_robin", "inf"),  # so that worker 1 has as many steps as it takes
         pytest.param("--pace local:2", "nan", marks=pytest.mark.long),
-        pytest.param("--pace quorum:1", "inf", marks=pytest.mark.long),
+        pytest.param("--pace quorum:1 --assign round_robin", "inf", marks=pytest.mark.long),
     ],
 )
 def test_a_gradient_that_is_not_finite_is_dropped_and_told(options: str, value: str, runner: Runner) -> None:

@@ -42,7 +42,7 @@ from paceline.protocol import messages
 from paceline.protocol.deals import Deal
 from paceline.protocol.log import Entry
 from paceline.protocol.rounds import NOT_PARKED
-from paceline.transport import futex
+from paceline.transport import board as board_module
 from paceline.transport.board import COLLECTIVES
 from tests.simulation.claims import Batch, Claims
 from tests.simulation.memory import (
@@ -544,10 +544,8 @@ def serve(host: Host, claims: Claims, rank: int, channel: int) -> None:
 @contextmanager
 def in_place(host: Host, claims: Claims, ring: int) -> Iterator[None]:
     """The kernel and the tensors are the simulation's, until the block is left; rings of leases are so long."""
-    futexes = Futexes(host)
     with (
-        patch.object(futex, "wait", futexes.wait),
-        patch.object(futex, "wake", futexes.wake),
+        patch.object(board_module, "futex", Futexes(host)),
         patch.object(handover, "snapshot", Snapshots),
         patch.object(saving, "snapshot", Snapshots),
         patch.object(catching_up, "Resumed", lambda _: Resumed(host.resumed)),

@@ -24,6 +24,7 @@ from paceline.transport.link import Link
 from paceline.transport.slots import ExchangeMemory
 
 _LOOK_S = 0.5
+_STOP_S = 1.0  # so long its thread may be waiting for room in the link, whose end is not seen yet
 
 
 class Outbox:
@@ -54,7 +55,11 @@ class Outbox:
         self._early.start()
 
     def stop(self) -> None:
+        """Nothing is sent any more. Its thread ends, at the latest with the link."""
         self._over = True
+        for worker in self._workers:
+            self._memory.wake_ready(worker)
+        self._early.join(_STOP_S)
 
     def allow(self, number: int) -> None:
         """What is there of this round may go: it overwrites nothing any more that somebody needs."""
@@ -94,7 +99,7 @@ class Outbox:
     def _send_early(self) -> None:
         memory, workers, done = self._memory, self._workers, (0, 0)
         is_alone = len(workers) == 1
-        while not self._over:
+        while not (self._over or self._link.ended):
             seen, number = [memory.ready[worker] for worker in workers], self._number
             counts = [memory.count_ready(worker, number) for worker in workers]
             count = min(counts)

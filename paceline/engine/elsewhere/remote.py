@@ -274,6 +274,7 @@ class RemoteWorker:
     def abandon(self) -> None:
         """Home is told nothing more."""
         self.is_over = self._line.is_over = True
+        self._gradients.stop()
 
     def printed(self, data: bytes) -> None:
         """For the log at home. May be called by another thread."""

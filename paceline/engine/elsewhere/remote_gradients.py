@@ -78,6 +78,11 @@ class RemoteGradients:
         if one.early is not None:
             one.replica.before_rewriting = self._await_home
 
+    def stop(self) -> None:
+        """Nothing goes any more."""
+        while self._outboxes:
+            self._outboxes.popitem()[1].stop()
+
     def send_early(self, one: RemoteExchange) -> None:
         """From now on also in the midst of backward, bucket by bucket."""
         one.send_early(self._tell_early)

@@ -152,9 +152,9 @@ class Merger:
         behind = 0
         if self._gaps:  # some will never be whole; who tells of a round has told of those before
             whole = [key for key, merged in self._open.items() if len(merged.tellers) >= merged.contributors]
-            behind = max(whole, default=0)
-            if self._shares_steps:
-                behind = max(behind, min(self._told.values(), default=0))
+            slowest = min(self._told.values(), default=0)
+            # One who lives may have told nothing yet of rounds that it was in before others went on without it.
+            behind = max(*whole, slowest, 0) if self._shares_steps else min(max(whole, default=0), slowest + 1)
         for key in sorted(self._open):
             merged = self._open[key]
             if not everything and key >= behind and (key != self._next or merged.workers < merged.contributors):

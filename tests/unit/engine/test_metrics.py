@@ -207,6 +207,18 @@ def test_after_a_death_no_step_is_told_twice_for_one_who_lives_and_is_slow_to_te
     assert steps(merger) == [3, 4, 5]
 
 
+def test_rounds_that_went_on_without_one_who_is_slow_to_tell_wait_for_what_it_was_in() -> None:
+    merger = Merger(started_s=0.0)
+    merger.add(row(1, 2), 0)
+    merger.add(row(1, 2), 1)
+    assert steps(merger) == [1]
+    merger.lost(1)
+    merger.add(row(4, 1) + row(5, 1), 1)  # of its newcomer, when worker 0 had nothing more to read
+    assert steps(merger) == []
+    merger.add(row(2, 2) + row(3, 1), 0)
+    assert steps(merger) == [2, 3, 4, 5]
+
+
 def test_what_a_newcomer_tells_late_is_no_step_more() -> None:
     merger = Merger(started_s=0.0)
     merger.add(row(1, 2, samples=4.0) + row(2, 2, samples=4.0) + row(2, 2, samples=4.0) + row(3, 2), 0)
