@@ -100,7 +100,8 @@ def test_two_workers_on_each_of_two_hosts_are_one_process(runner: Runner, hosts:
     assert all(own == four[0] for own in four)  # to the bit, on both hosts
     # Parameters to begin with, to home and to the mirror, there with their state; then a gradient a step in each
     # direction. Every other way needs half as much again, or more.
-    table = tabulate((str(place), 0, torch.zeros(len(values), dtype=torch.float64)) for place, values in enumerate(one))
+    alike = [(str(place), 0, torch.zeros(len(values), dtype=torch.float64)) for place, values in enumerate(one)]
+    table = tabulate(alike)
     gradient, summary = 8 * table.sizes["float64"], ended[-1].summary
     assert (summary["status"], summary["workers"], summary["steps"]) == ("done", 4, STEPS)
     assert 2 * STEPS * gradient < summary["bytes_sent"] < 2.5 * STEPS * gradient
