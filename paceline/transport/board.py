@@ -96,10 +96,11 @@ class Board:
         self.accounts = Accounts(
             watched("accounts", ACCOUNTS_WORDS)
         )  # what stop rules go by, where one decides for all
-        # The columns with many writers. In "evaluated" whoever writes, writes 1; the others are written under the run's
-        # lock: the last pass over a loader of which the consequences are drawn, what protocol/rounds.py has of leases,
-        # and what protocol/deals.py has of deals.
+        # The columns with many writers. In "evaluated" (read without a step) and "trained" (a push made from it counts)
+        # whoever writes, writes 1; the others are written under the run's lock: the last pass over a loader of which
+        # the consequences are drawn, what protocol/rounds.py has of leases, and what protocol/deals.py has of deals.
         self.evaluated = self._words[offsets["evaluated"] : offsets["evaluated"] + MAX_LOADERS]
+        self.trained = self._words[offsets["trained"] : offsets["trained"] + MAX_LOADERS]
         self.decided = watched("decided", MAX_LOADERS)
         self.returned, self.drained = watched("returned", MAX_LOADERS), watched("drained", MAX_LOADERS)
         self.deals, self.lost = watched("deals", MAX_LOADERS), watched("lost", MAX_LOADERS)
@@ -372,6 +373,7 @@ def _offsets(workers: int, servers: int) -> dict[str, int]:
         "passes": workers * MAX_LOADERS,
         "looks": workers * 6 * MAX_LOADERS,
         "evaluated": MAX_LOADERS,
+        "trained": MAX_LOADERS,
         "decided": MAX_LOADERS,
         "returned": MAX_LOADERS,
         "drained": MAX_LOADERS,

@@ -203,6 +203,7 @@ class SimulatedBoard(Board):
         self._floats, self._looks = host.board_floats.words, offsets["looks"]
         self.accounts = Accounts(watched("accounts", 8))
         self.evaluated = words[offsets["evaluated"] : offsets["evaluated"] + LOADERS]
+        self.trained = words[offsets["trained"] : offsets["trained"] + LOADERS]
         self.decided = watched("decided", LOADERS)
         self.returned, self.drained = watched("returned", LOADERS), watched("drained", LOADERS)
         self.drained._memory.on_write = host.on_drain  # type: ignore[attr-defined]

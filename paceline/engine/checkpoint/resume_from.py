@@ -31,6 +31,7 @@ def fill_board(state: dict[str, Any], board: Board, job: Job) -> None:
             board.settle_sharers(loader, passes, range(job.workers))
         board.decided[loader] = min(known["decided"], passes)
         board.evaluated[loader] = known["evaluated"]
+        board.trained[loader] = known["trained"]
         board.drained[loader] = passes
     board.accounts.restore(state["accounts"])
     board.accounts.steps = float(state["step"] * job.workers)

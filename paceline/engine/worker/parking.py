@@ -107,7 +107,11 @@ class Parking:
 
     def word(self, loader: int) -> int:
         """The board's, for who waits at the end of a pass."""
-        return loader + 1 + (EMPTY if loader in self.empty and loader not in self.trained_on else 0)
+        return loader + 1 + (EMPTY if loader in self.empty and not self.is_trained(loader) else 0)
+
+    def is_trained(self, loader: int) -> bool:
+        """Is it known that somebody trains on this loader? So who finds nothing to read waits for the others."""
+        return loader in self.trained_on or self._board.trained[loader] != 0
 
     def at_end(self, loader: int) -> None:
         """Stay parked until every worker has finished this pass; then all draw the same conclusions from it."""

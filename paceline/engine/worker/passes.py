@@ -147,7 +147,7 @@ class Passes:
 
     def more(self, loader: int) -> bool:
         """Wait at the tail of a pass that is trained on, or may be; see ``protocol/rounds.py``."""
-        is_trained = self._progress.own_steps > self._starts[loader] or loader in self._parking.trained_on
+        is_trained = self._progress.own_steps > self._starts[loader] or self._parking.is_trained(loader)
         deal = self._deals.number(loader)
         if self._ending.over or (not is_trained and loader in self._drawn_from):
             return False
@@ -180,6 +180,8 @@ class Passes:
     def judge(self, *, counted: bool) -> None:
         """A push of what was read last has counted, or has not."""
         if self._reading is not None:
+            if counted and not self._board.trained[self._reading]:
+                self._board.trained[self._reading] = 1
             self._verdicts[self._reading] = counted or self._verdicts.get(self._reading, False)
         if counted and self._progress.in_rounds:
             for leases in self._leases.values():

@@ -6,6 +6,7 @@ float64: so after E epochs every weight is exactly E, whoever trained on what, i
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import nn, optim
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, TensorDataset
 
 from paceline.config import ASSIGNMENTS, Async, Bounded, Local, Pace, Quorum, Sync
+from paceline.protocol.rounds import Waiting
 from tests.driver import run_job
 
 EPOCHS = 2
@@ -218,3 +220,36 @@ def test_a_pass_without_a_step_gives_its_batches_back() -> None:
         return weight.detach().clone()
 
     assert_counted(run_job(body, workers=2, pace=Async()), 1)
+
+
+def test_who_finds_nothing_left_waits_for_what_the_others_still_train_on() -> None:
+    """Though it has read the loader without a step before, and has not trained on it itself."""
+    samples = 30
+    may_look, has_looked = threading.Event(), threading.Event()
+
+    def body(run: Any) -> torch.Tensor:
+        weight = nn.Parameter(torch.zeros(samples, dtype=torch.float64))
+        optimizer, loader = run.wrap(optim.SGD([weight], lr=1.0), LOADERS["in order"](samples, 2))
+        context = run.worker.context
+        if run.is_main:
+            sum(float(batch.sum()) for (batch,) in loader)
+            context.ring()
+            may_look.wait()
+        else:
+            context.board.wait(lambda: None if context.board.evaluated[0] else Waiting(0, "it reads the loader"))
+        for number, (batch,) in enumerate(loader, 1):
+            weight.grad = torch.zeros_like(weight)
+            weight.grad[batch.long()] = -1.0
+            if number == samples // 2:  # all but this one count
+                may_look.set()
+                context.board.wait(
+                    lambda: None if context.board.parked[0] or has_looked.is_set() else Waiting(0, "it is to look")
+                )
+            optimizer.step()
+        found = weight.detach().clone()
+        if run.is_main:
+            has_looked.set()
+            context.ring()
+        return found
+
+    assert_counted(run_job(body, workers=2, pace=Async(), assign="lease"), 1)
