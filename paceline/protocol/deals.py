@@ -70,9 +70,11 @@ def place_at_tail(loader: int, deal: int, *, is_empty: bool) -> int:
     return loader + 1 + DEAL + (EMPTY if is_empty else 0) + (deal << 35)
 
 
-def is_at_tail(worker: int, loader: int, board: Board) -> bool:
-    """Is the worker parked at the tail of the newest deal?"""
-    return board.parked[worker] & ~EMPTY == place_at_tail(loader, board.deals[loader], is_empty=False)
+def is_at_tail(worker: int, loader: int, number: int, board: Board) -> bool:
+    """Is the worker parked at the tail of the newest deal, in pass ``number``? Deals of two passes may have one number,
+    where somebody is a pass ahead by law 4."""
+    place = place_at_tail(loader, board.deals[loader], is_empty=False)
+    return board.parked[worker] & ~EMPTY == place and board.passes(loader)[worker] + 1 == number
 
 
 def more_of_pass(worker: int, board: Board) -> bool | Waiting:
@@ -100,7 +102,7 @@ def deal_over(loader: int, number: int, arriving: int | None, board: Board) -> b
     """
     passes, lost = board.passes(loader), board.lost[loader] != 0
     for worker in range(board.width):
-        if worker == arriving or board.gone[worker] == LEFT or is_at_tail(worker, loader, board):
+        if worker == arriving or board.gone[worker] == LEFT or is_at_tail(worker, loader, number, board):
             continue
         if passes[worker] < number:
             return Waiting(worker, f"worker {worker} has not finished its part of the data")

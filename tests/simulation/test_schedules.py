@@ -45,7 +45,15 @@ def test_what_is_claimed_holds_under_any_schedule(first: int) -> None:
 
 @pytest.mark.parametrize(
     ("world", "seed"),
-    [("rounds", 29878), ("log", 30257), ("log", 30759), ("rounds", 400284), ("rounds", 402032), ("rounds", 501896)],
+    [
+        ("rounds", 29878),
+        ("log", 30257),
+        ("log", 30759),
+        ("rounds", 400284),
+        ("rounds", 401480),
+        ("rounds", 402032),
+        ("rounds", 501896),
+    ],
 )
 def test_what_once_failed_holds(world: str, seed: int) -> None:
     run(world, seed)

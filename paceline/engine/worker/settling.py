@@ -142,7 +142,7 @@ class Settling:
             return over
         dealt = board.dealt(loader, number - 1)
         share = [w for w in dealt.sharers if dealt.is_in(w)] if over and dealt is not None else []
-        stand = [w for w in share if w == arriving or is_at_tail(w, loader, board)]
+        stand = [w for w in share if w == arriving or is_at_tail(w, loader, number, board)]
         if stand:
             for worker in set(share) - set(stand):
                 board.take_out(loader, worker, ALL)  # it has finished the pass

@@ -46,6 +46,14 @@ def test_a_tail_of_an_older_deal_is_not_one_of_the_newest() -> None:
     assert isinstance(more_of_pass(0, where), Waiting)
 
 
+def test_who_is_at_a_tail_of_the_pass_before_is_still_in_that() -> None:
+    # Worker 1 was let go on by law 4, and has come to the tail of the next pass, whose deal has the same number.
+    where = at_tail("001")
+    where.parked[0], where.finished[0] = place_at_tail(0, 0, is_empty=False), [0, 1, 0]
+    assert deal_over(0, 2, None, where) == Waiting(0, "worker 0 has not finished its part of the data")
+    assert deal_over(0, 1, None, where) is False
+
+
 def test_who_has_left_the_pass_must_be_parked_before_another_deal_is_made() -> None:
     where = at_tail("001")
     where.finished[0] = [1, 0, 0]
