@@ -48,7 +48,7 @@ class SendOwn(Said, frozen=True, tag=66):
     exchange: int
 
 
-# Told with an answer, by exchange.
+# Told with an answer, by exchange; or before it.
 
 
 class Follow(msgspec.Struct, frozen=True, array_like=True):
@@ -60,6 +60,13 @@ class Follow(msgspec.Struct, frozen=True, array_like=True):
     loads: int
     sources: list[tuple[int, float, bytes]]
     settings: bytes
+
+
+class Close(Said, frozen=True, tag=67):
+    """...the round that you have asked a step for is closed: step it now, as home does. Answer: Took."""
+
+    exchange: int
+    follow: Follow
 
 
 class Brought(msgspec.Struct, frozen=True, array_like=True):

@@ -19,6 +19,7 @@ from paceline.protocol.mirrors import (
     MIRROR,
     OWN,
     Brought,
+    Close,
     Follow,
     IsWhole,
     Leave,
@@ -28,7 +29,20 @@ from paceline.protocol.mirrors import (
     Took,
 )
 
-__all__ = ["HOME", "HOST", "MIRROR", "OWN", "Brought", "Follow", "IsWhole", "Leave", "SendFold", "SendOwn", "Took"]
+__all__ = [
+    "HOME",
+    "HOST",
+    "MIRROR",
+    "OWN",
+    "Brought",
+    "Close",
+    "Follow",
+    "IsWhole",
+    "Leave",
+    "SendFold",
+    "SendOwn",
+    "Took",
+]
 
 
 class Piece(Said, frozen=True, tag=1):
@@ -379,4 +393,4 @@ class Still(Said, frozen=True, tag=64):
     seconds: float
 
 
-Any_ = Piece | Ask | Answer | Stop | Took | Show | Keep | SendFold | SendOwn | Shown | Printed | Still
+Any_ = Piece | Ask | Answer | Stop | Took | Show | Keep | SendFold | SendOwn | Close | Shown | Printed | Still

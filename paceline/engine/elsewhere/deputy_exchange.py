@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -26,6 +27,7 @@ from paceline.errors import ConfigError
 from paceline.params import optimizers, rows
 from paceline.params.table import DTYPES, zeros
 from paceline.protocol import remote
+from paceline.transport.ends import LinkEnded
 
 
 def wrap(
@@ -74,7 +76,7 @@ class DeputyExchange:
         if memory in (remote.MIRROR, remote.HOST):
             others = [worker for worker in range(context.job.workers) if worker not in (members or [context.rank])]
             sends = memory == remote.MIRROR or self._is_lead
-            self._forward = Forward(at_home, index, others, members, line.link if sends else None)
+            self._forward = Forward(at_home, index, others, members, line.link if sends else None, self._close)
         self._set_way()
 
     def _set_way(self) -> None:
@@ -272,6 +274,14 @@ class DeputyExchange:
         if told is not None:
             self._told = self.at_home.number
         return told
+
+    def _close(self, told: remote.Follow) -> None:
+        """A round is closed: a mirror of one worker steps it while home does. One that several share waits for all of
+        them, and whoever waits there asks home, which has to be free to answer."""
+        if self._host is None and self._told == told.number - 1:
+            self._told = told.number
+            with suppress(LinkEnded):  # who answers the worker finds it out
+                self._link.send(remote.Close(self.index, told))
 
     def took(self, number: int) -> None:
         """The link's thread: the mirror has stepped this round."""

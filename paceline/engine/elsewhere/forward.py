@@ -7,7 +7,7 @@ Where the mirror is that of several workers, the deputy of the first of them sen
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -22,11 +22,19 @@ from paceline.transport.link import Link
 
 class Forward:
     """From the slots of ``others`` to the mirror of exchange ``index`` at the other end of ``link``, which is that of
-    ``members`` or, without any, of one worker; the first of them has the ``link`` that gradients go over."""
+    ``members`` or, without any, of one worker; the first of them has the ``link`` that gradients go over. ``closed`` is
+    called when a round has closed that the mirror can step, with what that is to be told."""
 
     def __init__(
-        self, exchange: Exchange, index: int, others: Sequence[int], members: Sequence[int], link: Link | None
+        self,
+        exchange: Exchange,
+        index: int,
+        others: Sequence[int],
+        members: Sequence[int],
+        link: Link | None,
+        closed: Callable[[remote.Follow], None],
     ) -> None:
+        self._closed = closed
         self._memory, self._table, self._index, self._link = exchange.memory, exchange.spec.table, index, link
         self._others, self._members = tuple(others), frozenset(members)
         self._rows: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # of tables: numbers, values as they were sent
@@ -81,6 +89,7 @@ class Forward:
             for worker, weight in zip(contributors, weights, strict=True)
         ]
         self._follow = remote.Follow(number, self._memory.loads[0], sources, settings)
+        self._closed(self._follow)
 
     def _send_rows(self) -> None:
         """Of one worker, whose gradient is in its slot: rows of tables, where they are others than what was sent."""

@@ -17,7 +17,7 @@ from paceline.transport.ends import Ended, Event, LinkEnded, Received
 from paceline.transport.link import Link
 
 # By the deputy, of a worker that waits for an answer.
-Asked: TypeAlias = remote.Show | remote.Keep | remote.SendFold | remote.SendOwn
+Asked: TypeAlias = remote.Show | remote.Keep | remote.SendFold | remote.SendOwn | remote.Close
 STOPPED = 75  # the exit status of a worker that was told to stop, or has lost home
 _GRACE_S = 2.0  # for the script to come to its next call
 
@@ -76,7 +76,13 @@ class Line:
             match self.mail.events.get():
                 case Received(message=remote.Answer() as answer):
                     return answer
-                case Received(message=remote.Show() | remote.Keep() | remote.SendFold() | remote.SendOwn() as asked):
+                case Received(
+                    message=remote.Show()
+                    | remote.Keep()
+                    | remote.SendFold()
+                    | remote.SendOwn()
+                    | remote.Close() as asked
+                ):
                     heed(asked)
                 case Received(message=remote.Stop(reason=reason)):
                     self.give_up(reason)

@@ -301,6 +301,9 @@ class RemoteWorker:
 
     def _heed(self, asked: Asked) -> None:
         """What the deputy asks meanwhile."""
+        if isinstance(asked, remote.Close):
+            self._follow(asked.exchange, asked.follow)
+            return
         keeper, shown = self.saving.keeper, remote.Shown()
         try:
             if isinstance(asked, remote.SendFold | remote.SendOwn):
@@ -344,13 +347,16 @@ class RemoteWorker:
             for index, tensors in enumerate(self._buffers):
                 self._take(tensors, f"averaged/{index}")
         for index, told in status.follow.items():
-            if self._host.follow(self._exchanges[index], told):
-                with self._line.kept():
-                    self._link.send(remote.Took(index, told.number))
+            self._follow(index, told)
         for index, values in status.brought.items():
             self._host.bring(self._exchanges[index], values)
         for index in status.apart:
             self._host.leave(self._exchanges[index])
+
+    def _follow(self, index: int, told: remote.Follow) -> None:
+        if self._host.follow(self._exchanges[index], told):
+            with self._line.kept():
+                self._link.send(remote.Took(index, told.number))
 
     def forget_gradients(self) -> None:
         """Those of ghost batches, which are not to be in the next step."""
