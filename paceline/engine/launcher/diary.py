@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -23,7 +23,8 @@ from paceline.protocol import messages
 from paceline.transport.frame import decode, encode, split
 
 NAME = "launcher.diary"
-LONG_BYTES = 1 << 23  # where it is worth shortening
+LONG_BYTES = 1 << 20  # where it is worth shortening
+_LENGTH_BYTES = 4
 
 
 class Entry(msgspec.Struct, frozen=True, array_like=True):
@@ -45,52 +46,70 @@ class Entry(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Diary:
-    """Owns the file at ``path``, which need not be there yet. ``entries``: what it had when it was opened."""
+    """Owns the file at ``path``, which need not be there yet, and is read an entry at a time, however long it is.
+    ``first``: the one that it began with when it was opened, if it had any."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._path, self._new = path, path.with_suffix(".new")
         self._encoder = msgspec.msgpack.Encoder()
-        data = path.read_bytes() if path.exists() else b""
-        self.entries, self.size_bytes = _decode(data)
+        self._new.unlink(missing_ok=True)  # of one that was killed while it shortened
+        path.touch()
+        self._long_bytes, self.size_bytes = LONG_BYTES, 0
+        first = last = b""
+        for data in _whole(path):
+            first, last = first or data, data
+            self.size_bytes += _LENGTH_BYTES + len(data)
+        self.first, self._last = ((_decode(data) if data else None) for data in (first, last))
         self._file = path.open("ab", buffering=0)
         self._file.truncate(self.size_bytes)
+
+    def read(self) -> Iterator[Entry]:
+        """What it has, in order."""
+        return (_decode(data) for data in _whole(self._path))
 
     def append(self, entry: Entry) -> None:
         data = self._framed(entry)
         self._file.write(data)
         self.size_bytes += len(data)
+        self._last = entry
+
+    @property
+    def is_long(self) -> bool:
+        """Is it worth shortening? What cannot be left out is not gone through again and again."""
+        return self.size_bytes > self._long_bytes
 
     def shorten(self, merged: bytes, saved: int) -> None:
         """Write it anew without the rows of steps, of which the merger has made ``merged``, and the parts of
-        checkpoints up to number ``saved``."""
-        entries, _ = _decode(self._path.read_bytes())
-        last = entries[-1]
-        rest = Entry(last.time_s, "launcher", 0, b"", last.places, merged=merged)
-        new = self._path.with_suffix(".new")
-        new.write_bytes(b"".join(self._framed(entry) for entry in (*without_rows(entries, saved), rest)))
-        os.replace(new, self._path)
+        checkpoints up to number ``saved``. It must have an entry."""
+        assert self._last is not None
+        self._last = Entry(self._last.time_s, "launcher", 0, b"", self._last.places, merged=merged)
+        with self._new.open("wb") as new:
+            for entry in without_rows(self.read(), saved):
+                new.write(self._framed(entry))
+            new.write(self._framed(self._last))
+        os.replace(self._new, self._path)
         self._file.close()
         self._file = self._path.open("ab", buffering=0)
         self.size_bytes = self._path.stat().st_size
+        self._long_bytes = max(LONG_BYTES, 2 * self.size_bytes)
 
     def close(self) -> None:
         self._file.close()
 
     def _framed(self, entry: Entry) -> bytes:
         data = self._encoder.encode(entry)
-        return len(data).to_bytes(4, "little") + data
+        return len(data).to_bytes(_LENGTH_BYTES, "little") + data
 
 
-def without_rows(entries: Iterable[Entry], saved: int) -> list[Entry]:
+def without_rows(entries: Iterable[Entry], saved: int) -> Iterator[Entry]:
     """The same, as far as the coordinator is concerned: that a worker gets on counts twice after each end of a process.
 
     What was logged goes with the rows.
     """
-    kept = []
     told: Counter[int] = Counter()
     for place, entry in enumerate(entries):
         if place == 0:
-            kept.append(entry)
+            yield entry
             continue
         frames = b""
         for message in entry.messages:
@@ -107,17 +126,18 @@ def without_rows(entries: Iterable[Entry], saved: int) -> list[Entry]:
                     told.clear()
             frames += encode(message)
         if frames:
-            kept.append(msgspec.structs.replace(entry, frames=frames))
-    return kept
+            yield msgspec.structs.replace(entry, frames=frames)
 
 
-def _decode(data: bytes) -> tuple[list[Entry], int]:
-    """The whole entries in the file's bytes, and how many bytes they take."""
-    entries, start = [], 0
-    while len(data) - start >= 4:
-        stop = start + 4 + int.from_bytes(data[start : start + 4], "little")
-        if len(data) < stop:
-            break
-        entries.append(msgspec.msgpack.decode(memoryview(data)[start + 4 : stop], type=Entry))
-        start = stop
-    return entries, start
+def _whole(path: Path) -> Iterator[bytes]:
+    """The entries in the file that are whole."""
+    with path.open("rb") as file:
+        while length := int.from_bytes(file.read(_LENGTH_BYTES), "little"):
+            data = file.read(length)
+            if len(data) < length:
+                return
+            yield data
+
+
+def _decode(data: bytes) -> Entry:
+    return msgspec.msgpack.decode(data, type=Entry)

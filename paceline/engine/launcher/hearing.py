@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from typing import TypeAlias
 
 from paceline.engine.launcher.channels import ZYGOTE, Channels, forget
-from paceline.engine.launcher.diary import LONG_BYTES, Diary, Entry
+from paceline.engine.launcher.diary import Diary, Entry
 from paceline.engine.launcher.memories import Memories
 from paceline.engine.launcher.telling import Telling
 from paceline.engine.launcher.watch import Whose
@@ -50,18 +51,23 @@ class Hearing:
 
     def shorten(self, saved: int) -> None:
         """The diary, if it is long: nothing of checkpoints up to number ``saved`` is needed any more."""
-        if self._diary.size_bytes > LONG_BYTES:
+        if self._diary.is_long:
             self._diary.shorten(self._telling.merger.state(), saved)
 
     def go_on(self, alive: Mapping[Whose, int], held: dict[Whose, int]) -> None:
         """Come to where the launcher before this one was. ``alive`` grows meanwhile; ``held``: ends of channels."""
-        entries = self._diary.entries[1:]
         # Only the last entry of a process may be obeyed in part; what came behind it, it led to.
-        last = max((place for place, entry in enumerate(entries) if entry.role not in _OWN), default=len(entries))
+        doubtful: list[Entry] = []
         self._be_silent(True)
-        for entry in entries[:last]:
-            self._obey_entry(entry)
-        doubtful = entries[last:]
+        for entry in islice(self._diary.read(), 1, None):
+            if entry.role not in _OWN:
+                for earlier in doubtful:
+                    self._obey_entry(earlier)
+                doubtful = [entry]
+            elif doubtful:
+                doubtful.append(entry)
+            else:
+                self._obey_entry(entry)
         if doubtful:
             self._telling.recorder.expect(doubtful[0].places)
         self._channels.open_those([ZYGOTE, *alive], held)

@@ -83,8 +83,8 @@ class _Launcher:
         job = self._job = decode_job(msgspec.msgpack.decode(begin.setup, type=Setup).job)
         directory = Path(begin.directory)
         diary = self._diary = Diary(directory / NAME)
-        again = bool(diary.entries)
-        began_s = diary.entries[0].time_s if again else None
+        again = diary.first is not None
+        began_s = None if diary.first is None else diary.first.time_s
         telling = self._telling = Telling(job, begin, began_s, front.send)
         self._info, self._merger = telling.info, telling.merger
         # Who has data that nobody else has, or reads it for all, cannot be replaced.

@@ -179,5 +179,12 @@ class Merger:
             bytes_sent=round(sent),
             staleness=round(staleness / merged.workers, 3),
             dropped=round(dropped),
-            values=self._values.pop(key, {}),
+            values=self._values_up_to(key),
         )
+
+    def _values_up_to(self, key: int) -> dict[str, float | None]:
+        """What was logged of this round, and of those before it after they had been told, or that are never told."""
+        values: dict[str, float | None] = {}
+        for known in sorted(known for known in self._values if known <= key):
+            values |= self._values.pop(known)
+        return values

@@ -9,7 +9,7 @@ import contextlib
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import IO
@@ -22,6 +22,7 @@ from paceline.engine.launcher.losses import Losses
 from paceline.errors import HostError
 
 _FLUSH_RECORDS = 256
+_CHUNK = 1 << 16
 
 
 class Recorder:
@@ -48,12 +49,11 @@ class Recorder:
         self._encoder = msgspec.json.Encoder()
         metrics, told = self.directory / "metrics.jsonl", self.directory / "events.jsonl"
         if again:
-            kept = _metrics_up_to(metrics, None)
             for path in (metrics, told):
                 _cut_to_whole_lines(path)
         else:
-            kept = _metrics_up_to(metrics, resume) if resume is not None else []
-            _replace(metrics, b"".join(self._encoder.encode(metric) + b"\n" for metric in kept))
+            kept = _metrics_up_to(metrics, resume) if resume is not None else iter(())
+            _replace(metrics, (self._encoder.encode(metric) + b"\n" for metric in kept))
         self._metrics: IO[bytes] = metrics.open("ab", buffering=0)
         self._events: IO[bytes] = told.open("ab", buffering=0)
         self._unwritten: list[tuple[bytes, events.Metric]] = []
@@ -63,10 +63,12 @@ class Recorder:
         self._samples = self._steps = self._epochs = self._bytes = 0
         self._last_s = self._staleness = 0.0
         self._lines = self._dropped = 0
-        for metric in kept:
+        before: list[float] = []  # the first and the last time in the run that is resumed
+        for metric in _metrics_up_to(metrics, None):
             self._count(metric)
-        before = [metric.time_s for metric in kept if resume is not None and metric.step <= resume]
-        self.offset_s = max(before, default=0.0)
+            if resume is not None and metric.step <= resume:
+                before = [before[0], max(before[1], metric.time_s)] if before else 2 * [metric.time_s]
+        self.offset_s = before[1] if before else 0.0
         self._before_s = self.offset_s - before[0] if before else 0.0
         known = _info(self.directory / "run.json") if again else None
         self.info = known or events.RunInfo(
@@ -85,7 +87,7 @@ class Recorder:
         self.write_info()
 
     def write_info(self) -> None:
-        _replace(self.directory / "run.json", self._encoder.encode(self.info))
+        _replace(self.directory / "run.json", [self._encoder.encode(self.info)])
 
     @property
     def places(self) -> dict[str, int]:
@@ -163,7 +165,7 @@ class Recorder:
         )
         self.flush()
         self._metrics.close()
-        _replace(self.directory / "summary.json", self._encoder.encode(summary))
+        _replace(self.directory / "summary.json", [self._encoder.encode(summary)])
         self.info.status, self.info.exit_code = status, exit_code
         self.write_info()
         self._show("", 0, [summary])
@@ -204,19 +206,22 @@ def _info(path: Path) -> events.RunInfo | None:
 def _cut_to_whole_lines(path: Path) -> None:
     """Its writer may have been killed in the middle of one."""
     with contextlib.suppress(FileNotFoundError), path.open("rb+") as file:
-        file.truncate(file.read().rfind(b"\n") + 1)
+        whole = size = file.seek(0, os.SEEK_END)
+        while whole and whole == size:
+            size = max(0, size - _CHUNK)
+            file.seek(size)
+            whole = size + file.read(_CHUNK).rfind(b"\n") + 1
+        file.truncate(whole)
 
 
-def _metrics_up_to(path: Path, step: int | None) -> list[events.Metric]:
+def _metrics_up_to(path: Path, step: int | None) -> Iterator[events.Metric]:
     """The records of a run, if ``step`` is given those up to it; a line cut short is passed over."""
-    found = []
-    with contextlib.suppress(FileNotFoundError):
-        for line in path.read_bytes().splitlines():
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as lines:
+        for line in lines:
             with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
                 metric = msgspec.json.decode(line, type=events.Metric)
                 if step is None or metric.step <= step:
-                    found.append(metric)
-    return found
+                    yield metric
 
 
 def new_directory(job: Job) -> Path:
@@ -239,10 +244,11 @@ def new_directory(job: Job) -> Path:
     raise HostError(f"{job.runs} holds 10,000 runs of this minute", fix="choose another with --run-dir")
 
 
-def _replace(path: Path, data: bytes) -> None:
+def _replace(path: Path, parts: Iterable[bytes]) -> None:
     """Readers see the old file or the new one, never a part."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(data)
+    with temporary.open("wb") as file:
+        file.writelines(parts)
     temporary.replace(path)
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
-from paceline.engine.launcher.diary import Diary, Entry, without_rows
+from paceline.engine.launcher.diary import LONG_BYTES, Diary, Entry, without_rows
 from paceline.protocol import messages
 from paceline.protocol.coordinator import Coordinator
 from paceline.protocol.effects import (
@@ -60,7 +63,7 @@ def heard(coordinator: Coordinator, entries: list[Entry]) -> list[Effect]:
 def test_shortened_anywhere_it_leads_to_the_same(entries: list[Entry], cut: int, restarts: int) -> None:
     whole, other = (Coordinator(3, 2, restarts=restarts, min_workers=1) for _ in range(2))
     heard(whole, entries[:cut])
-    heard(other, without_rows([BEGIN, *entries[:cut]], saved=0)[1:])
+    heard(other, list(without_rows([BEGIN, *entries[:cut]], saved=0))[1:])
     assert heard(other, entries[cut:]) == heard(whole, entries[cut:])
 
 
@@ -78,17 +81,21 @@ def test_cut_short_it_has_what_was_written_whole(tmp_path: Path, entries: list[E
     path.write_bytes(path.read_bytes()[:cut])
     again = Diary(path)
     kept = sum(end <= cut for end in ends) - 1
-    assert again.entries == entries[:kept]
+    assert list(again.read()) == entries[:kept]
+    assert again.first == (entries[0] if kept else None)
     again.append(BEGIN)
     again.close()
     last = Diary(path)
-    assert last.entries == [*entries[:kept], BEGIN]
+    assert list(last.read()) == [*entries[:kept], BEGIN]
     last.close()
+
+
+STEPS = entry("worker", 0, messages.Steps(bytes(104)))
 
 
 def test_shortened_it_keeps_what_the_merger_knew(tmp_path: Path) -> None:
     diary = Diary(tmp_path / "diary")
-    for one in (BEGIN, *[entry("worker", 0, messages.Steps(bytes(104)))] * 50):
+    for one in (BEGIN, *[STEPS] * 50):
         diary.append(one)
     long_bytes = diary.size_bytes
     diary.shorten(b"merged", saved=0)
@@ -96,6 +103,81 @@ def test_shortened_it_keeps_what_the_merger_knew(tmp_path: Path) -> None:
     assert diary.size_bytes < long_bytes / 5
     diary.close()
     again = Diary(tmp_path / "diary")
-    assert [one.merged for one in again.entries[-2:]] == [b"merged", b""]
-    assert [message for one in again.entries for message in one.messages if isinstance(message, messages.Finished)]
+    assert [one.merged for one in list(again.read())[-2:]] == [b"merged", b""]
+    assert [message for one in again.read() for message in one.messages if isinstance(message, messages.Finished)]
     again.close()
+
+
+@pytest.mark.parametrize("entries", [[BEGIN], [BEGIN, STEPS, entry("zygote", 0, messages.Exited("worker", 1, 9, -9))]])
+def test_shortened_by_who_takes_over_it_says_how_far_the_files_were_written(
+    tmp_path: Path, entries: list[Entry]
+) -> None:
+    diary = Diary(tmp_path / "diary")
+    for number, one in enumerate(entries):
+        diary.append(structs.replace(one, time_s=float(number), places={"metrics": number}))
+    diary.close()
+    for _ in range(2):
+        again = Diary(tmp_path / "diary")
+        again.shorten(b"merged", saved=0)
+        again.close()
+    again = Diary(tmp_path / "diary")
+    *_, last = again.read()
+    again.close()
+    assert (last.time_s, last.places) == (len(entries) - 1.0, {"metrics": len(entries) - 1})
+
+
+def test_killed_while_it_shortens_it_is_as_before(tmp_path: Path) -> None:
+    """The new one is written beside it, and is nobody's until it is whole."""
+    path = tmp_path / "diary"
+    diary = Diary(path)
+    for one in (BEGIN, *[STEPS] * 50):
+        diary.append(one)
+    diary.close()
+    whole = path.read_bytes()
+    path.with_suffix(".new").write_bytes(whole[:100])
+    again = Diary(path)
+    assert list(again.read()) == [BEGIN, *[STEPS] * 50]
+    assert [file.name for file in tmp_path.iterdir()] == ["diary"]
+    again.shorten(b"merged", saved=0)
+    again.close()
+    assert [file.name for file in tmp_path.iterdir()] == ["diary"]
+
+
+def test_it_is_read_and_shortened_an_entry_at_a_time(tmp_path: Path) -> None:
+    diary = Diary(tmp_path / "diary")
+    rows = entry("worker", 0, messages.Steps(bytes(30_000)))
+    diary.append(BEGIN)
+    for _ in range(300):
+        diary.append(rows)
+    diary.close()
+    tracemalloc.start()
+    try:
+        again = Diary(tmp_path / "diary")
+        read = sum(len(one.frames) for one in again.read())
+        again.shorten(b"merged", saved=0)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    again.close()
+    assert read > 9_000_000
+    assert most < 1_000_000
+
+
+def test_what_cannot_be_left_out_is_not_gone_through_at_every_turn(tmp_path: Path) -> None:
+    diary = Diary(tmp_path / "diary")
+    wrap = entry("worker", 0, messages.Wrap(1, "exchange", bytes(LONG_BYTES // 4), 1, "w"))
+    diary.append(BEGIN)
+    assert _until_long(diary, wrap) == 4
+    diary.shorten(b"", saved=0)
+    assert diary.size_bytes > LONG_BYTES
+    assert _until_long(diary, wrap) in (4, 5)
+    diary.close()
+
+
+def _until_long(diary: Diary, one: Entry) -> int:
+    """How often it was appended."""
+    count = 0
+    while not diary.is_long:
+        diary.append(one)
+        count += 1
+    return count

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -107,6 +108,20 @@ def test_other_values_go_with_their_round_the_last_ones_count() -> None:
     merger.log(2, {"accuracy": 0.75})
     merger.add(row(1) + row(2) + row(3), 0)
     assert [metric.values for metric in metrics(merger)] == [{"accuracy": 0.5, "rate": 0.1}, {"accuracy": 0.75}, {}]
+
+
+def test_values_come_with_the_next_round_that_is_told() -> None:
+    """Nothing is kept of rounds that nobody tells of, or that are told already."""
+    merger = Merger(started_s=0.0)
+    merger.log(0, {"before": 1.0})
+    merger.add(row(1), 0)
+    assert [metric.values for metric in metrics(merger)] == [{"before": 1.0}]
+    merger.log(1, {"a": 1.0, "late": 2.0})
+    merger.log(2, {"a": 3.0})
+    merger.log(3, {"b": 4.0})
+    merger.add(row(2) + row(3), 0)
+    assert [metric.values for metric in metrics(merger)] == [{"a": 3.0, "late": 2.0}, {"b": 4.0}]
+    assert msgspec.msgpack.decode(merger.state())["_values"] == {}
 
 
 def test_at_the_end_what_is_incomplete_is_told_too() -> None:

@@ -265,3 +265,60 @@ def test_a_run_given_up_says_so_in_its_files_and_to_no_watcher(make: Make) -> No
     summary = decoded(made.directory / "summary.json", events.Summary)
     assert (summary.status, summary.reason, summary.steps) == ("failed", "BrokenPipeError(32)", 1)
     assert decoded(made.directory / "run.json", events.RunInfo).status == "failed"
+
+
+# --- going on ---
+
+
+def going_on(directory: Path, **options: Any) -> Recorder:
+    return Recorder(Job(name="text"), directory, lambda file, place, records: None, [], **options)
+
+
+@pytest.mark.parametrize("torn", ["", '{"step"', "x" * 70_000, "x" * 140_000])
+def test_who_takes_over_counts_what_was_written_whole(make: Make, torn: str) -> None:
+    made = make()
+    for step in range(1, 11):
+        made.take(metric(step))
+    made.take(events.Notice(0.3, "died", "worker 1 was killed"))
+    files = [made.directory / name for name in ("metrics.jsonl", "events.jsonl")]
+    whole = [file.read_bytes() for file in files]
+    for file in files:
+        with file.open("a") as end:
+            end.write(torn)
+    again = going_on(made.directory, again=True)
+    assert [file.read_bytes() for file in files] == whole
+    again.take(metric(11))
+    other = make()
+    for step in range(1, 12):
+        other.take(metric(step))
+    theirs = other.close("done", "", 0, 0.0)
+    assert again.close("done", "", 0, 0.0) == msgspec.structs.replace(theirs, run=str(made.directory))
+
+
+def test_who_takes_over_before_a_line_was_whole_begins_at_the_start(make: Make) -> None:
+    made = make()
+    (made.directory / "metrics.jsonl").write_bytes(b"x" * 70_000)
+    again = going_on(made.directory, again=True)
+    assert (made.directory / "metrics.jsonl").read_bytes() == b""
+    assert again.close("done", "", 0, 0.0).steps == 0
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_run_that_is_resumed_goes_on_where_its_clock_stood(make: Make, again: bool) -> None:
+    """``again``: the resumed run's launcher was killed after two more steps."""
+    made = make()
+    for step in range(1, 11):
+        made.take(metric(step))
+    made.flush()
+    resumed = going_on(made.directory, resume=6)
+    assert [one.step for one in lines(made.directory / "metrics.jsonl", events.Metric)] == [1, 2, 3, 4, 5, 6]
+    for step in (7, 8) if again else ():
+        resumed.take(metric(step))
+    resumed.flush()
+    last = going_on(made.directory, resume=6, again=True) if again else resumed
+    assert last.offset_s == 3.0
+    summary = last.close("done", "", 0, 3.25)
+    if again:
+        resumed.close("done", "", 0, 3.25)
+    assert summary.steps == (8 if again else 6)
+    assert summary.seconds == 2.5 + (0.75 if again else 0.0)  # of steps 1 to 6, and since then
