@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from paceline.cli import answers
 from paceline.cli.options import JobFlags, ShowFlags, resolve
 from paceline.cli.run import ResumingEngine, chosen, train, train_by_ray
 from paceline.engine.checkpoint.checkpoints import Checkpoints, Loaded
-from paceline.errors import UsageError
+from paceline.errors import PacelineError, UsageError
 from paceline.events import RunInfo
 from paceline.report.runs import RunFiles, find_run, list_runs
 
@@ -26,7 +27,7 @@ LAST = "last"
 
 def resume_run(wanted: str | None, flags: JobFlags, show: ShowFlags, folder: Path, engine: ResumingEngine) -> int:
     """The command ``resume``; returns the exit code."""
-    found = find_run(folder, wanted)
+    found = find_run(folder, wanted) if wanted is not None else _newest(folder)
     settings = resolve(flags, os.environ, str(found.directory / "config.toml"))
     program = chosen(None, (), settings)
     job = settings.job(program.path.stem)
@@ -47,14 +48,14 @@ def resume_run(wanted: str | None, flags: JobFlags, show: ShowFlags, folder: Pat
 
 def asked_for(environment: Mapping[str, str], script: Path, folder: Path) -> Loaded | None:
     """What PACELINE_RESUME names in this folder: a run, or ``last``, the newest of this script that has a checkpoint.
-    None: a new run. Raises UsageError, ConfigError."""
+    None: a new run. Runs that cannot be looked at are told of and passed over. Raises UsageError, ConfigError."""
     wanted = environment.get(VARIABLE)
     if not wanted:
         return None
     if wanted != LAST:
         return _checkpoint(find_run(folder, wanted))
     for found in reversed(list_runs(folder)):
-        if Checkpoints(found.directory).paths() and _is_of(found, script):
+        if Checkpoints(found.directory).paths() and _is_readable(found) and _is_of(found, script):
             return _checkpoint(found)
     return None
 
@@ -75,6 +76,24 @@ def _checkpoint(found: RunFiles) -> Loaded:
     if info is not None and info.status in ("starting", "running") and _is_alive(info):
         raise UsageError(f"run {found.name!r} is still going on", fix="end it with Ctrl-C first: it saves a checkpoint")
     return Checkpoints(found.directory).load()
+
+
+def _newest(folder: Path) -> RunFiles:
+    """But for those that cannot be looked at, if there are others; they are told of."""
+    return next(filter(_is_readable, reversed(list_runs(folder))), None) or find_run(folder, None)
+
+
+def _is_readable(found: RunFiles) -> bool:
+    """Is its config.toml? If it is not, why is told."""
+    path = found.directory / "config.toml"
+    try:
+        if path.is_file():
+            config_file.load(path)
+    except (PacelineError, OSError) as error:
+        told = error.what if isinstance(error, PacelineError) else f"{path}: {error.strerror}"
+        print(f"note: run {found.name!r} is passed over: {told}", file=sys.stderr)
+        return False
+    return True
 
 
 def _is_of(found: RunFiles, script: Path) -> bool:
