@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import difflib
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from paceline.cli.options import OPTIONS, SWITCHES, TRUTHS, flag
+from paceline.cli.options import OPTIONS, OPTIONS_OF_OURS_ALONE, SWITCHES, TRUTHS, flag
 
 VALUED = {flag(option) for option in OPTIONS if option not in TRUTHS} | {"--config"}
 BARE = {flag(option) for option in (*TRUTHS, *SWITCHES)}
 EXPORTED = VALUED | {"--nodes", "--output", "--image", "--kind"}
+_NEAR = 0.83  # a letter too few, too many or two changed about; not one for another in so short a word as "pace"
 TRAINING = (["run"], ["demo"])  # the commands that take a script's arguments and print a run as JSON
 
 
@@ -47,6 +50,25 @@ def brought_forward(tokens: list[str], source_of: Callable[[str], str]) -> list[
     if any(name in source for name in names):
         return tokens
     return [*tokens[:at], *behind[:cut], "--", script, *behind[cut + 1 :]]
+
+
+def misspelt(args: Sequence[str], source: str) -> tuple[str, str] | None:
+    """The first of a script's arguments that looks like an option of ours, of which the script's text, ``source``,
+    knows nothing; and which it is like."""
+    names = {flag(option)[2:]: flag(option) for option in OPTIONS_OF_OURS_ALONE}
+    for arg in args:
+        typed = arg.partition("=")[0]
+        name = typed[2:].replace("_", "-")
+        if not typed.startswith("--") or typed in names.values() or _is_named(name, source):
+            continue
+        if near := difflib.get_close_matches(name, names, n=1, cutoff=_NEAR):
+            return typed, names[near[0]]
+    return None
+
+
+def _is_named(name: str, source: str) -> bool:
+    """Also as the name of a variable, from which many a library makes an option."""
+    return re.search(rf"\b{'[-_]'.join(map(re.escape, name.split('-')))}\b", source) is not None
 
 
 def ours(tokens: list[str]) -> list[str]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from paceline.cli import answers, figures
 from paceline.cli.failure import nearest, report
+from paceline.cli.fence import misspelt, text_of
 from paceline.cli.options import (
     FOR_ELSEWHERE,
     OPTIONS,
@@ -147,8 +148,8 @@ def train(
 
     console = answers.console(job, show)
     console.say(header(job))
-    if stray := _strays(program, OPTIONS_OF_OURS_ALONE):
-        console.say(f"note: {stray[0]} stands after the script and goes to it; paceline's options stand before it")
+    if note := _note_of_strays(program):
+        console.say(note)
     failure: PacelineError | None = None
     more = Ending()
     try:
@@ -191,6 +192,17 @@ def _tell(console: Console, more: Ending) -> str | None:
     return plot
 
 
+def _note_of_strays(program: Script) -> str:
+    """Of what goes to the script and may have been meant for us; nothing if nothing looks so."""
+    before = "paceline's options stand before it"
+    if stray := _strays(program, OPTIONS_OF_OURS_ALONE):
+        return f"note: {stray[0]} stands after the script and goes to it; {before}"
+    if found := misspelt(program.args, text_of(str(program.path))):
+        typed, meant = found
+        return f"note: {typed} stands after the script and goes to it; {before}: did you mean {meant}?"
+    return ""
+
+
 def _strays(program: Script, options: Sequence[str]) -> list[str]:
     """What was given to the script and looks like one of these options."""
     ours = {flag(option) for option in options}
@@ -199,10 +211,16 @@ def _strays(program: Script, options: Sequence[str]) -> list[str]:
 
 def _pointed_out(error: PacelineError, program: Script) -> PacelineError:
     """Adds to a script's failure that it was given options which look like ours."""
-    strays = _strays(program, OPTIONS)
-    if isinstance(error, ScriptError) and strays and not error.fix:
+    if not isinstance(error, ScriptError) or error.fix:
+        return error
+    if strays := _strays(program, OPTIONS):
         error.fix = (
             f"{strays[0]} stands after the script and so was given to it; if it was meant for paceline,"
             f" write it before: paceline run {strays[0]} ... {program.path}"
+        )
+    elif found := misspelt(program.args, text_of(str(program.path))):
+        typed, meant = found
+        error.fix = (
+            f"{typed} was given to the script; if it was meant for paceline: paceline run {meant} ... {program.path}"
         )
     return error

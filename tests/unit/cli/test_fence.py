@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paceline.cli.fence import VALUED, brought_forward, fenced
+from paceline.cli.fence import VALUED, brought_forward, fenced, misspelt
 
 options = st.sampled_from([["--json"], ["--workers", "4"], ["--workers=4"], ["--until-loss", "-1"], ["--bad"]])
 
@@ -43,3 +43,31 @@ def test_options_may_follow_the_script_where_nothing_else_does(typed: str, under
     texts = {"a.py": "", "reads_seed.py": 'parser.add_argument("--seed")'}
     tokens = brought_forward(["run", *typed.split()], texts.__getitem__)
     assert fenced(tokens) == ["run", *understood.split()]
+
+
+@pytest.mark.parametrize(
+    ("typed", "found"),
+    [
+        ("--pce async", ("--pce", "--pace")),
+        ("--pacee=async", ("--pacee", "--pace")),
+        ("--lr 1 --wokers 4", ("--wokers", "--workers")),
+        ("--min_workers 2", ("--min_workers", "--min-workers")),
+        ("--chekpoint-every 5", ("--chekpoint-every", "--checkpoint-every")),
+        ("--until-los 0.1", ("--until-los", "--until-loss")),
+        ("--engnie ray", ("--engnie", "--engine")),
+        # What many scripts have, what is short, what is plainly something else, what the script's text names.
+        ("--epoch 3 --step 4 --ports 1", None),
+        ("--page 3 --flip --deep --lr 1 --p 2 -pce 3", None),
+        ("--num-workers 4 --batch-size 8 --log-dir a --data-dir b --name pce", None),
+        ("pce", None),
+        ("--space 3 --worker_s 2 --restart", None),
+        ("", None),
+    ],
+)
+def test_what_is_misspelt_behind_the_script_is_found(typed: str, found: tuple[str, str] | None) -> None:
+    script = """
+parser.add_argument("--space")
+parser.add_argument("--worker-s")
+def main(restart: bool): ...
+"""
+    assert misspelt(typed.split(), script) == found

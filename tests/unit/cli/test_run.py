@@ -128,13 +128,25 @@ def test_options_that_went_to_the_script_are_pointed_out(capsys: pytest.CaptureF
     assert "write it before: paceline run --workers=4 ... train.py" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("args", "noted"), [(("--pace", "async"), True), (("--epochs", "3"), False)])
+def test_so_is_one_that_is_misspelt(capsys: pytest.CaptureFixture[str]) -> None:
+    run(Played(failure=ScriptError("worker 0: the script exited with 2")), "train.py", "--wokers=4", show=QUIET)
+    assert "--wokers was given to the script; if it was meant for paceline: paceline run --workers ... train.py" in (
+        capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "noted"),
+    [(("--pace", "async"), "--pace"), (("--lr", "1", "--pce", "async"), "--pce"), (("--epochs", "3"), "")],
+)
 def test_a_run_says_at_once_that_an_option_of_ours_went_to_the_script(
-    args: tuple[str, ...], noted: bool, capsys: pytest.CaptureFixture[str]
+    args: tuple[str, ...], noted: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(Played(), "train.py", *args) == 0
-    note = "note: --pace stands after the script and goes to it; paceline's options stand before it"
-    assert (note in capsys.readouterr().out.splitlines()) == noted
+    note = f"note: {noted} stands after the script and goes to it; paceline's options stand before it"
+    note += ": did you mean --pace?" if noted == "--pce" else ""
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert notes == ([note] if noted else [])
 
 
 def test_a_run_without_a_loss_has_no_plot(capsys: pytest.CaptureFixture[str]) -> None:
