@@ -41,7 +41,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks import wire
-from benchmarks.jobs import JOBS
+from benchmarks.jobs import JOBS, find_job
 from benchmarks.one_host import Spread, cores_apart, names, positive, ratios, spread
 from benchmarks.rivals import Way
 from benchmarks.teams import ROOT, Team, TeamError
@@ -175,6 +175,7 @@ def _parse(argv: Sequence[str] | None) -> Any:
     parser.add_argument("--workers", type=positive(int), default=1, help="of each host (default 1)")
     parser.add_argument("--rates", type=lambda text: text.split(","), default=["1gbit", "100mbit"], help="as tc has it")
     parser.add_argument("--jobs", type=names(JOBS), default=list(_JOBS), help=f"of {','.join(JOBS)}")
+    parser.add_argument("--clip", type=positive(float), help="clip gradients to this norm, with every way")
     parser.add_argument("--rows", type=names(_WAYS), default=list(_WAYS), help=f"of {','.join(_WAYS)}")
     parser.add_argument("--rounds", type=positive(int), default=5, help="slices of each way (default 5)")
     parser.add_argument("--seconds", type=positive(float), default=2.0, help="of a slice (default 2)")
@@ -182,6 +183,8 @@ def _parse(argv: Sequence[str] | None) -> Any:
     parser.add_argument("--json", action="store_true", help="everything as one JSON object in the last line")
     options = parser.parse_args(argv)
     options.sizes = [size for size in options.sizes if size]
+    if options.clip is not None:
+        options.jobs = [f"{job}@{options.clip:g}" for job in options.jobs]
     return options
 
 
@@ -211,7 +214,7 @@ def _measure(job: str, hosts: Sequence[Host], options: Any, rate: str, bare_mb_s
             first = number % len(teams)
             for team in teams[first:] + teams[:first]:
                 before, begun_s = _carried(hosts[0]), time.monotonic()
-                rates[team.way.name].append(team.slice(options.seconds) * JOBS[job].samples)
+                rates[team.way.name].append(team.slice(options.seconds) * find_job(job).samples)
                 took_s = time.monotonic() - begun_s
                 most = max(b - a for a, b in zip(before, _carried(hosts[0]), strict=True))
                 busy[team.way.name].append(most / took_s / 1e6)

@@ -7,7 +7,7 @@ exchange is mostly waking and waiting, up to 64 MB of parameters that every step
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 from typing import Protocol
 
@@ -37,7 +37,8 @@ def _sgd(model: nn.Module, fused: bool) -> optim.Optimizer:
 
 @dataclass(frozen=True)
 class Job:
-    """``samples`` are those of one step of one worker; ``draw`` makes a batch of them. ``optimizer(model, fused)``."""
+    """``samples`` are those of one step of one worker; ``draw`` makes a batch of them. ``optimizer(model, fused)``.
+    ``clip``: the largest norm of a gradient."""
 
     name: str
     told: str
@@ -46,6 +47,7 @@ class Job:
     draw: Callable[[int, torch.Generator], Batch]
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
     optimizer: Callable[[nn.Module, bool], optim.Optimizer] = _adamw
+    clip: float | None = None
 
     @property
     def can_fuse(self) -> bool:
@@ -73,6 +75,8 @@ def make_step(job: Job, model: nn.Module, optimizer: Steps, batches: list[Batch]
         loss = job.loss(model(*inputs), target)
         optimizer.zero_grad()
         loss.backward()
+        if job.clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), job.clip)
         optimizer.step()
 
     return step
@@ -204,3 +208,9 @@ JOBS = {
         Job("gpt", "GPT of 4 layers, width 256, 128 tokens, batch 8", 8, _Gpt, _draw_text),
     )
 }
+
+
+def find_job(name: str) -> Job:
+    """One of JOBS; ``gpt@0.5`` is it with gradients clipped to that norm."""
+    plain, _, clip = name.partition("@")
+    return replace(JOBS[plain], name=name, clip=float(clip)) if clip else JOBS[plain]

@@ -27,7 +27,7 @@ from typing import Any, Literal
 import torch
 from torch import nn, optim
 
-from benchmarks.jobs import JOBS, Job, Steps, make_step
+from benchmarks.jobs import Job, Steps, find_job, make_step
 
 _FORGOTTEN_S = 3600.0  # a worker that hears nothing for so long ends by itself
 _GLOO_S = 120.0
@@ -196,8 +196,8 @@ def _train_paceline(rank: int, way: str, job: str, path: str) -> None:
     if find_way(way).small_pages:
         segment.enlarge = lambda memory, ranges: None
     run = paceline.init()
-    model, optimizer = run.wrap(*_make(find_way(way), JOBS[job]))
-    _answer(JOBS[job], model, optimizer, rank, path)
+    model, optimizer = run.wrap(*_make(find_way(way), find_job(job)))
+    _answer(find_job(job), model, optimizer, rank, path)
 
 
 def _save_nothing() -> None:
@@ -255,4 +255,4 @@ def _take(step: Callable[[], None], steps: int, until_s: float) -> int:
 
 
 if __name__ == "__main__":
-    main(find_way(sys.argv[1]), JOBS[sys.argv[2]], int(sys.argv[3]), sys.argv[4])
+    main(find_way(sys.argv[1]), find_job(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

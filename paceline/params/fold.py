@@ -33,7 +33,8 @@ class Pushed(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Fold:
-    """What is to be folded. ``computed_on`` and ``strength``: one source, to be compensated for its delay.
+    """What is to be folded; ``shares`` sum to one, and the sum counts by ``factor``. ``computed_on`` and ``strength``:
+    one source, to be compensated for its delay.
 
     One of two sources may be a fold itself: the gradients of one host, where those of the other have come as one.
     """
@@ -42,6 +43,7 @@ class Fold:
     shares: Sequence[float]
     computed_on: Vectors | None = None
     strength: float = 0.0
+    factor: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,18 +95,21 @@ class Folding:
                 drift = drift - fold.computed_on[run.vector][run.start : run.stop]
                 torch.addcmul(g, g * g, drift, value=fold.strength, out=run.gradient)
             return self._gradients
-        if len(fold.sources) == 1:
+        if len(fold.sources) == 1 and fold.factor == 1.0:
             (only,) = fold.sources
             return self.dense(only) if isinstance(only, Fold) else self._alias(only.gradient)
         by_source = [self._ranges_of(source) for source in fold.sources]
         for run, gradients in zip(self._runs, zip(*by_source, strict=True), strict=True):
             if run.sum is run.gradient:
                 fold_into(run.sum, gradients, fold.shares)
-                continue
-            run.sum.copy_(gradients[0]).mul_(fold.shares[0])
-            for gradient, share in zip(gradients[1:], fold.shares[1:], strict=True):
-                run.sum.add_(gradient, alpha=share)
-            run.gradient.copy_(run.sum)
+            else:
+                run.sum.copy_(gradients[0]).mul_(fold.shares[0])
+                for gradient, share in zip(gradients[1:], fold.shares[1:], strict=True):
+                    run.sum.add_(gradient, alpha=share)
+            if fold.factor != 1.0:
+                run.sum.mul_(fold.factor)
+            if run.sum is not run.gradient:
+                run.gradient.copy_(run.sum)
         return self._gradients
 
     def _ranges_of(self, source: Pushed | Fold) -> list[torch.Tensor]:
@@ -156,13 +161,28 @@ class Folding:
 
 
 def fold_into(total: torch.Tensor, gradients: Sequence[torch.Tensor], shares: Sequence[float]) -> None:
-    """The sum of two or more gradients, each times its share, in this order. ``total`` may be one of two."""
+    """The sum of gradients, each times its share, in this order. ``total`` may be one of two."""
     if len(gradients) == 2:
         torch.lerp(gradients[0], gradients[1], shares[1], out=total)  # the same in one reading
         return
     torch.mul(gradients[0], shares[0], out=total)
     for gradient, share in zip(gradients[1:], shares[1:], strict=True):
         total.add_(gradient, alpha=share)
+
+
+def counted_as(weights: Sequence[float], factors: Sequence[float]) -> Sequence[float]:
+    """By what gradients of these weights count among themselves: where factors are equal, as without them."""
+    if len(set(factors)) == 1:
+        return weights
+    return [weight * factor for weight, factor in zip(weights, factors, strict=True)]
+
+
+def shares_of(weights: Sequence[float], factors: Sequence[float]) -> tuple[list[float], float]:
+    """Shares that sum to one, and by what the sum is to be multiplied."""
+    counted = counted_as(weights, factors)
+    total = sum(counted)
+    factor = factors[0] if len(set(factors)) == 1 else total / sum(weights)
+    return [one / total for one in counted], factor
 
 
 def spans_of(table: Table, pieces: Sequence[Piece]) -> list[tuple[str, int, int]]:

@@ -16,7 +16,7 @@ import math
 from collections.abc import Sequence
 
 from paceline.params.chunk import Chunk, Target
-from paceline.params.fold import Fold, Pushed, Vectors, buffers_for, spans_of
+from paceline.params.fold import Fold, Pushed, Vectors, buffers_for, shares_of, spans_of
 from paceline.params.optimizers import Group
 from paceline.params.undo import CHUNK_BYTES, Undo, chunks
 from paceline.protocol.partition import Piece
@@ -57,10 +57,13 @@ class Shard:
         for vector, start, stop in self._spans:
             vectors[vector][start:stop].copy_(self._vectors[vector][start:stop])
 
-    def fold(self, sources: Sequence[Pushed | Fold], weights: Sequence[float]) -> None:
-        """The next step is with the contributors' mean gradient. They are read when it is stepped."""
-        total = sum(weights)
-        self._fold = Fold(sources, [weight / total for weight in weights] if len(sources) > 1 else [1.0])
+    def fold(
+        self, sources: Sequence[Pushed | Fold], weights: Sequence[float], factors: Sequence[float] | None = None
+    ) -> None:
+        """The next step is with the contributors' mean gradient, where there are ``factors`` each times its own. They
+        are read when it is stepped."""
+        shares, factor = shares_of(weights, factors or [1.0] * len(weights))
+        self._fold = Fold(sources, shares, factor=factor)
 
     def fold_compensated(self, source: Pushed, computed_on: Vectors, strength: float) -> None:
         """The next step is with g + ``strength`` g^2 (w - w_c) of one worker; w_c are the parameters that g was

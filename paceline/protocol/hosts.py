@@ -11,6 +11,9 @@ with all of them or not at all:
    folded, each sends its own gradient and pushes it. Who finds that out takes its offer back under the same lock, so it
    is either in the fold, or the fold is not pushed.
 4. A host of whose workers one has died, or left, is not one any more.
+
+A norm of the round is asked for in the same way, before: then the fold is there for its norm, and asking is what that
+one store does. What is offered is numbered in the order in which workers come to it.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from paceline.protocol.rounds import Board, Column, Waiting, is_out
+from paceline.protocol.rounds import NORMS, Board, Column, Waiting, is_out
 
 
 class Slot(Protocol):
@@ -29,21 +32,28 @@ class Slot(Protocol):
 LEAVES = 2**62  # in ``offered``: it takes part in no fold any more
 
 
-def offer(number: int) -> int:
-    """What a worker writes who offers its gradient for round ``number``."""
-    return 2 * number + 1
+def offer(number: int, norm: int | None = None) -> int:
+    """What a worker writes who offers its gradient for round ``number``, or for a ``norm`` of it, by its number."""
+    return alone(number, norm) + 1
 
 
-def alone(number: int) -> int:
-    """What it writes who brings its own to that round."""
-    return 2 * number
+def alone(number: int, norm: int | None = None) -> int:
+    """What it writes who brings its own to that."""
+    return 2 * (norm or (number + 1) * NORMS)
 
 
-def are_together(number: int, members: Sequence[int], offered: Column, deaths: Column, board: Board) -> bool | Waiting:
-    """Is what these workers of one host bring to round ``number`` one push?"""
-    missing = [member for member in members if offered[member] != offer(number)]
+def comes_to(number: int, member: int, offered: Column) -> bool:
+    """Has this worker come to its push of round ``number``?"""
+    return offered[member] in (offer(number), alone(number))
+
+
+def are_together(
+    number: int, members: Sequence[int], offered: Column, deaths: Column, board: Board, norm: int | None = None
+) -> bool | Waiting:
+    """Is what these workers of one host bring to round ``number``, or to this norm of it, one push?"""
+    missing = [member for member in members if offered[member] != offer(number, norm)]
     for member in missing:
-        if offered[member] in (alone(number), LEAVES) or is_out(member, board):
+        if offered[member] in (alone(number, norm), LEAVES) or is_out(member, board):
             return False
     if any(deaths[member] for member in members):
         return False
@@ -57,16 +67,17 @@ def is_one(members: Sequence[int], offered: Column, deaths: Column) -> bool:
     return not any(deaths[member] or offered[member] == LEAVES for member in members)
 
 
-def is_pushed(worker: int, number: int, pushed: Column, slots: Sequence[Slot]) -> bool:
-    """Has the push of its host been made, with this worker's gradient of round ``number`` in it?"""
+def is_pushed(worker: int, number: int, pushed: Column, slots: Sequence[Slot], least: int | None = None) -> bool:
+    """Has the push of its host been made, with this worker's gradient of round ``number`` in it? ``pushed`` may be
+    another column, which is then at ``least`` this."""
     lead = slots[worker].lies_in(number)
-    return lead is not None and slots[lead].lies_in(number) == lead and pushed[lead] >= number
+    return lead is not None and slots[lead].lies_in(number) == lead and pushed[lead] >= (least or number)
 
 
 def pushed_for(worker: int, offered: Column, pushed: Column, slots: Sequence[Slot]) -> int:
     """The last round that this worker, which has died, has pushed, or its host for it."""
-    number, is_offer = divmod(offered[worker], 2)
-    return number if is_offer and is_pushed(worker, number, pushed, slots) else pushed[worker]
+    number = offered[worker] // (2 * NORMS) - 1
+    return number if offered[worker] == offer(number) and is_pushed(worker, number, pushed, slots) else pushed[worker]
 
 
 def version(number: int, loads: int) -> int:

@@ -30,7 +30,7 @@ class IsWhole(Said, frozen=True, tag=53):
     exchange: int
 
 
-# Asked by the deputy, while the worker waits for an answer to a step in which it has offered its gradient.
+# Asked by the deputy, while the worker waits for an answer to a step, or a norm, for which it has offered its gradient.
 
 
 class SendFold(Said, frozen=True, tag=65):
@@ -52,13 +52,13 @@ class SendOwn(Said, frozen=True, tag=66):
 
 
 class Follow(msgspec.Struct, frozen=True, array_like=True):
-    """Round ``number`` is over. It was stepped with what these workers had pushed, with these weights, for the
-    parameters in these masks; what had not come before has come now. ``settings``: of the first of them, if they have
-    changed. ``loads``: checkpoints that have been loaded by then."""
+    """Round ``number`` is over. It was stepped with what these workers had pushed, with these weights and factors, for
+    the parameters in these masks; what had not come before has come now. ``settings``: of the first of them, if they
+    have changed. ``loads``: checkpoints that have been loaded by then."""
 
     number: int
     loads: int
-    sources: list[tuple[int, float, bytes]]
+    sources: list[tuple[int, float, float, bytes]]
     settings: bytes
 
 

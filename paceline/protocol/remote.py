@@ -210,7 +210,7 @@ class Step(Said, frozen=True, tag=42):
     """...step; the gradients of the parameters in ``mask`` have come before. ``rows``: which of them are sparse rows,
     and how many; negative where they are not unique. ``settings``: the hyper-parameters, if they have changed.
     ``offers``: the gradients, which are finite, are in my host's mirror, and are sent when they are asked for.
-    Nothing."""
+    ``factor``: they are those of which I asked a norm, times this, which is above 0. Nothing."""
 
     exchange: int
     void: bool
@@ -218,6 +218,7 @@ class Step(Said, frozen=True, tag=42):
     rows: dict[int, int]
     settings: bytes
     offers: bool = False
+    factor: float | None = None
 
 
 class Meet(Said, frozen=True, tag=43):
@@ -234,6 +235,7 @@ class Norm(Said, frozen=True, tag=44):
     rows: dict[int, int]
     chosen: bytes
     order: float
+    offers: bool = False
 
 
 class Load(Said, frozen=True, tag=45):

@@ -49,6 +49,7 @@ Column: TypeAlias = "Sequence[int] | memoryview[int]"
 
 PRESENT, LEFT, AWAY = 0, 1, 2  # values of ``gone``
 NEVER = 2**63 - 1
+NORMS = 1 << 10  # of one round, at most; they are numbered from NORMS times its number + 1
 NOT_PARKED = 0
 # Added to where a worker parks; DEAL with the number of a deal above it.
 EMPTY, TAIL, DEAL = 1 << 32, 1 << 33, 1 << 34

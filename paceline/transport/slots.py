@@ -39,8 +39,8 @@ from paceline.transport.journal import Journal
 from paceline.transport.segment import PAGE, Memory, address, page_up
 
 _WORD = 8
-_HEADER_WORDS = 32  # two halves of eight words, settings' version and length, a norm, and two places in the data
-_SETTINGS, _NORM, _PLACES = 16, 18, 24
+_HEADER_WORDS = 32  # two halves of eight words, settings' version and length, a norm, factors, places in the data
+_SETTINGS, _NORM, _FACTORS, _PLACES = 16, 18, 20, 24
 _COUNT_BITS = 16
 
 
@@ -193,6 +193,18 @@ class Slot:
     def write_weight(self, number: int, weight: float) -> None:
         self._floats[_half(number) + 1] = weight
 
+    def factor(self, number: int) -> float:
+        """By what the gradient counts, beside its weight: clipping has the script's be that times this."""
+        return self._floats[_FACTORS + number % 2] or 1.0
+
+    def is_as_measured(self, number: int) -> bool:
+        """Is it, but for the factor, the gradient of which a norm was asked in this round?"""
+        return self._floats[_FACTORS + number % 2] > 0
+
+    def write_factor(self, number: int, factor: float | None) -> None:
+        """Above 0; None: it is not the gradient of which a norm was asked, or none was."""
+        self._floats[_FACTORS + number % 2] = factor or 0.0
+
     def lies_in(self, number: int) -> int | None:
         """Whose slot has what this worker pushed in round ``number``, folded with others'; None: it lies here."""
         return self._words[_half(number) + 7] - 1 if self._words[_half(number) + 7] else None
@@ -209,6 +221,7 @@ class Slot:
         steps: int = 1,
         place: tuple[int, int] = (0, 0),
         crew: int = 0,
+        factor: float | None = None,
     ) -> None:
         """The header of a push. There are two, for even rounds and odd ones: when a round is over, a fast worker may
         push the next before a slow one has looked at this one's headers; further ahead nobody can be."""
@@ -216,6 +229,7 @@ class Slot:
         self._floats[half + 1], self._floats[half + 2], self._floats[half + 3] = weight, *loss
         self._words[half + 4], self._words[half + 5], self._words[half + 6] = stop, steps, crew
         self._words[half + 7] = 0
+        self.write_factor(number, factor)
         self._words[half] = number
         # A worker that was not in the round between writes over the header of its last push, and may die before this
         # one is pushed. How far that one was stays.

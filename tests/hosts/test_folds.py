@@ -23,12 +23,18 @@ MASTER_PORT = "29513"
 EACH = 2
 STEPS = 24
 
-# Without clipping, whose norm is that of gradients at home; every worker leaves what it has in the end.
-TRAINS = TRAIN.replace("nn.utils.clip_grad_norm_(model.parameters(), 1.0)", "pass").replace("60", "64")
-LEAVES = TRAINS.replace("if run.is_main:\n    with open(sys.argv[1]", "if True:\n    with open(f'{run.rank}.json'")
+# Clips from the second epoch on. Every worker leaves its norms and what it has in the end.
+CLIP = "nn.utils.clip_grad_norm_(model.parameters(), 1.0)"
+CLIPS = (
+    TRAIN.replace("60", "64")
+    .replace(CLIP, f"if epoch:\n            norms.append({CLIP}.item())")
+    .replace("for epoch", "norms = []\nfor epoch")
+    .replace("model.parameters()], file", "model.parameters()] + [norms], file")
+)
+LEAVES = CLIPS.replace("if run.is_main:\n    with open(sys.argv[1]", "if True:\n    with open(f'{run.rank}.json'")
 
 # Worker DIES kills itself: in the midst of a backward pass, when its gradient is on the way already, or up to 20 ms
-# after one, in its step or where it waits.
+# after one, in its step or where it waits; where it clips, in that too, or between its norm and its step.
 DIES = """
 import json
 import os
@@ -37,6 +43,7 @@ import signal
 import sys
 import threading
 
+import torch
 from counting import job
 
 import paceline
@@ -53,7 +60,7 @@ def end():
 
 
 def die(parameter):
-    if run.rank == dies and steps == number:
+    if run.rank == dies and steps == number and moment != "clipped":
         if moment == "backward":
             end()
         threading.Timer(random.Random(moment).random() * 0.02, end).start()
@@ -64,6 +71,10 @@ for epoch in range(6):
     for (numbers,) in loader:
         optimizer.zero_grad()
         counts[numbers].sum().backward()
+        if moment in ("norm", "clipped"):
+            torch.nn.utils.clip_grad_norm_([counts], 0.1)
+            if moment == "clipped" and run.rank == dies and steps == number:
+                end()
         optimizer.step()
         steps += 1
 if run.rank == (1 if dies == 0 else 0):
@@ -89,7 +100,7 @@ def start(runner: Runner, hosts: tuple[Host, Host], *script: str, **variables: s
 
 
 def test_two_workers_on_each_of_two_hosts_are_one_process(runner: Runner, hosts: tuple[Host, Host]) -> None:
-    runner.write("train.py", TRAINS)
+    runner.write("train.py", CLIPS)
     runner.write("four.py", LEAVES)
     ended = [running.end() for running in reversed(start(runner, hosts, "four.py"))]
     assert [end.code for end in ended] == [0] * 4, "".join(end.err for end in ended)
@@ -98,9 +109,12 @@ def test_two_workers_on_each_of_two_hosts_are_one_process(runner: Runner, hosts:
     for a, b in zip(four[0], one, strict=True):
         assert a == pytest.approx(b, rel=1e-12, abs=1e-12)
     assert all(own == four[0] for own in four)  # to the bit, on both hosts
+    assert len(one[-1]) == 2 * STEPS // 3
+    assert max(one[-1]) > 1
     # Parameters to begin with, to home and to the mirror, there with their state; then a gradient a step in each
     # direction. Every other way needs half as much again, or more.
-    alike = [(str(place), 0, torch.zeros(len(values), dtype=torch.float64)) for place, values in enumerate(one)]
+    # What was sent for a norm is the step's too.
+    alike = [(str(place), 0, torch.zeros(len(values), dtype=torch.float64)) for place, values in enumerate(one[:-1])]
     table = tabulate(alike)
     gradient, summary = 8 * table.sizes["float64"], ended[-1].summary
     assert (summary["status"], summary["workers"], summary["steps"]) == ("done", 4, STEPS)
@@ -108,7 +122,7 @@ def test_two_workers_on_each_of_two_hosts_are_one_process(runner: Runner, hosts:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("moment", ["backward", "a", "b", "c"])
+@pytest.mark.parametrize("moment", ["backward", "a", "b", "c", "norm", "clipped"])
 @pytest.mark.parametrize("dies", range(4))
 def test_who_dies_on_either_host_is_missed_by_nobody_and_every_sample_counts_once(
     runner: Runner, hosts: tuple[Host, Host], dies: int, moment: str

@@ -420,7 +420,8 @@ class SimulatedShard:
     def follow(self) -> None:
         pass
 
-    def fold(self, slots: Sequence[Any], weights: Sequence[float]) -> None:
+    def fold(self, slots: Sequence[Any], weights: Sequence[float], factors: Sequence[float] = ()) -> None:
+        assert set(factors) <= {1.0}
         self._folded = {}
         for slot in slots:
             self._claims.turn()

@@ -59,7 +59,7 @@ class Around:
             return remote.MIRROR
         here, others = self.hosts[rank], set(self.hosts) - {self.hosts[rank]}
         is_one_of_two = others == {told["host"]} and here != told["host"] and len(self.hosts) == job.workers
-        return remote.HOST if is_one_of_two and self.notes is not None and job.clip is None else remote.OWN
+        return remote.HOST if is_one_of_two and self.notes is not None else remote.OWN
 
     def tell_mirror(self, rank: int, index: int, descriptor: int) -> None:
         """Let the others of this host find the mirror of exchange ``index``, which this process has made."""

@@ -12,8 +12,10 @@ import os
 import select
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
+from paceline.config import Sync
 from paceline.engine.context import Context
 from paceline.engine.elsewhere.deputy import Deputy
 from paceline.engine.elsewhere.deputy_line import DeputyLine, next_event
@@ -62,7 +64,10 @@ def deputize(context: Context, door: Door, report: int, key: JobKey | None, made
         raise
     _report(report, context.rank, CAME)
     line = DeputyLine(context.rank, context.board, link, mail, context.job.hang_timeout)
-    worker = Worker(context, _KeptElsewhere(line))
+    own = context
+    if isinstance(context.job.pace, Sync):
+        own = replace(context, job=replace(context.job, clip=None))  # the worker does so itself
+    worker = Worker(own, _KeptElsewhere(line))
     made(worker)
     deputy = Deputy(context, worker, line)
     try:

@@ -131,10 +131,8 @@ class Deputy:
                 self._passes.end(request)
             case remote.Step():
                 exchange = self._exchange(request.exchange)
-                if request.offers:
-                    exchange.offer(request.mask)
-                else:
-                    exchange.give(request.mask, request.rows)
+                exchange.take(request)
+                exchange.at_home.factor = request.factor
                 exchange.set(request.settings)
                 worker.exchange(request.exchange, void=request.void)
             case remote.Meet(settings=changed):
@@ -142,7 +140,7 @@ class Deputy:
                     self._exchange(index).set(settings)
             case remote.Norm():
                 exchange = self._exchange(request.exchange)
-                exchange.give(request.mask, request.rows)
+                exchange.take(request)
                 return worker.norm(exchange.at_home, request.chosen, request.order)
             case remote.Load():
                 self._load(request)

@@ -83,6 +83,7 @@ class DeputyExchange:
         rounds = self.at_home.in_rounds
         if rounds is not None:
             rounds.bring = None if self._host is None else self._host.bring
+            rounds.ask = None if self._host is None else self._host.ask
 
     def stop(self) -> None:
         if self._forward is not None:
@@ -90,8 +91,14 @@ class DeputyExchange:
 
     # --- a host's fold ---
 
-    def offer(self, mask: bytes) -> None:
-        """The worker has put the gradients of these parameters where its host folds them. Raises ConfigError."""
+    def take(self, request: remote.Step | remote.Norm) -> None:
+        """The worker's gradients have come, or are where its host folds them. Raises ConfigError."""
+        if request.offers:
+            self._offer(request.mask)
+        else:
+            self.give(request.mask, request.rows)
+
+    def _offer(self, mask: bytes) -> None:
         if self._host is None or len(mask) != len(self.at_home.parameters):
             raise ConfigError(f"a fold was offered of {len(mask)} parameters")
         self._forget()

@@ -15,6 +15,7 @@ from paceline.engine.elsewhere.mail import send
 from paceline.engine.elsewhere.outbox import Outbox
 from paceline.engine.exchange.exchange import Exchange
 from paceline.engine.exchange.shards import counting
+from paceline.params.fold import counted_as
 from paceline.params.table import same_bits
 from paceline.protocol import remote
 from paceline.transport.link import Link
@@ -76,7 +77,9 @@ class Forward:
         follows = not self._members or all(slots[w].lies_in(number) is not None for w in self._members)
         if self._outbox is not None:
             others = [w for w in counted if (w not in self._members if self._members else w in self._others)]
-            self._outbox.finish(number, {w: counted[w] for w in others} if follows else {})
+            factors = [slots[w].factor(number) for w in others]
+            as_one = counted_as([counted[w] for w in others], factors)
+            self._outbox.finish(number, dict(zip(others, as_one, strict=True)) if follows else {})
         self._follow = None
         if not follows:
             return
@@ -85,7 +88,7 @@ class Forward:
         settings = b"" if known == self._settings else slots[first].settings
         self._settings = known
         sources = [
-            (worker, weight, bytes(slots[worker].mask) if worker in counted else b"")
+            (worker, weight, slots[worker].factor(number), bytes(slots[worker].mask) if worker in counted else b"")
             for worker, weight in zip(contributors, weights, strict=True)
         ]
         self._follow = remote.Follow(number, self._memory.loads[0], sources, settings)

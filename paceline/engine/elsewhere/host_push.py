@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from paceline.engine.context import Context
+from paceline.engine.exchange.rounds import not_asked
 from paceline.protocol import hosts
 from paceline.protocol.rounds import Waiting
 from paceline.transport.slots import ExchangeMemory
@@ -26,6 +27,7 @@ class HostPush:
         self._members, self._lead = tuple(members), members[0]
         self._fetch_fold, self._fetch_own = fetch_fold, fetch_own
         self.offers = False  # is the next gradient on the worker's host, for the fold?
+        self._at_home: tuple[int, list[float]] | None = None  # of the lead: the round and weights of the fold there
 
     @property
     def is_one(self) -> bool:
@@ -50,48 +52,81 @@ class HostPush:
     def bring(self, number: int, weight: float) -> None:
         """Push this worker's gradient to round ``number``, whose header is written; as ``Rounds.bring``. Raises
         Aborted, WorkersLost."""
+        self._bring(number, weight, None)
+
+    def ask(self, number: int, weight: float, norm: int) -> None:
+        """Ask for this norm of round ``number``, for which the header is written; as ``Rounds.ask``. Raises Aborted,
+        WorkersLost, ConfigError if another of the host pushes without."""
+        self._bring(number, weight, norm)
+
+    def _bring(self, number: int, weight: float, norm: int | None) -> None:
         memory, board, rank = self._memory, self._board, self._rank
         offers = self.offers and weight > 0  # among weights of nothing it is not known before who counts
-        memory.offered[rank] = hosts.offer(number) if offers else hosts.alone(number)
+        memory.offered[rank] = hosts.offer(number, norm) if offers else hosts.alone(number, norm)
         board.ring(rank)
-        if not (offers and self._is_pushed_as_one(number)):
+        if not (offers and self._is_brought_as_one(number, norm)):
+            self._at_home = None
             if self.offers:
                 self._fetch_own()
             memory.slots[rank].write_lies_in(number, None)
-        memory.pushed[rank] = number
+        words, least = self._words(number, norm)
+        words[rank] = least
         board.ring(rank)
 
-    def _is_pushed_as_one(self, number: int) -> bool:
+    def _words(self, number: int, norm: int | None) -> tuple[memoryview[int], int]:
+        """Where it is said that it is brought, and what."""
+        return (self._memory.pushed, number) if norm is None else (self._memory.asked, norm)
+
+    def _is_brought_as_one(self, number: int, norm: int | None) -> bool:
         """Wait for it; False: it never will be with this worker's gradient in it."""
-        are_all_there = self._board.wait(lambda: self._ask(number))
+        are_all_there = self._board.wait(lambda: self._ask(number, norm))
         if are_all_there and self._rank == self._lead:
-            slots = self._memory.slots
-            self._fetch_fold(number, [slots[member].weight(number) for member in self._members])
+            self._have_fold(number, norm)
         with self._lock:
-            if self._rank == self._lead and self._are_together(number) is True:
-                self._push_as_one(number)
-            if self._is_pushed(number):
+            if self._rank == self._lead and self._are_together(number, norm) is True:
+                self._bring_as_one(number, norm)
+            if self._is_brought(number, norm):
                 return True
-            self._memory.offered[self._rank] = hosts.alone(number)
+            self._memory.offered[self._rank] = hosts.alone(number, norm)
             return False
 
-    def _ask(self, number: int) -> bool | Waiting:
-        if self._is_pushed(number):
+    def _have_fold(self, number: int, norm: int | None) -> None:
+        """Where a norm was that of the fold as it is, it is here already."""
+        slots = [self._memory.slots[member] for member in self._members]
+        fold = (number, [slot.weight(number) for slot in slots])
+        if norm is not None or fold != self._at_home or not all(slot.is_as_measured(number) for slot in slots):
+            self._fetch_fold(*fold)
+        self._at_home = fold
+
+    def _ask(self, number: int, norm: int | None) -> bool | Waiting:
+        if self._is_brought(number, norm):
             return True
-        answer = self._are_together(number)
+        if norm is not None:
+            for member in self._members:
+                if hosts.comes_to(number, member, self._memory.offered) and self._memory.asked[member] < norm:
+                    raise not_asked(self._rank, member, number)
+        answer = self._are_together(number, norm)
         if answer is True and self._rank != self._lead:
             return Waiting(self._lead, f"worker {self._lead} has not sent what its host brings to round {number}")
         return answer
 
-    def _push_as_one(self, number: int) -> None:
+    def _bring_as_one(self, number: int, norm: int | None) -> None:
         memory, lead = self._memory, self._lead
         for member in self._members:
             memory.slots[member].write_lies_in(number, lead)
-        memory.brought[lead] = hosts.version(number, memory.loads[0])  # the host steps it by itself
-        memory.pushed[lead] = number
+        if norm is None:
+            memory.brought[lead] = hosts.version(number, memory.loads[0])  # the host steps it by itself
+        words, least = self._words(number, norm)
+        words[lead] = least
 
-    def _is_pushed(self, number: int) -> bool:
-        return hosts.is_pushed(self._rank, number, self._memory.pushed, self._memory.slots)
+    def _is_brought(self, number: int, norm: int | None) -> bool:
+        words, least = self._words(number, norm)
+        return hosts.is_pushed(self._rank, number, words, self._memory.slots, least)
 
-    def _are_together(self, number: int) -> bool | Waiting:
-        return hosts.are_together(number, self._members, self._memory.offered, self._board.deaths, self._board)
+    def _are_together(self, number: int, norm: int | None) -> bool | Waiting:
+        memory, board = self._memory, self._board
+        answer = hosts.are_together(number, self._members, memory.offered, board.deaths, board, norm)
+        if norm is None and answer is True:
+            # One fold has one factor.
+            return len({memory.slots[member].factor(number) for member in self._members}) == 1
+        return answer

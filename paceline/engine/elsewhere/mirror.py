@@ -72,9 +72,10 @@ class Mirror:
         """Write what belongs to the pushes beside the gradients."""
         memory = self.memory
         memory.loads[0] = told.loads
-        for worker, weight, mask in told.sources:
+        for worker, weight, factor, mask in told.sources:
             slot = memory.slots[worker]
             slot.write_weight(told.number, weight)
+            slot.write_factor(told.number, factor)
             if mask:
                 slot.mask[:] = mask
         if told.settings:
@@ -84,7 +85,7 @@ class Mirror:
         if self._stepper is None:
             shards = Shards(self._spec, self.memory, type(optimizer), vars(optimizer))
             self._stepper = Stepper(shards, self.memory, saves=False)  # if this process dies, so does the mirror
-        contributors = tuple(worker for worker, _, _ in told.sources)
+        contributors = tuple(source[0] for source in told.sources)
         self._stepper.step(told.number, contributors, share, shares)
 
 
@@ -117,7 +118,7 @@ class HostMirror(Mirror):
         memory, number = self.memory, told.number
         if self.is_lead:
             self._note(told)
-            for worker, _, _ in told.sources:
+            for worker, *_ in told.sources:
                 is_here = worker in self.members
                 memory.slots[worker].write_lies_in(number, None if is_here else self._others)
             memory.tell_word(memory.pushed, self._lead, number)

@@ -80,6 +80,12 @@ class Outbox:
             if len(self._workers) == 1:
                 self._also()
 
+    def replaced(self, gradient: Mapping[str, torch.Tensor]) -> None:
+        """Who gets what is sent has got this in its place since."""
+        with self._busy:
+            for vector, sent in self._sent.items():
+                sent.copy_(gradient[vector])
+
     def _update(self, first: int, count: int) -> None:
         """Send buckets ``[first, count)``, of them those that are others than what was sent last."""
         slots, shares = self._memory.slots, list(self._shares.values())

@@ -211,10 +211,7 @@ class RemoteWorker:
 
     def norm(self, exchange: Any, chosen: bytes, order: float) -> float:
         """The norm of a gradient of this exchange over all workers; see engine/worker/clipping.py."""
-        if exchange.host is not None:
-            self._host.leave(exchange)  # a norm is that of gradients that are at home
-        mask, rows = self._gradients.send(exchange)
-        return float(self._ask(remote.Norm(exchange.index, mask, rows, chosen, order)))
+        return float(self._ask(self._gradients.measure(exchange, chosen, order)))
 
     def loaded(self, parameters: Iterable[nn.Parameter]) -> None:
         """The script has loaded a checkpoint into these parameters: it counts for all workers."""

@@ -10,7 +10,7 @@ import msgspec
 import torch
 from torch import nn, optim
 
-from paceline.config import Job, Local
+from paceline.config import Job, Local, Sync
 from paceline.engine.elsewhere.around import Around
 from paceline.engine.elsewhere.early import Bucket, Early, buckets
 from paceline.engine.elsewhere.mail import Mail
@@ -43,6 +43,7 @@ class RemoteExchange:
         _check(optimizer)
         optimizers.check(optimizer)
         self.optimizer, self.index, self._pace = optimizer, index, job.pace
+        self._clip = job.clip if isinstance(job.pace, Sync) else None  # at other paces the deputy clips the push
         self._views = share and not isinstance(job.pace, Local)
         self.parameters: list[nn.Parameter] = [p for g in optimizer.param_groups for p in g["params"]]
         self.spec, stepped_by = describe(optimizer, names, with_rows, job, job.pace)
@@ -54,6 +55,8 @@ class RemoteExchange:
         self.is_home = False  # do the parameters lie in home's memory?
         self.host: HostMirror | None = None  # or in a mirror that the workers of this host share
         self.is_finite = True  # what was gathered last
+        # Since a norm was asked of what is in the slot: by what the script's gradients have been multiplied.
+        self._factor: torch.Tensor | None = None
         self._memory: ExchangeMemory | None = None
         self._ready: set[int] = set()  # buckets in the slot
         self._settings = optimizers.Settings(optimizer)
@@ -102,7 +105,7 @@ class RemoteExchange:
         return self._memory
 
     def _use(self, memory: ExchangeMemory, spec: Spec, rank: int) -> None:
-        self._memory = memory
+        self._memory, self._factor = memory, None
         self.replica = Replica(self.optimizer, spec, memory, rank, views=self._views)
         self.inner = make_inner(self.replica, self._pace)
         if self.early is not None:
@@ -161,6 +164,26 @@ class RemoteExchange:
         self.is_finite = self.replica.write_gradients()
         return self.whole
 
+    def clip(self) -> None:
+        """As the job's options say."""
+        if self._clip is not None:
+            nn.utils.clip_grad_norm_(self.parameters, self._clip)
+
+    def measured(self) -> None:
+        """A norm is asked of what was gathered."""
+        self._factor = torch.ones(()) if self.early is not None and self.is_finite else None
+
+    def clipped(self, factor: torch.Tensor) -> None:
+        """The script's gradients have been multiplied by this."""
+        if self._factor is not None:
+            self._factor = factor
+
+    def factor(self) -> float | None:
+        """By what the gradient in the slot is to be multiplied to be the script's; None if that may be any other."""
+        factor = self._factor
+        is_usable = factor is not None and bool(torch.isfinite(factor)) and float(factor) > 0
+        return float(factor) if factor is not None and is_usable and self.replica.has_written(factor) else None
+
     def gradients(self, some: Sequence[Bucket]) -> Iterable[tuple[str, torch.Tensor, int, int]]:
         """What is in the slot: these ranges of dense vectors, and rows with their numbers; as (name, alias, range)."""
         slot = self.replica.slot
@@ -181,6 +204,7 @@ class RemoteExchange:
     def stepped(self) -> None:
         """What backward makes now is for the next step."""
         self._ready.clear()
+        self._factor = None
         if self.early is not None:
             self.early.stepped()
 

@@ -25,25 +25,38 @@ class RemoteGradients:
         self._link, self._line, self._rank = link, line, rank
         self._outboxes: dict[int, Outbox] = {}  # by exchange, of those whose host's gradients this process folds
 
-    def send(self, one: RemoteExchange) -> tuple[bytes, dict[int, int]]:
-        """What of them home has not got yet. Which parameters have one, and their rows, as in ``remote.Step``."""
+    def _give(self, one: RemoteExchange) -> tuple[bytes, dict[int, int], bool]:
+        """Have them where home, or this host, looks for them: what is not there yet. Which parameters have one, their
+        rows, and whether they are offered, as in ``remote.Step``."""
         rest = one.gather()
-        if one.is_home:
+        offers = one.host is not None and one.is_finite
+        if offers or one.is_home:
             one.tell_all_ready(self._rank)
+        elif one.host is not None:
+            self._put_own(one)
         else:
-            self._put(one, one.whole if one.host is not None else rest)
-        return bytes(one.replica.slot.mask), one.rows()
+            self._put(one, rest)
+        return bytes(one.replica.slot.mask), one.rows(), offers
 
     def bring(self, one: RemoteExchange, *, void: bool) -> remote.Step:
-        """What is asked for with them, as they are at the step: they are where home, or this host, has them then."""
+        """What is asked for with them, as they are at the step. Those of which a norm was asked are there already."""
         settings = one.changed_settings()
-        if not void and one.host is not None:
-            one.gather()
-            if one.is_finite:
-                one.tell_all_ready(self._rank)
-                return remote.Step(one.index, False, bytes(one.replica.slot.mask), {}, settings, offers=True)
-        mask, rows = (b"", {}) if void else self.send(one)
-        return remote.Step(one.index, void, mask, rows, settings)
+        if void:
+            return remote.Step(one.index, True, b"", {}, settings)
+        one.clip()
+        factor = one.factor()
+        if factor is not None:
+            return remote.Step(
+                one.index, False, bytes(one.replica.slot.mask), {}, settings, one.host is not None, factor
+            )
+        mask, rows, offers = self._give(one)
+        return remote.Step(one.index, False, mask, rows, settings, offers)
+
+    def measure(self, one: RemoteExchange, chosen: bytes, order: float) -> remote.Norm:
+        """What is asked for with them, as they are when the script asks for a norm."""
+        mask, rows, offers = self._give(one)
+        one.measured()
+        return remote.Norm(one.index, mask, rows, chosen, order, offers)
 
     def fold(self, one: RemoteExchange) -> None:
         """From now on this process sends what its host's workers bring, folded."""
@@ -62,7 +75,7 @@ class RemoteGradients:
         outbox = self._outboxes.get(one.index)
         if outbox is not None:
             outbox.finish(max(one.memory.stepped) + 1, {})
-        self._put(one, one.whole)
+        self._put_own(one)
 
     def stepped(self, one: RemoteExchange) -> None:
         """The mirror of this host has the newest values: what its workers bring next may go."""
@@ -98,6 +111,12 @@ class RemoteGradients:
                 self._put(one, one.whole)
                 notes[place] = msgspec.structs.replace(note, brings=True, mask=bytes(one.replica.slot.mask))
                 return
+
+    def _put_own(self, one: RemoteExchange) -> None:
+        """In place of what has been sent of the fold."""
+        self._put(one, one.whole)
+        if one.index in self._outboxes:
+            self._outboxes[one.index].replaced(one.replica.slot.gradient)
 
     def _put(self, one: RemoteExchange, some: Sequence[Bucket]) -> None:
         with self._line.kept():

@@ -37,6 +37,7 @@ class Exchange:
 
     # Which parameters have a gradient, where that is on another host, finite, and the meeting is to get it.
     offered: bytes | None = None
+    factor: float | None = None  # that of the next push, see ``Slot.factor``
 
     def __init__(
         self,
@@ -217,6 +218,7 @@ class Exchange:
             self.was_finite = self._replica.has_finite_gradients() if inner else self._replica.write_gradients()
             if not self.was_finite:
                 push = replace(push, weight=VOID)
+        push = replace(push, factor=self.factor)
         if self.inner is None:
             return self._meet(push)
         return self._meet(self.inner.close()) if self.inner.step(push) else None
@@ -335,11 +337,16 @@ class Exchange:
         slots, pushed = self._memory.slots, self._memory.pushed
         return [(*slots[w].loss(pushed[w]), slots[w].steps(pushed[w])) for w in members]
 
+    def clipped(self, factor: torch.Tensor) -> None:
+        """The script's gradients have been multiplied by this: the step reads them as they are then."""
+
     def norm(self, chosen: bytes, order: float, weight: float) -> float:
         """The norm of all workers' gradient; see ``Rounds.norm``. For pace sync only."""
         rounds = self.in_rounds
         assert rounds is not None, "there is a norm of all only where all meet"
-        if not self._replica.write_gradients():
+        if self.offered is not None:
+            self._replica.write_mask(self.offered)
+        elif not self._replica.write_gradients():
             weight = VOID  # it will be dropped: the others' norm is without it
         return rounds.norm(chosen, order, weight)
 

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 @dataclass(frozen=True, slots=True)
 class Push:
     """What goes with a gradient: samples behind it, (sum of loss x samples, samples) not told yet, whether this
-    worker asks that the round be the last, how many local steps are in it, and how far into its data the worker is."""
+    worker asks that the round be the last, how many local steps are in it, how far into its data the worker is, and its
+    ``factor`` (``Slot.factor``)."""
 
     weight: float
     loss: tuple[float, float]
     stop: bool
     steps: int = 1
     place: tuple[int, int] = (0, 0)
+    factor: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -161,6 +161,20 @@ class Replica:
         view = self._dense[param]
         return gradient.data_ptr() == view.data_ptr() or (param in self.early and same_bits(view, gradient))
 
+    def has_written(self, factor: torch.Tensor) -> bool:
+        """Are the gradients, all dense and on the CPU, what was written last, times this, to the bit?"""
+        gradients = [parameter.grad for parameter in self.parameters]
+        if bytes(gradient is not None for gradient in gradients) != self._mask or self._by_rows:
+            return False
+        is_one, given = float(factor) == 1.0, [(g, self._dense[i]) for i, g in enumerate(gradients) if g is not None]
+        with torch.no_grad():
+            return all(
+                gradient.shape == view.shape
+                and gradient.device.type == "cpu"
+                and same_bits(gradient, view if is_one else view * factor)
+                for gradient, view in given
+            )
+
     def has_finite_gradients(self) -> bool:
         """The same of the gradients where they are."""
         return all(_is_finite(_rows_of(gradient)) for gradient in self._given() if gradient is not None)

@@ -15,6 +15,7 @@ from paceline.errors import ConfigError
 from paceline.protocol.hosts import pushed_for
 from paceline.protocol.rounds import (
     NEVER,
+    NORMS,
     Abandoned,
     Closed,
     Rescue,
@@ -28,8 +29,6 @@ from paceline.protocol.rounds import (
 from paceline.transport.board import Board
 from paceline.transport.lock import Lock
 from paceline.transport.slots import ExchangeMemory, Spec
-
-_NORMS = 1 << 10  # of one round, at most
 
 
 class Rounds:
@@ -45,6 +44,7 @@ class Rounds:
         self._servers = tuple(range(spec.workers, spec.workers + spec.servers))
         # Pushes in place of this, where what those of a host bring is one (engine/elsewhere/host_push.py).
         self.bring: Callable[[int, float], None] | None = None
+        self.ask: Callable[[int, float, int], None] | None = None  # likewise, for a norm of the round
 
     @property
     def number(self) -> int:
@@ -59,7 +59,7 @@ class Rounds:
         """
         board, memory = self._board, self._memory
         number = self.number + 1
-        self._slot.write(number, push.weight, push.loss, push.stop, push.steps, push.place, board.crew)
+        self._slot.write(number, push.weight, push.loss, push.stop, push.steps, push.place, board.crew, push.factor)
         if self.bring is not None:
             self.bring(number, push.weight)
         else:
@@ -115,10 +115,10 @@ class Rounds:
         """Under the run's lock: this worker, which has died, may have had its norm of a round that it did not push. Who
         comes to that round only now must not ask for it with the dead one, which may have begun to write its push."""
         memory, asked = self._memory, self._memory.asked[worker]
-        round_ = asked // _NORMS
-        alone = all(other // _NORMS < round_ for w, other in enumerate(memory.asked) if memory.since[w] != NEVER)
+        round_ = asked // NORMS
+        alone = all(other // NORMS < round_ for w, other in enumerate(memory.asked) if memory.since[w] != NEVER)
         if memory.pushed[worker] < round_ and memory.answered[worker] == asked and alone:
-            memory.asked[worker] = memory.pushed[worker] * _NORMS
+            memory.asked[worker] = memory.pushed[worker] * NORMS
 
     def no_dead_in_round(self) -> bool | Waiting:
         """Are all rounds over that those who have died had pushed? True also where only they had: see ``complete``."""
@@ -177,7 +177,7 @@ class Rounds:
 
     def _begun(self) -> int:
         """The last round that anybody has pushed, or asked a norm for."""
-        return max(*self._memory.pushed, *(asked // _NORMS for asked in self._memory.asked))
+        return max(*self._memory.pushed, *(asked // NORMS for asked in self._memory.asked))
 
     def go_on_from(self, number: int) -> None:
         """Under the run's lock, before anybody has pushed: this was the last round of the run that is resumed."""
@@ -205,11 +205,15 @@ class Rounds:
         """
         board, memory = self._board, self._memory
         round_ = self.number + 1
-        number = max(memory.asked[self._rank], round_ * _NORMS) + 1
+        number = max(memory.asked[self._rank], round_ * NORMS) + 1
         self._slot.chosen[:] = chosen
         self._slot.write_weight(round_, weight)
-        memory.asked[self._rank] = number
-        board.ring(self._rank)
+        self._slot.write_lies_in(round_, None)
+        if self.ask is not None:
+            self.ask(round_, weight, number)
+        else:
+            memory.asked[self._rank] = number
+            board.ring(self._rank)
         contributors = board.wait(lambda: self._all_ask(number, round_)).contributors
         self._answer(number, round_, contributors, self._rank, order)
         while isinstance(
@@ -233,11 +237,7 @@ class Rounds:
         memory = self._memory
         for worker, pushed in enumerate(memory.pushed):
             if pushed >= round_ and memory.asked[worker] < number:
-                raise ConfigError(
-                    f"worker {self._rank} clips its gradients in round {round_}, worker {worker} does not",
-                    why="the norm is that of all workers' gradient, so all must ask for it",
-                    fix="call clip_grad_norm_ on every worker, or on none",
-                )
+                raise not_asked(self._rank, worker, round_)
         return close_round(number, memory.asked, self._board, memory.since, round_)
 
     def losses(self, number: int, contributors: tuple[int, ...]) -> tuple[float, float]:
@@ -257,3 +257,12 @@ class Rounds:
 
     def asked_to_stop(self, number: int, contributors: tuple[int, ...]) -> bool:
         return any(self._memory.slots[worker].stop(number) for worker in contributors)
+
+
+def not_asked(rank: int, other: int, number: int) -> ConfigError:
+    """What worker ``rank`` raises that asks for a norm in a round that the ``other`` has come to without."""
+    return ConfigError(
+        f"worker {rank} clips its gradients in round {number}, worker {other} does not",
+        why="the norm is that of all workers' gradient, so all must ask for it",
+        fix="call clip_grad_norm_ on every worker, or on none",
+    )

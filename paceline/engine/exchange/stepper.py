@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from paceline.engine.exchange.shards import Shards
-from paceline.params.fold import Fold, Pushed
+from paceline.params.fold import Fold, Pushed, shares_of
 from paceline.params.shard import Shard
 from paceline.transport.slots import ExchangeMemory, Slot
 
@@ -31,7 +31,8 @@ class Stepper:
         self._last[shard] = number, loads
         slots, weights = self._counted(number, contributors)
         if slots:
-            shard.fold(*by_host(slots, weights, self._memory.slots, number))
+            factors = [slot.factor(number) for slot in slots]
+            shard.fold(*by_host(slots, weights, factors, self._memory.slots, number))
             settings = self._shards.new_settings(shard, contributors[0])
             mask = self._shards.union([slot.mask for slot in slots])
             undo = self._memory.undo[share] if self._saves else None
@@ -46,7 +47,7 @@ class Stepper:
         if not slots:
             return 0.0
         shard = self._shards.get(contributors.index(me), len(contributors))
-        shard.fold(slots, weights)
+        shard.fold(*by_host(slots, weights, [1.0] * len(slots), self._memory.slots, number))
         return shard.norm(self._shards.union([slot.chosen for slot in slots]), order)
 
     def _counted(self, number: int, contributors: tuple[int, ...]) -> tuple[list[Slot], list[float]]:
@@ -56,19 +57,23 @@ class Stepper:
 
 
 def by_host(
-    counted: Sequence[Slot], weights: Sequence[float], slots: Sequence[Slot], number: int
-) -> tuple[Sequence[Pushed | Fold], Sequence[float]]:
-    """What is folded in round ``number``, with weights: the slots that count, or, where those of a host have been
-    folded already and lie in one of them, that one for all of these and the others' fold (docs/decisions/0017)."""
-    hosts: dict[int | None, tuple[list[Slot], list[float]]] = {}
-    for slot, weight in zip(counted, weights, strict=True):
-        own, shares = hosts.setdefault(slot.lies_in(number), ([], []))
-        own.append(slot)
-        shares.append(weight)
+    counted: Sequence[Slot],
+    weights: Sequence[float],
+    factors: Sequence[float],
+    slots: Sequence[Slot],
+    number: int,
+) -> tuple[Sequence[Pushed | Fold], Sequence[float], Sequence[float]]:
+    """What is folded in round ``number``, with weights and factors: the slots that count, or, where those of a host
+    have been folded already and lie in one of them, that one for all of these and the others' fold (decision 17)."""
+    hosts: dict[int | None, list[int]] = {}  # where it lies -> which of the slots
+    for place, slot in enumerate(counted):
+        hosts.setdefault(slot.lies_in(number), []).append(place)
     if list(hosts) == [None]:
-        return counted, weights
+        return counted, weights, factors
     sources: list[Pushed | Fold] = []
-    for place, (own, shares) in hosts.items():
-        total = sum(shares)
-        sources.append(Fold(own, [one / total for one in shares]) if place is None else slots[place])
-    return sources, [sum(shares) for _, shares in hosts.values()]
+    totals: list[tuple[float, float]] = []
+    for lies_in, own in hosts.items():
+        shares, factor = shares_of([weights[place] for place in own], [factors[place] for place in own])
+        sources.append(Fold([counted[place] for place in own], shares) if lies_in is None else slots[lies_in])
+        totals.append((sum(weights[place] for place in own), factor))
+    return sources, [weight for weight, _ in totals], [factor for _, factor in totals]

@@ -3,7 +3,8 @@
 Clipped by the norm of its own batch, each worker's gradient would be scaled by another factor, and n workers would not
 be one process on the whole batch. All of torch's clipping asks ``torch.nn.utils.clip_grad._get_total_norm`` for the
 norm; a worker answers there with the norm of the folded gradient. Scaling the local gradients by the same factor
-everywhere then scales the fold by it.
+everywhere then scales the fold by it. An exchange is told the factor, so that what has been sent for the norm may be
+the step's.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class Asked(Protocol):
     """Who can tell the norm of all workers' gradient: a worker."""
 
     @property
-    def exchanges(self) -> Sequence[Any]: ...  # each with its ``parameters``
+    def exchanges(self) -> Sequence[Any]: ...  # each with its ``parameters``, and ``clipped(factor)``
 
     def norm(self, exchange: Any, chosen: bytes, order: float) -> float: ...
 
@@ -33,6 +34,7 @@ class Asked(Protocol):
 _workers: weakref.WeakKeyDictionary[Asked, int] = weakref.WeakKeyDictionary()
 _registering = threading.Lock()
 _local_norm = clip_grad._get_total_norm
+_local_clip = clip_grad._clip_grads_with_norm_
 
 
 def register(worker: Asked) -> None:
@@ -40,6 +42,15 @@ def register(worker: Asked) -> None:
     with _registering:
         _workers[worker] = threading.get_ident()
     clip_grad._get_total_norm = _total_norm
+    clip_grad._clip_grads_with_norm_ = _clip
+
+
+def _shared() -> list[tuple[Asked, Any]]:
+    """Workers with their exchanges: of this thread, if it has any."""
+    with _registering:
+        workers = dict(_workers)
+    own = [one for one, thread in workers.items() if thread == threading.get_ident()]
+    return [(one, exchange) for one in own or workers for exchange in one.exchanges]
 
 
 def _total_norm(
@@ -52,10 +63,7 @@ def _total_norm(
     asked = {id(gradient) for gradient in gradients}
     order = float(norm_type)
     parts, found = [], 0
-    with _registering:
-        workers = dict(_workers)
-    own = [one for one, thread in workers.items() if thread == threading.get_ident()]
-    for worker, exchange in [(one, exchange) for one in own or workers for exchange in one.exchanges]:
+    for worker, exchange in _shared():
         chosen = bytes(p.grad is not None and id(p.grad) in asked for p in exchange.parameters)
         if any(chosen):
             found += sum(chosen)
@@ -73,3 +81,18 @@ def _total_norm(
     if error_if_nonfinite and not torch.isfinite(total):
         raise RuntimeError(f"the total norm of order {norm_type} of the gradients is {float(total)}")
     return torch.as_tensor(total, dtype=gradients[0].dtype, device=gradients[0].device)
+
+
+def _clip(
+    parameters: torch.Tensor | Iterable[torch.Tensor],
+    max_norm: float,
+    total_norm: torch.Tensor,
+    foreach: bool | None = None,
+) -> None:
+    clipped = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+    _local_clip(clipped, max_norm, total_norm, foreach)
+    asked = set(map(id, clipped))
+    factor = torch.clamp(float(max_norm) / (total_norm + 1e-6), max=1.0)  # as torch has it
+    for _, exchange in _shared():
+        if any(id(parameter) in asked for parameter in exchange.parameters):
+            exchange.clipped(factor)

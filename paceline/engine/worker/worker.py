@@ -252,6 +252,8 @@ class Worker:
             progress.close_row()
             progress.take_in_losses()
             progress.own_steps += 1
+        if self.context.job.clip is not None and not void:
+            nn.utils.clip_grad_norm_(exchange.parameters, self.context.job.clip)  # by the same weight as the step
         weight = self._weight(index)
         self._samples_at_step[index] = progress.samples
         if index == 0:
@@ -260,8 +262,6 @@ class Worker:
             progress.row.steps += 1
         progress.begin_step()
         place = self.passes.where()
-        if self.context.job.clip is not None and not void:
-            nn.utils.clip_grad_norm_(exchange.parameters, self.context.job.clip)
         round_ = exchange.step(Push(VOID if void else weight, progress.look, self._board.interrupt, 1, place))
         if not void:
             self._strikes.take(index, exchange, self.step_number)

@@ -12,6 +12,8 @@ from torch import nn, optim
 from torch.utils.data import DataLoader, TensorDataset
 
 from paceline.engine.elsewhere import early, host_push, remote_host
+from paceline.engine.elsewhere.remote_gradients import RemoteGradients
+from paceline.errors import ConfigError
 from tests.driver import run_job
 from tests.unit.engine.test_remote import EPOCHS, MAKES, SAMPLES, count, data, drawn, several, train
 
@@ -20,25 +22,40 @@ PLACES = {"2+2": ("", "", "b", "b"), "1+3": ("", "b", "b", "b"), "2+1": ("", "",
 
 
 class Seen:
-    """What was done in a job: rounds that a host pushed as one, workers that left their host's mirror."""
+    """What was done in a job: rounds that a host pushed as one, norms that it asked for as one, folds that were sent,
+    gradients that were sent alone, workers that left their host's mirror."""
 
     def __init__(self) -> None:
-        self.as_one = self.left = 0
+        self.as_one = self.norms = self.folds = self.alone = self.left = 0
 
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
-    told, push, leave = Seen(), host_push.HostPush._push_as_one, remote_host.RemoteHost.leave
+    told, bring, leave = Seen(), host_push.HostPush._bring_as_one, remote_host.RemoteHost.leave
+    send_fold, send_own = RemoteGradients.send_fold, RemoteGradients.send_own
 
-    def pushed(self: Any, number: int) -> None:
-        told.as_one += 1
-        push(self, number)
+    def brought(self: Any, number: int, norm: int | None) -> None:
+        if norm is None:
+            told.as_one += 1
+        else:
+            told.norms += 1
+        bring(self, number, norm)
+
+    def sent(self: Any, asked: Any, one: Any) -> None:
+        told.folds += 1
+        send_fold(self, asked, one)
+
+    def sent_alone(self: Any, one: Any) -> None:
+        told.alone += 1
+        send_own(self, one)
 
     def left(self: Any, one: Any) -> None:
         told.left += 1
         leave(self, one)
 
-    monkeypatch.setattr(host_push.HostPush, "_push_as_one", pushed)
+    monkeypatch.setattr(host_push.HostPush, "_bring_as_one", brought)
+    monkeypatch.setattr(RemoteGradients, "send_fold", sent)
+    monkeypatch.setattr(RemoteGradients, "send_own", sent_alone)
     monkeypatch.setattr(remote_host.RemoteHost, "leave", left)
     return told
 
@@ -85,7 +102,9 @@ def test_so_it_is_with_batch_norm_and_with_clipping(how: dict[str, bool], seen: 
     # Not Adam: a bias before batch norm has a gradient of nothing but rounding, and Adam makes a step of it.
     two, one = both(lambda run: train(run, MAKES["momentum"], **how), PLACES["2+2"])
     assert two == pytest.approx(one, rel=1e-12, abs=1e-12)
-    assert seen.left == (2 if "clip" in how else 0)  # a norm is that of gradients that are at home
+    assert not seen.left
+    steps = EPOCHS * SAMPLES // 4 // 4
+    assert (seen.as_one, seen.norms, seen.folds) == (steps, steps if "clip" in how else 0, steps)
 
 
 def evaluating(run: Any, *, bad: int | None = None) -> list[float]:
@@ -155,3 +174,135 @@ def test_sparse_rows_and_half_precision_travel_alone(seen: Seen) -> None:
     two, one = both(body, PLACES["2+2"])
     assert two == pytest.approx(one, rel=1e-12, abs=1e-12)
     assert (seen.as_one, seen.left) == (0, 0)
+
+
+def _accumulates(net: nn.Module, rank: int, again: Callable[[], None]) -> list[float]:
+    norm = nn.utils.clip_grad_norm_(net.parameters(), 0.5)
+    again()
+    return [float(norm)]
+
+
+def _scales(net: nn.Module, rank: int, again: Callable[[], None]) -> list[float]:
+    norm = nn.utils.clip_grad_norm_(net.parameters(), torch.inf)
+    for parameter in net.parameters():
+        if parameter.grad is not None and norm > 0.3:
+            parameter.grad.data.mul_(0.3 / norm)
+    return [float(norm)]
+
+
+def _in_two_calls(net: nn.Module, rank: int, again: Callable[[], None]) -> list[float]:
+    weights, biases = (part := list(net.parameters()))[::2], part[1::2]
+    return [float(nn.utils.clip_grad_norm_(some, 0.2)) for some in (weights, biases, weights)]
+
+
+def _changes_one(net: nn.Module, rank: int, again: Callable[[], None]) -> list[float]:
+    norm = nn.utils.clip_grad_norm_(net.parameters(), 0.5)
+    if rank == 2:
+        next(net.parameters()).grad = None
+    return [float(norm)]
+
+
+def _clips(most: Callable[[int], float], **how: Any) -> Callable[..., list[float]]:
+    return lambda net, rank, again: [float(nn.utils.clip_grad_norm_(net.parameters(), most(rank), **how))]
+
+
+# How scripts clip -> of 9 rounds, in how many the host's workers do not push as one.
+CLIPS: dict[str, tuple[Callable[..., list[float]], int]] = {
+    "by norm": (_clips(lambda rank: 0.5), 0),
+    "seldom": (_clips(lambda rank: 5.0), 0),
+    "by the largest": (_clips(lambda rank: 0.1, norm_type=torch.inf, error_if_nonfinite=True), 0),
+    "order 3": (_clips(lambda rank: 0.1, norm_type=3.0), 0),
+    "each host otherwise": (_clips(lambda rank: 0.3 if rank < 2 else 0.5), 0),
+    "home's workers otherwise": (_clips(lambda rank: (0.3, 0.4, 0.5, 0.5)[rank]), 0),
+    "each otherwise": (_clips(lambda rank: (0.3, 0.4, 0.5, 0.6)[rank]), 9),
+    "to nothing": (_clips(lambda rank: 0.0), 0),
+    "accumulates after it": (_accumulates, 0),
+    "by its own means": (_scales, 0),
+    "in several calls": (_in_two_calls, 0),
+    "one drops one after it": (_changes_one, 9),
+}
+
+
+def clipping(run: Any, how: Callable[..., list[float]]) -> tuple[list[float], list[float]]:
+    """All norms, and all parameters at the end."""
+    net = drawn(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1)).to(torch.float64))
+    optimizer = optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+    net, optimizer, loader = run.wrap(net, optimizer, DataLoader(data(), batch_size=4))
+    norms = []
+    for _ in range(EPOCHS):
+        for inputs, wanted in loader:
+
+            def backward(given: torch.Tensor = inputs, target: torch.Tensor = wanted) -> None:
+                ((net(given) - target) ** 2).mean().backward()
+
+            optimizer.zero_grad()
+            backward()
+            norms += how(net, run.rank, backward)
+            optimizer.step()
+    run.barrier()
+    return norms, [value for parameter in net.parameters() for value in parameter.flatten().tolist()]
+
+
+@pytest.mark.parametrize(("how", "apart"), CLIPS.values(), ids=CLIPS)
+def test_a_norm_is_that_of_all_and_the_fold_is_clipped(how: Callable[..., list[float]], apart: int, seen: Seen) -> None:
+    there = run_job(lambda run: clipping(run, how), workers=4, elsewhere=True, hosts=PLACES["2+2"])
+    here = run_job(lambda run: clipping(run, how), workers=4, elsewhere=False)
+    assert all(one == there[0] for one in there)
+    for found, wanted in zip(there[0], here[0], strict=True):
+        assert found == pytest.approx(wanted, rel=1e-12, abs=1e-12)
+    assert any(norm > 0.5 for norm in there[0][0])
+    assert (seen.as_one, seen.left) == (EPOCHS * 3 - apart, 0)
+    assert seen.norms
+
+
+def test_what_was_sent_for_a_norm_is_not_sent_again(seen: Seen) -> None:
+    run_job(lambda run: clipping(run, _clips(lambda rank: 0.5)), workers=4, elsewhere=True, hosts=PLACES["2+2"])
+    assert (seen.norms, seen.folds, seen.as_one, seen.alone) == (9, 9, 9, 0)
+
+
+@pytest.mark.parametrize("places", PLACES.values(), ids=PLACES)
+def test_the_option_clips_likewise(places: tuple[str, ...], seen: Seen) -> None:
+    two, one = both(several, places, clip=0.2)
+    assert two == pytest.approx(one, rel=1e-12, abs=1e-12)
+    assert seen.norms
+    assert not seen.left
+    assert two != pytest.approx(run_job(several, workers=len(places))[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("bad", [0, 2, 3])
+def test_a_gradient_that_is_not_finite_is_in_no_norm(bad: int, seen: Seen) -> None:
+    two, one = both(lambda run: evaluating(run, bad=bad), PLACES["2+2"], clip=0.2)
+    assert two == pytest.approx(one, rel=1e-12, abs=1e-12)
+    assert seen.as_one == seen.norms > 0
+    assert not seen.left
+
+
+@pytest.mark.parametrize("without", range(4))
+def test_who_steps_without_clipping_is_told(without: int) -> None:
+    how = _clips(lambda rank: 0.5)
+    with pytest.raises(ConfigError, match=rf"clips its gradients in round 1, worker {without} does not"):
+        run_job(
+            lambda run: clipping(run, (lambda *_: []) if run.rank == without else how),
+            workers=4,
+            elsewhere=True,
+            hosts=PLACES["2+2"],
+        )
+
+
+def test_a_step_may_be_left_out_after_its_norm(seen: Seen) -> None:
+    def body(run: Any) -> list[float]:
+        net = drawn(nn.Linear(6, 1).to(torch.float64))
+        net, optimizer, loader = run.wrap(net, optim.SGD(net.parameters(), lr=0.05), DataLoader(data(), batch_size=4))
+        for epoch in range(EPOCHS):
+            for number, (inputs, wanted) in enumerate(loader):
+                optimizer.zero_grad()
+                ((net(inputs) - wanted) ** 2).mean().backward()
+                nn.utils.clip_grad_norm_(net.parameters(), 0.5)
+                if (epoch + number) % 3:
+                    optimizer.step()
+        run.barrier()
+        return [value for parameter in net.parameters() for value in parameter.flatten().tolist()]
+
+    two, one = both(body, PLACES["2+2"])
+    assert two == pytest.approx(one, rel=1e-12, abs=1e-12)
+    assert not seen.left

@@ -397,6 +397,25 @@ def test_clipping_in_the_loop_is_by_the_norm_of_the_whole_gradient(workers: int,
         assert_same_bits(result[0], results[0][0])
 
 
+def test_the_option_clips_by_the_same_norm_whatever_the_batches() -> None:
+    data, common = make_data(BATCH * 3 + 5), make_model()
+
+    def body(run: Any, *, in_loop: bool) -> list[torch.Tensor]:
+        model = copy.deepcopy(common)
+        optimizer = optim.SGD(model.parameters(), lr=0.1)
+        model, optimizer, loader = run.wrap(model, optimizer, DataLoader(data, batch_size=BATCH))
+        for x, y in loader:
+            optimizer.zero_grad()
+            loss_of(model, x, y).backward()
+            if in_loop:
+                nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+            optimizer.step()
+        return [p.detach().clone() for p in model.parameters()]
+
+    one = run_job(lambda run: body(run, in_loop=True))[0]
+    assert_same_bits(run_job(lambda run: body(run, in_loop=False), clip=0.05)[0], one)
+
+
 def test_clipping_on_some_workers_only_is_an_error() -> None:
     def body(run: Any) -> None:
         weight = nn.Parameter(torch.zeros(3))

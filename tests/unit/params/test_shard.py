@@ -345,6 +345,21 @@ def test_a_shards_memory_does_not_grow_with_a_table() -> None:
     assert shard.norm(None, 2.0) == 25.0
 
 
+@pytest.mark.parametrize("factors", [[0.5], [0.5, 0.5], [0.5, 0.25], [1.0, 0.1, 0.1], [0.3] * 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_what_each_has_pushed_counts_by_its_factor(dtype: torch.dtype, factors: list[float]) -> None:
+    weights = [1.0, 3.0, 2.0][: len(factors)]
+    job, expected = Job(OPTIMIZERS["sgd"], tensors(dtype)), Job(OPTIMIZERS["sgd"], tensors(dtype))
+    gradients = [vectors_of(job.table, tensors(dtype, seed=worker)) for worker in range(len(factors))]
+    for shard in job.shards(2):
+        shard.fold([Given(gradient) for gradient in gradients], weights, factors)
+        shard.step(None, None)
+    scaled = [{k: v * f for k, v in one.items()} for one, f in zip(gradients, factors, strict=True)]
+    step_all(expected.shards(2), scaled, weights)
+    for vector, values in job.vectors.items():
+        torch.testing.assert_close(values, expected.vectors[vector])
+
+
 @settings(max_examples=50)
 @given(st.integers(1, 8), st.sampled_from([1.0, 2.0, 3.0, math.inf]), st.integers(0, 2**30))
 def test_parts_of_a_norm_add_up_to_the_norm_of_the_fold(parts: int, order: float, seed: int) -> None:

@@ -6,8 +6,18 @@ from dataclasses import dataclass
 
 import pytest
 
-from paceline.protocol.hosts import LEAVES, alone, are_together, is_one, is_pushed, offer, pushed_for, version
-from paceline.protocol.rounds import Waiting
+from paceline.protocol.hosts import (
+    LEAVES,
+    alone,
+    are_together,
+    comes_to,
+    is_one,
+    is_pushed,
+    offer,
+    pushed_for,
+    version,
+)
+from paceline.protocol.rounds import NORMS, Waiting
 from tests.unit.protocol.test_rounds import board
 
 MEMBERS, ROUND = (2, 3), 7
@@ -71,6 +81,30 @@ def test_what_a_lead_said_that_died_before_its_push_is_not_taken_for_one() -> No
     assert pushed_for(3, [0, 0, 0, alone(ROUND)], [ROUND, ROUND, ROUND, ROUND - 1], slots) == ROUND - 1
     assert pushed_for(3, [0, 0, 0, LEAVES], [ROUND, ROUND, ROUND, ROUND - 1], slots) == ROUND - 1
     assert pushed_for(3, [0, 0, 0, offer(ROUND - 2)], [ROUND, ROUND, ROUND, ROUND - 1], slots) == ROUND - 1
+
+
+def test_norms_of_a_round_are_offered_before_its_push() -> None:
+    first, second = ROUND * NORMS + 1, ROUND * NORMS + 2
+    words = [offer(ROUND - 1), offer(ROUND, first), offer(ROUND, second), offer(ROUND), offer(ROUND + 1, first + NORMS)]
+    assert words == sorted(set(words))
+    own = [0, 0, offer(ROUND, first), offer(ROUND, second)]
+    answer = are_together(ROUND, MEMBERS, own, NOBODY, board("0000", "0000", loader0="0001"), first)
+    assert isinstance(answer, Waiting)
+    assert answer.on == 3
+    own[3] = offer(ROUND, first)
+    assert are_together(ROUND, MEMBERS, own, NOBODY, board("0000", "0000", loader0="0001"), first) is True
+    own[2] = alone(ROUND, first)
+    assert are_together(ROUND, MEMBERS, own, NOBODY, board("0000", "0000", loader0="0001"), first) is False
+    assert [comes_to(ROUND, 3, [0, 0, 0, word]) for word in (own[3], offer(ROUND), alone(ROUND))] == [False, True, True]
+
+
+def test_a_norm_that_was_asked_as_one_is_no_push() -> None:
+    norm = ROUND * NORMS + 1
+    slots = [Header(ROUND), Header(ROUND), Header(ROUND, 2), Header(ROUND, 2)]
+    asked = [0, 0, norm, 0]
+    assert is_pushed(3, ROUND, asked, slots, norm)
+    assert not is_pushed(3, ROUND, asked, slots, norm + 1)
+    assert pushed_for(3, [0, 0, 0, offer(ROUND, norm)], [ROUND - 1] * 4, slots) == ROUND - 1
 
 
 def test_versions_rise_with_rounds_and_with_what_is_loaded() -> None:

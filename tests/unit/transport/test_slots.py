@@ -242,6 +242,15 @@ def test_the_header_comes_back(weight: float, loss: float, samples: float, stop:
     assert its.settings == b"lr"
 
 
+def test_a_factor_is_one_where_none_was_given(pair: tuple[Slot, Slot]) -> None:
+    mine, its = pair
+    mine.write(7, 1.0, (0.0, 0.0), False, factor=0.25)
+    mine.write(8, 1.0, (0.0, 0.0), False)
+    assert [(its.factor(n), its.is_as_measured(n)) for n in (7, 8)] == [(0.25, True), (1.0, False)]
+    mine.write(9, 1.0, (0.0, 0.0), False)
+    assert (its.factor(9), its.is_as_measured(9)) == (1.0, False)
+
+
 def test_a_new_slot_is_empty(pair: tuple[Slot, Slot]) -> None:
     _, its = pair
     assert (its.weight(1), its.loss(1), its.stop(1), its.settings, its.settings_version) == (0, (0, 0), False, b"", 0)
