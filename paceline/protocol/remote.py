@@ -28,17 +28,22 @@ from paceline.protocol.mirrors import (
     SendOwn,
     Took,
 )
+from paceline.protocol.stores import STORE, AwaitStore, PullStore, PushStore
 
 __all__ = [
     "HOME",
     "HOST",
     "MIRROR",
     "OWN",
+    "STORE",
+    "AwaitStore",
     "Brought",
     "Close",
     "Follow",
     "IsWhole",
     "Leave",
+    "PullStore",
+    "PushStore",
     "SendFold",
     "SendOwn",
     "Took",
@@ -125,7 +130,8 @@ class Parameter(msgspec.Struct, frozen=True, array_like=True):
 
 class WrapOptimizer(Said, frozen=True, tag=31):
     """...share this optimizer. ``spec`` is what I take its exchange to be; ``state`` is a document (params/packing.py);
-    ``memory`` is where my parameters are to lie.
+    ``memory`` is where my parameters are to lie. For a STORE it is of an optimizer that steps what is pushed, and the
+    answer is the store's number.
 
     Of worker 0 the values have come before. Answer: the process and descriptor of home's memory, to map it (HOME), or
     nothing, and the newest values have come before; for a MIRROR with the optimizer's state. ``members``: who is on
@@ -303,6 +309,9 @@ Request = (
     | NeedsGhost
     | Leave
     | IsWhole
+    | PushStore
+    | PullStore
+    | AwaitStore
     | Border
 )
 

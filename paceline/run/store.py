@@ -7,17 +7,27 @@ are applied in the order they come, whatever the run's pace.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
 
 import torch
 from torch import nn, optim
 
 from paceline.engine.elsewhere.remote import RemoteWorker
-from paceline.engine.exchange.exchange import Exchange
 from paceline.engine.worker.worker import Worker
 from paceline.errors import ConfigError, UsageError
 from paceline.params.rows import check
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], optim.Optimizer]
+
+
+class _Shared(Protocol):
+    """What all workers have of it, with the gradients of this worker's parameters on the way in."""
+
+    def push(self) -> None: ...
+
+    def pull(self, place: int) -> None: ...
+
+    def finish(self) -> None: ...
 
 
 class Store:
@@ -40,7 +50,7 @@ class Store:
         self._sign = 1 if optimizer is not None else -1  # adding is a step of SGD with rate 1 against the value
         make = optimizer or (lambda parameters: optim.SGD(parameters, lr=1.0))
         self._optimizer = make(self._own.values())
-        self._exchange: Exchange | None = None
+        self._exchange: _Shared | None = None
         if worker is not None:
             self._exchange = worker.add_store(self._optimizer, {id(p): name for name, p in self._own.items()})
         self._pushed = 0
@@ -76,7 +86,7 @@ class Store:
         """The tensor's newest value, with all pushes that any worker has made before; a copy. Blocks."""
         parameter = self._parameter(name)
         if self._exchange is not None:
-            self._exchange.refresh()
+            self._exchange.pull(self.names.index(name))
         return parameter.detach().clone()
 
     def wait(self, handle: int | None = None) -> None:

@@ -20,6 +20,7 @@ from paceline.engine.elsewhere.deputy_buffers import DeputyBuffers
 from paceline.engine.elsewhere.deputy_exchange import DeputyExchange, wrap
 from paceline.engine.elsewhere.deputy_line import DeputyLine
 from paceline.engine.elsewhere.deputy_passes import DeputyPasses
+from paceline.engine.elsewhere.deputy_store import DeputyStore
 from paceline.engine.elsewhere.mail import send
 from paceline.engine.elsewhere.mirror import arithmetic
 from paceline.engine.setup import encode_job
@@ -39,6 +40,7 @@ class Deputy:
         self._context, self._worker, self._line = context, worker, line
         self._passes, self._buffers = DeputyPasses(worker), DeputyBuffers(worker, line)
         self._exchanges: dict[int, DeputyExchange] = {}
+        self._stores: list[DeputyStore] = []
         self._finished = False
         self._had_joined = worker.has_joined
         self._counted_bytes = 0  # of what has travelled, told to the launcher
@@ -104,6 +106,9 @@ class Deputy:
         match request:
             case remote.Who():
                 return self._introduce(request)
+            case remote.WrapOptimizer(memory=remote.STORE):
+                self._stores.append(DeputyStore(worker, request, self._line))
+                return len(self._stores) - 1
             case remote.WrapOptimizer():
                 exchange, place = wrap(worker, request, self._line)
                 self._exchanges[exchange.index] = exchange
@@ -159,6 +164,12 @@ class Deputy:
                 self._exchange(index).leave()
             case remote.IsWhole(exchange=index):
                 return self._exchange(index).is_whole
+            case remote.PushStore():
+                self._store(request.store).push(request)
+            case remote.PullStore():
+                self._store(request.store).pull(request.tensor)
+            case remote.AwaitStore(store=index):
+                self._store(index).finish()
             case remote.Border():
                 passes.border()
             case remote.Broke(failure=failure):
@@ -185,6 +196,11 @@ class Deputy:
         if index not in self._exchanges:
             raise ConfigError(f"there is no exchange {index}; worker {self._context.rank} has been told of others")
         return self._exchanges[index]
+
+    def _store(self, index: int) -> DeputyStore:
+        if not 0 <= index < len(self._stores):
+            raise ConfigError(f"there is no store {index}; worker {self._context.rank} has made {len(self._stores)}")
+        return self._stores[index]
 
     def _copy_first(self, table: Table) -> None:
         tensors = [zeros(entry.shape, entry.stride, entry.dtype) for entry in table.entries]
@@ -258,6 +274,7 @@ class Deputy:
         )
 
     def _count_travelled(self) -> None:
-        travelled = self._line.mail.received_bytes + sum(e.sent_bytes for e in self._exchanges.values())
+        sent = sum(e.sent_bytes for e in self._exchanges.values()) + sum(store.sent_bytes for store in self._stores)
+        travelled = self._line.mail.received_bytes + sent
         self._worker.progress.row.bytes_sent += travelled - self._counted_bytes
         self._counted_bytes = travelled

@@ -36,7 +36,7 @@ def wrap(
     """Share the worker's optimizer: a collective. With the process and descriptor of home's memory, where the worker is
     to have that in use. Raises ConfigError."""
     index, collectives, is_home = len(worker.exchanges), worker.collectives, request.memory == remote.HOME
-    optimizer, names, with_rows = _make(request, line.mail)
+    optimizer, names, with_rows = make(request, line.mail)
     collectives.keeps = is_home
     exchange = worker.add_exchange(optimizer, names, with_rows, share=True)
     collectives.keeps = False
@@ -339,7 +339,7 @@ class DeputyExchange:
         self._sent_bytes += send(self._link, what, tensor)
 
 
-def _make(request: remote.WrapOptimizer, mail: Mail) -> tuple[optim.Optimizer, dict[int, str], set[int]]:
+def make(request: remote.WrapOptimizer, mail: Mail) -> tuple[optim.Optimizer, dict[int, str], set[int]]:
     """The worker's optimizer over parameters of this process, their names by id, and the ids of those with sparse rows.
     Raises ConfigError."""
     groups = optimizers.decode(request.settings)

@@ -21,18 +21,20 @@ from torch import nn, optim
 from torch.utils.data import DataLoader, IterableDataset
 
 from paceline import errors
-from paceline.config import Job, Sync
+from paceline.config import Async, Job, Sync
 from paceline.data.loader import Count, share
 from paceline.data.part import Part
 from paceline.data.trained import Trained
 from paceline.engine.elsewhere.around import Around
 from paceline.engine.elsewhere.line import Asked, Line
 from paceline.engine.elsewhere.mail import send_packed
-from paceline.engine.elsewhere.remote_exchange import RemoteExchange
+from paceline.engine.elsewhere.remote_exchange import RemoteExchange, check_elsewhere
 from paceline.engine.elsewhere.remote_gradients import RemoteGradients
 from paceline.engine.elsewhere.remote_host import RemoteHost
 from paceline.engine.elsewhere.remote_passes import RemotePasses
+from paceline.engine.elsewhere.remote_store import RemoteStore
 from paceline.engine.exchange.meeting import Push
+from paceline.engine.exchange.spec import describe
 from paceline.engine.setup import decode_job
 from paceline.engine.worker import clipping
 from paceline.engine.worker.keeping import Keeper
@@ -43,6 +45,7 @@ from paceline.params.table import tabulate
 from paceline.protocol import messages, remote
 from paceline.transport.ends import LinkEnded
 from paceline.transport.link import Link
+from paceline.transport.slots import Spec
 
 _MOST_NOTES = 1000
 
@@ -114,24 +117,7 @@ class RemoteWorker:
         """As ``Worker.add_exchange``: a collective. Raises ConfigError."""
         exchange = RemoteExchange(optimizer, names, with_rows, self.job, len(self._exchanges), share=share)
         kind = self._host.lay_out(exchange, self._kind)
-        groups = [g for g, group in enumerate(optimizer.param_groups) for _ in group["params"]]
-        if self.rank == 0:
-            for place, parameter in enumerate(exchange.parameters):
-                self._line.put(self._link, f"value/{place}", parameter.cpu())
-        state = {str(i): dict(optimizer.state[p]) for i, p in enumerate(exchange.parameters) if optimizer.state.get(p)}
-        entries = exchange.spec.table.entries
-        request = remote.WrapOptimizer(
-            optimizer=optimizers.class_path(type(optimizer)),
-            settings=optimizers.encode(optimizers.settings(optimizer)),
-            parameters=[
-                remote.Parameter(e.name, e.shape, e.stride, e.dtype, g, id(p) in with_rows)
-                for e, g, p in zip(entries, groups, exchange.parameters, strict=True)
-            ],
-            state=self._line.put_document(self._link, "state", state),
-            spec=msgspec.msgpack.encode(exchange.spec),
-            memory=kind,
-            members=self._around.members(self.rank) if kind == remote.HOST else [],
-        )
+        request = self._to_wrap(optimizer, exchange.spec, with_rows, kind)
         self._exchanges.append(exchange)
         place = self._ask(request)
         if kind == remote.HOME:
@@ -143,17 +129,38 @@ class RemoteWorker:
                 self._send_early([exchange])
         return exchange
 
+    def _to_wrap(self, optimizer: optim.Optimizer, spec: Spec, with_rows: set[int], kind: str) -> remote.WrapOptimizer:
+        """The request; what belongs to it is sent."""
+        parameters = [(g, p) for g, group in enumerate(optimizer.param_groups) for p in group["params"]]
+        if self.rank == 0:
+            for place, (_, parameter) in enumerate(parameters):
+                self._line.put(self._link, f"value/{place}", parameter.cpu())
+        state = {str(i): dict(optimizer.state[p]) for i, (_, p) in enumerate(parameters) if optimizer.state.get(p)}
+        return remote.WrapOptimizer(
+            optimizer=optimizers.class_path(type(optimizer)),
+            settings=optimizers.encode(optimizers.settings(optimizer)),
+            parameters=[
+                remote.Parameter(e.name, e.shape, e.stride, e.dtype, g, id(p) in with_rows)
+                for e, (g, p) in zip(spec.table.entries, parameters, strict=True)
+            ],
+            state=self._line.put_document(self._link, "state", state),
+            spec=msgspec.msgpack.encode(spec),
+            memory=kind,
+            members=self._around.members(self.rank) if kind == remote.HOST else [],
+        )
+
     def _send_early(self, exchanges: Sequence[RemoteExchange]) -> None:
         """Gradients of ghost batches are nobody's business; those from here on are."""
         if self._around.are_apart and not self._is_newcomer and isinstance(self.job.pace, Sync):
             for exchange in exchanges:
                 self._gradients.send_early(exchange)
 
-    def add_store(self, optimizer: optim.Optimizer, names: dict[int, str]) -> NoReturn:
-        raise ConfigError(
-            "run.store does not work yet in workers that paceline run has not started (torchrun)",
-            fix="paceline run SCRIPT on one host",
-        )
+    def add_store(self, optimizer: optim.Optimizer, names: dict[int, str]) -> RemoteStore:
+        """As ``Worker.add_store``. Raises ConfigError."""
+        check_elsewhere(optimizer)
+        spec, _ = describe(optimizer, names, set(), self.job, Async())
+        number = self._ask(self._to_wrap(optimizer, spec, set(), remote.STORE))
+        return RemoteStore(optimizer, number, self._link, self._line, self._ask)
 
     def average_buffers(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         """As ``Worker.average_buffers``."""

@@ -40,8 +40,7 @@ class RemoteExchange:
         *,
         share: bool,
     ) -> None:
-        _check(optimizer)
-        optimizers.check(optimizer)
+        check_elsewhere(optimizer)
         self.optimizer, self.index, self._pace = optimizer, index, job.pace
         self._clip = job.clip if isinstance(job.pace, Sync) else None  # at other paces the deputy clips the push
         self._views = share and not isinstance(job.pace, Local)
@@ -251,8 +250,9 @@ class RemoteExchange:
             self.optimizer.state[self.parameters[index]] = values
 
 
-def _check(optimizer: optim.Optimizer) -> None:
-    """Raise ConfigError for an optimizer that cannot be made anew at home."""
+def check_elsewhere(optimizer: optim.Optimizer) -> None:
+    """Raise ConfigError for an optimizer that cannot be shared, or not be made anew at home."""
+    optimizers.check(optimizer)
     kind = type(optimizer)
     own = optimizers.own_attributes(optimizer)
     if own:

@@ -257,6 +257,10 @@ class Exchange:
         self._meeting.refresh()
         self._replica.pull()
 
+    def pull(self, place: int) -> None:
+        """As ``refresh``; at least of this parameter."""
+        self.refresh()
+
     def bury(self, worker: int, deaths: int) -> None:
         """Under the run's lock: this worker has died so many times."""
         self._meeting.bury(worker, deaths)

@@ -9,15 +9,18 @@ import torch
 from torch import optim
 
 from paceline.errors import ConfigError, UsageError
+from paceline.protocol import remote
 from paceline.run.session import Run
 from tests.driver import run_job
 
-servers_or_none = pytest.mark.parametrize("servers", [0, 1, 3])
+places = pytest.mark.parametrize(
+    "place", [{}, {"servers": 1}, {"servers": 3}, {"elsewhere": True}, {"servers": 2, "elsewhere": True}], ids=str
+)
 
 
-@servers_or_none
+@places
 @pytest.mark.parametrize("pace", ["sync", "async", "bounded:1", "quorum:2", "local:4"])
-def test_all_that_is_pushed_is_added_up(servers: int, pace: str) -> None:
+def test_all_that_is_pushed_is_added_up(place: dict[str, Any], pace: str) -> None:
     from paceline.config import parse_pace
 
     def body(run: Any) -> list[float]:
@@ -30,12 +33,12 @@ def test_all_that_is_pushed_is_added_up(servers: int, pace: str) -> None:
         run.barrier()
         return [*sorted(set(store.pull("a").tolist())), *sorted(set(store.pull("b").tolist()))]
 
-    results = run_job(body, workers=3, servers=servers, pace=parse_pace(pace))
+    results = run_job(body, workers=3, pace=parse_pace(pace), **place)
     assert results == [[20.0 * (1 + 2 + 3), 5.0 + 3 * 10]] * 3
 
 
-@servers_or_none
-def test_a_worker_sees_its_own_push_after_waiting_for_it(servers: int) -> None:
+@places
+def test_a_worker_sees_its_own_push_after_waiting_for_it(place: dict[str, Any]) -> None:
     def body(run: Any) -> bool:
         store = run.store(mine=torch.zeros(run.num_workers))
         seen = True
@@ -47,11 +50,11 @@ def test_a_worker_sees_its_own_push_after_waiting_for_it(servers: int) -> None:
             seen = seen and store.pull("mine")[run.rank].item() == number
         return seen
 
-    assert run_job(body, workers=2, servers=servers) == [True, True]
+    assert run_job(body, workers=2, **place) == [True, True]
 
 
-@servers_or_none
-def test_with_an_optimizer_what_is_pushed_is_a_gradient(servers: int) -> None:
+@places
+def test_with_an_optimizer_what_is_pushed_is_a_gradient(place: dict[str, Any]) -> None:
     """The oracle: the same optimizer, stepped with the same gradients; what is not pushed is not stepped."""
     expected = [torch.nn.Parameter(torch.ones(70)), torch.nn.Parameter(torch.ones(5))]
     plain = optim.Adam(expected, lr=0.1)
@@ -67,7 +70,7 @@ def test_with_an_optimizer_what_is_pushed_is_a_gradient(servers: int) -> None:
             store.push(w=torch.full((70,), 1.0 + number), **also)
         return [store.pull("w"), store.pull("v")]
 
-    (found,) = run_job(body, workers=1, servers=servers)
+    (found,) = run_job(body, workers=1, **place)
     for mine, its in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, its.detach())
 
@@ -138,9 +141,9 @@ WRONG = {
 }
 
 
-@servers_or_none
+@places
 @pytest.mark.parametrize("told", WRONG)
-def test_what_does_not_fit_is_refused_and_changes_nothing(told: str, servers: int) -> None:
+def test_what_does_not_fit_is_refused_and_changes_nothing(told: str, place: dict[str, Any]) -> None:
     def body(run: Any) -> list[str]:
         store = run.store(a=torch.zeros(4, 3), b=torch.zeros(2))
         with pytest.raises(ConfigError) as caught:
@@ -152,5 +155,26 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(told: str, servers: in
         assert store.pull("b").tolist() == [0, 0]
         return [caught.value.what]
 
-    for what in run_job(body, workers=2, servers=servers):
+    for what in run_job(body, workers=2, **place):
         assert what[0].startswith(told)
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        (remote.PushStore(0, {9: 0}, b""), "the store has 1 tensors, there is no number 9"),
+        (remote.PushStore(0, {0: 0}, b""), r"push of a does not fit \[4, 3\]"),
+        (remote.PushStore(0, {0: 5}, b""), "push of a has indices of 5 dimensions, the tensor has 2"),
+        (remote.PullStore(0, -1), "the store has 1 tensors, there is no number -1"),
+        (remote.AwaitStore(1), "there is no store 1; worker 0 has made 1"),
+    ],
+)
+def test_home_refuses_what_does_not_fit_by_itself(asked: remote.Request, says: str) -> None:
+    def body(run: Any) -> list[float]:
+        store = run.store(a=torch.zeros(4, 3))
+        with pytest.raises(ConfigError, match=says):
+            run.worker.ask(asked)
+        store.push(a=torch.ones(4, 3))
+        return store.pull("a").unique().tolist()  # type: ignore[no-any-return]
+
+    assert run_job(body, workers=1, elsewhere=True) == [[1.0]]
