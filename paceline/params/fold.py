@@ -100,12 +100,7 @@ class Folding:
             return self.dense(only) if isinstance(only, Fold) else self._alias(only.gradient)
         by_source = [self._ranges_of(source) for source in fold.sources]
         for run, gradients in zip(self._runs, zip(*by_source, strict=True), strict=True):
-            if run.sum is run.gradient:
-                fold_into(run.sum, gradients, fold.shares)
-            else:
-                run.sum.copy_(gradients[0]).mul_(fold.shares[0])
-                for gradient, share in zip(gradients[1:], fold.shares[1:], strict=True):
-                    run.sum.add_(gradient, alpha=share)
+            fold_into(run.sum, gradients, fold.shares)
             if fold.factor != 1.0:
                 run.sum.mul_(fold.factor)
             if run.sum is not run.gradient:
@@ -161,11 +156,14 @@ class Folding:
 
 
 def fold_into(total: torch.Tensor, gradients: Sequence[torch.Tensor], shares: Sequence[float]) -> None:
-    """The sum of gradients, each times its share, in this order. ``total`` may be one of two."""
-    if len(gradients) == 2:
+    """The sum of gradients, each times its share, in this order, in their type or WIDE. ``total`` may be one of two."""
+    if total.dtype != gradients[0].dtype:
+        total.copy_(gradients[0]).mul_(shares[0])
+    elif len(gradients) == 2:
         torch.lerp(gradients[0], gradients[1], shares[1], out=total)  # the same in one reading
         return
-    torch.mul(gradients[0], shares[0], out=total)
+    else:
+        torch.mul(gradients[0], shares[0], out=total)
     for gradient, share in zip(gradients[1:], shares[1:], strict=True):
         total.add_(gradient, alpha=share)
 

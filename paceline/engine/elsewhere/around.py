@@ -9,8 +9,6 @@ from typing import Any, Protocol
 
 from paceline.config import Job, Sync
 from paceline.engine.elsewhere.mirror import arithmetic
-from paceline.params.fold import WIDE
-from paceline.params.table import vector_dtype
 from paceline.protocol import remote
 from paceline.transport.borrow import can_borrow, this_host
 from paceline.transport.slots import Spec
@@ -76,6 +74,5 @@ class Around:
 
 
 def can_be_folded(spec: Spec) -> bool:
-    """Can gradients of this exchange be folded on one host as they are on another? Dense ones of 32 or 64 bits."""
-    table = spec.table
-    return not any(entry.row for entry in table.entries) and not any(vector_dtype(v) in WIDE for v in table.sizes)
+    """Can gradients of this exchange be folded on one host as they are on another? Dense ones."""
+    return not any(entry.row for entry in spec.table.entries)

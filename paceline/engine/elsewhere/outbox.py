@@ -17,7 +17,7 @@ import torch
 
 from paceline.engine.elsewhere.early import buckets
 from paceline.engine.elsewhere.mail import send_range
-from paceline.params.fold import fold_into
+from paceline.params.fold import WIDE, fold_into
 from paceline.params.table import Table, same_bits, vector_dtype
 from paceline.transport.ends import LinkEnded
 from paceline.transport.link import Link
@@ -45,7 +45,8 @@ class Outbox:
         self._buckets = buckets(table)
         self._sent = {v: torch.zeros(size, dtype=vector_dtype(v)) for v, size in table.dense_sizes.items()}
         most = {v: max(b.stop - b.start for b in self._buckets if b.vector == v) for v in self._sent}
-        self._folded = {v: torch.zeros(size, dtype=vector_dtype(v)) for v, size in most.items()}
+        dtypes = {v: WIDE.get(sent.dtype, sent.dtype) for v, sent in self._sent.items()}
+        self._folded = {v: torch.zeros(size, dtype=dtypes[v]) for v, size in most.items()}
         self._shares = dict.fromkeys(workers, 1 / len(workers))  # as they were last time, and before that alike
         self._number, self._finished = number, number - 1  # the round that may go, the last one that is settled
         self._busy = threading.Lock()
@@ -94,8 +95,9 @@ class Outbox:
             gradients = [slots[worker].gradient[vector][part] for worker in self._shares]
             now, sent = gradients[0], self._sent[vector]
             if len(gradients) > 1:
-                now = self._folded[vector][: len(now)]
-                fold_into(now, gradients, shares)
+                folded = self._folded[vector][: len(now)]
+                fold_into(folded, gradients, shares)
+                now = folded.to(sent.dtype)
             if same_bits(sent[part], now):
                 continue
             sent[part] = now

@@ -154,22 +154,43 @@ def test_what_scripts_load_counts_for_all(places: tuple[str, ...], seen: Seen) -
     assert (seen.as_one, seen.left) == (4, 0)
 
 
-def test_sparse_rows_and_half_precision_travel_alone(seen: Seen) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("clips", [False, True])
+@pytest.mark.parametrize("places", [PLACES["2+2"], PLACES["mixed"], PLACES["1+3"]], ids=["2+2", "mixed", "1+3"])
+def test_half_precision_is_folded_too(
+    places: tuple[str, ...], clips: bool, dtype: torch.dtype, seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(early, "BUCKET_BYTES", 64)
+
+    def body(run: Any) -> list[float]:
+        net = drawn(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1)).to(dtype))
+        net, optimizer, loader = run.wrap(net, optim.SGD(net.parameters(), lr=0.1), DataLoader(data(), batch_size=4))
+        for _ in range(EPOCHS):
+            for inputs, wanted in loader:
+                optimizer.zero_grad()
+                ((net(inputs.to(dtype)) - wanted.to(dtype)) ** 2).mean().backward()
+                if clips:
+                    nn.utils.clip_grad_norm_(net.parameters(), 0.5)
+                optimizer.step()
+        run.barrier()
+        return [value for parameter in net.parameters() for value in parameter.flatten().tolist()]
+
+    two, one = both(body, places)
+    assert two == pytest.approx(one, rel=0.05, abs=0.02)
+    assert (seen.as_one, seen.folds, seen.left) == (EPOCHS * 3, EPOCHS * 3, 0)
+
+
+def test_sparse_rows_travel_alone(seen: Seen) -> None:
     def body(run: Any) -> list[float]:
         table = drawn(nn.Embedding(20, 3, sparse=True, dtype=torch.float64))
-        half = nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
         loader = DataLoader(TensorDataset(torch.arange(SAMPLES) % 17), batch_size=4)
-        table, first, second, loader = run.wrap(
-            table, optim.SGD(table.parameters(), lr=0.1), optim.SGD([half], lr=0.5), loader
-        )
+        table, optimizer, loader = run.wrap(table, optim.SGD(table.parameters(), lr=0.1), loader)
         for (numbers,) in loader:
-            first.zero_grad()
+            optimizer.zero_grad()
             (table(numbers) ** 2).sum().backward()
-            half.grad = torch.ones_like(half)
-            first.step()
-            second.step()
+            optimizer.step()
         run.barrier()
-        return [*table.weight.flatten().tolist(), *half.tolist()]
+        return list(table.weight.flatten().tolist())
 
     two, one = both(body, PLACES["2+2"])
     assert two == pytest.approx(one, rel=1e-12, abs=1e-12)
