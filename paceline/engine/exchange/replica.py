@@ -23,6 +23,8 @@ from paceline.params import optimizers, rows
 from paceline.params.table import same_bits
 from paceline.transport.slots import ExchangeMemory, Spec
 
+_COMPARED = 2**19  # values at a time, which take no new memory each time
+
 
 class Replica:
     """The parameters of ``optimizer`` on this worker. ``views``: may they be views of shared memory?"""
@@ -171,7 +173,7 @@ class Replica:
             return all(
                 gradient.shape == view.shape
                 and gradient.device.type == "cpu"
-                and same_bits(gradient, view if is_one else view * factor)
+                and (same_bits(gradient, view) if is_one else _is_times(gradient, view, factor))
                 for gradient, view in given
             )
 
@@ -241,6 +243,14 @@ class Replica:
 def _kept(value: object) -> object:
     """A tensor on its own: what was loaded may be an alias of the memory that is about to be filled."""
     return _dense(value.detach().clone()) if isinstance(value, torch.Tensor) else value
+
+
+def _is_times(gradient: torch.Tensor, values: torch.Tensor, factor: torch.Tensor) -> bool:
+    """Is it these values times the factor, to the bit?"""
+    if not (gradient.is_contiguous() and values.is_contiguous()):
+        return same_bits(gradient, values * factor)
+    pieces = zip(gradient.view(-1).split(_COMPARED), values.view(-1).split(_COMPARED), strict=True)
+    return all(same_bits(mine, part * factor) for mine, part in pieces)
 
 
 def _rows_of(gradient: Any) -> torch.Tensor:

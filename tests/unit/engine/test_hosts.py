@@ -327,3 +327,32 @@ def test_a_step_may_be_left_out_after_its_norm(seen: Seen) -> None:
     two, one = both(body, PLACES["2+2"])
     assert two == pytest.approx(one, rel=1e-12, abs=1e-12)
     assert not seen.left
+
+
+@pytest.mark.parametrize("places", PLACES.values(), ids=PLACES)
+def test_clipping_after_the_end_hangs_nobody(places: tuple[str, ...]) -> None:
+    how = _clips(lambda rank: 0.5)
+    two, one = both(lambda run: clipping(run, how)[1], places, steps=2)
+    assert two == pytest.approx(one, rel=1e-12, abs=1e-12)
+
+
+@pytest.mark.parametrize("places", PLACES.values(), ids=PLACES)
+def test_two_optimizers_are_clipped_by_one_norm(places: tuple[str, ...], seen: Seen) -> None:
+    def body(run: Any) -> list[float]:
+        net = drawn(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1)).to(torch.float64))
+        first, second = optim.SGD(net[0].parameters(), lr=0.05), optim.Adam(net[2].parameters(), lr=0.01)
+        net, first, second, loader = run.wrap(net, first, second, DataLoader(data(), batch_size=4))
+        norms = []
+        for inputs, wanted in loader:
+            net.zero_grad()
+            ((net(inputs) - wanted) ** 2).mean().backward()
+            norms.append(float(nn.utils.clip_grad_norm_(net.parameters(), 0.5)))
+            first.step()
+            second.step()
+        run.barrier()
+        return [*norms, *(value for parameter in net.parameters() for value in parameter.flatten().tolist())]
+
+    two, one = both(body, places)
+    assert two == pytest.approx(one, rel=1e-12, abs=1e-12)
+    assert seen.as_one == seen.norms == seen.folds > 0
+    assert (seen.left, seen.alone) == (0, 0)
