@@ -44,6 +44,8 @@ def main(role: str, rank: int, setup: bytes, descriptors: tuple[int, ...], paren
         _die_with(parent)
         _own_streams(descriptors[2])
         known = msgspec.msgpack.decode(setup, type=Setup)
+        if role == "worker" and known.door is None:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a script, and what it starts, can be ended by it
         torch.set_num_threads(known.threads)
         board = Board(segment.attach(descriptors[1]))
         board.belongs_to(rank if role == "worker" else board.workers + rank)

@@ -210,7 +210,8 @@ class Drop(Message, frozen=True, tag=37):
 
 
 class Interrupt(Message, frozen=True, tag=33):
-    """...front to launcher: the user has asked for the end, now so many times. No answer."""
+    """...front to launcher: the user has asked for the end, now so many times. Or a deputy, once: whoever has started
+    its worker has. No answer."""
 
     times: int
 

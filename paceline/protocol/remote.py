@@ -404,4 +404,10 @@ class Still(Said, frozen=True, tag=64):
     seconds: float
 
 
-Any_ = Piece | Ask | Answer | Stop | Took | Show | Keep | SendFold | SendOwn | Close | Shown | Printed | Still
+class Terminated(Said, frozen=True, tag=68):
+    """...whoever has started my process wants it to end: let all end behind one step, and save. No answer."""
+
+
+Any_ = (
+    Piece | Ask | Answer | Stop | Took | Show | Keep | SendFold | SendOwn | Close | Shown | Printed | Still | Terminated
+)

@@ -28,6 +28,7 @@ from paceline.transport.tls import Credentials
 
 _CONNECT_S = 30.0
 _AGAIN_S = 0.1
+_SEEN_S = 1.0  # until home has seen that a process has died
 
 
 def meet(
@@ -80,16 +81,20 @@ class Home(Protocol):
 class Life:
     """From init to the process's end: its signals, its last words, its exit code."""
 
-    def __init__(self, worker: RemoteWorker, home: Home | None) -> None:
-        self._worker, self._home = worker, home
-        self._interrupts, self._pid = 0, os.getpid()
+    def __init__(self, worker: RemoteWorker, home: Home | None, *, may_come_again: bool = True) -> None:
+        """``may_come_again``: its process may be ended to be started once more."""
+        self._worker, self._home, self._may_come_again = worker, home, may_come_again
+        self._interrupts, self._is_terminated, self._pid = 0, False, os.getpid()
 
     def begin(self) -> None:
         self._hook, sys.excepthook = sys.excepthook, self._raised
         atexit.register(self._end)
-        is_usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        if is_usual and threading.current_thread() is threading.main_thread():
+        if threading.current_thread() is not threading.main_thread():
+            return
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, self._interrupted)
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and not self._may_come_again:
+            signal.signal(signal.SIGTERM, self._terminate)
 
     def _interrupted(self, number: int, frame: FrameType | None) -> None:
         """Ctrl-C: home has all end in the same step; the second time this process ends now."""
@@ -99,6 +104,15 @@ class Life:
         if self._interrupts > 1:
             self._worker.abandon()  # it may wait for an answer, which nobody will take now
             raise KeyboardInterrupt
+
+    def _terminate(self, number: int, frame: FrameType | None) -> None:
+        """As Ctrl-C, once: SLURM and Kubernetes take the host away, in half a minute or so. But who starts processes
+        also ends those that are left when one has died: home has seen that by then, and ends the run because of it."""
+        if not self._is_terminated:
+            self._is_terminated = True
+            told = threading.Timer(_SEEN_S, self._worker.terminated)
+            told.daemon = True
+            told.start()
 
     def _raised(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if not isinstance(error, KeyboardInterrupt):

@@ -126,7 +126,7 @@ def join(options: Mapping[str, Any]) -> RemoteWorker:
     hosts = [store.get(f"host/{rank}").decode() for rank in range(place.world)]
     around = Around(hosts, PrefixStore(f"attempt/{place.attempt}", store))
     worker = meet(place.rank, place.attempt, there.job, (there.host, there.ports[place.rank]), key, around)
-    Life(worker, home).begin()
+    Life(worker, home, may_come_again=place.restarts).begin()
     return worker
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -46,7 +47,6 @@ for epoch in range(3):
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        run.log(loss=loss)
 if run.is_main:
     with open(sys.argv[1], "w") as file:
         json.dump([p.detach().flatten().tolist() for p in model.parameters()], file)
@@ -80,7 +80,7 @@ for epoch in range(epochs):
                 threading.Event().wait()
             os.kill(os.getpid(), signal.SIGKILL)
         optimizer.step()
-        run.log(loss=float(steps))
+        run.log(steps=steps)
         steps += 1
 if run.is_main:
     with open("counts.json", "w") as file:
@@ -187,7 +187,8 @@ def test_a_killed_worker_ends_the_run_with_exit_code_5(runner: Runner) -> None:
     assert "is lost" in ended.summary["reason"]
 
 
-@pytest.mark.parametrize("pace", ["sync", pytest.param("bounded:2", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("pace", ["sync", "bounded:2"])
 def test_the_others_go_on_where_that_many_are_enough(runner: Runner, pace: str) -> None:
     """At sync batches are dealt by number: what the lost one had left of its part of the epoch is dealt anew."""
     runner.write("counting.py", COUNTING)
@@ -213,6 +214,29 @@ def test_control_c_ends_all_in_one_step(runner: Runner) -> None:
     assert ended.summary["status"] == "interrupted"
 
 
+def test_a_termination_is_saved_and_the_run_goes_on_from_there(runner: Runner) -> None:
+    """As of a job that SLURM or Kubernetes takes from its hosts: torchrun hears it, and tells its processes."""
+    stands = "run.is_main and (epoch, steps) == (1, 3) and stand(1)"
+    runner.write("counting.py", COUNTING)
+    runner.write(
+        "count.py", f"from standing import stand\n{COUNT}".replace("mark(counts", f"{stands}\n        mark(counts")
+    )
+    standing.prepare(runner, [1])
+    running = torchrun(runner, "count.py")
+    with standing.at(runner, running, 1) as events:
+        running.signal(signal.SIGTERM)
+        events.until("asked to stop: ")
+        for pid in running.others():  # SLURM tells every process
+            os.kill(pid, signal.SIGTERM)
+    ended = running.end()
+    assert ended.code != 0
+    assert (ended.summary["status"], ended.summary["exit_code"]) == ("interrupted", 130)
+    assert [event["text"] for event in ended.events if event.get("kind") == "checkpoint"]
+    again = torchrun(runner, "count.py", PACELINE_RESUME="last").end()
+    assert again.code == 0, again.err
+    assert counts(again) == [3.0] * 64
+
+
 def test_what_home_refuses_ends_all(runner: Runner) -> None:
     runner.write("forever.py", FOREVER)
     first, second = by_hand(runner, "forever.py", PACELINE_PACE="fast")
@@ -222,6 +246,7 @@ def test_what_home_refuses_ends_all(runner: Runner) -> None:
     assert "home, beside rank 0, has not started: it ended with exit code 2" in theirs.err
 
 
+@pytest.mark.long
 def test_a_run_that_is_resumed_goes_on_to_the_bit(runner: Runner) -> None:
     """From the middle of a pass: random numbers, buffers and what the script keeps are those of either process."""
     standing.prepare(runner, [])

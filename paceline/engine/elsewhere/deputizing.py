@@ -13,6 +13,7 @@ import select
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from paceline.config import Sync
@@ -63,7 +64,8 @@ def deputize(context: Context, door: Door, report: int, key: JobKey | None, made
         _report(report, context.rank, GONE)
         raise
     _report(report, context.rank, CAME)
-    line = DeputyLine(context.rank, context.board, link, mail, context.job.hang_timeout)
+    end_all = partial(context.channel.send, messages.Interrupt(1))
+    line = DeputyLine(context.rank, context.board, link, mail, context.job.hang_timeout, end_all)
     own = context
     if isinstance(context.job.pace, Sync):
         own = replace(context, job=replace(context.job, clip=None))  # the worker does so itself

@@ -6,7 +6,7 @@ import os
 import queue
 import select
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TypeVar
 
@@ -37,10 +37,12 @@ def next_event(mail: Mail, board: Board) -> Event | None:
 class DeputyLine:
     """The end of ``link`` whose worker is ``rank``. All that it does raises WorkersLost when the worker is given up."""
 
-    def __init__(self, rank: int, board: Board, link: Link, mail: Mail, hang_s: float) -> None:
-        """``hang_s``: so long the worker may stand still while others wait for it."""
+    def __init__(
+        self, rank: int, board: Board, link: Link, mail: Mail, hang_s: float, terminated: Callable[[], None]
+    ) -> None:
+        """``hang_s``: so long the worker may stand still while others wait for it. ``terminated``: it is to end."""
         self.link, self.mail = link, mail
-        self._rank, self._board, self._hang_s = rank, board, hang_s
+        self._rank, self._board, self._hang_s, self._terminated = rank, board, hang_s, terminated
         self._process = -1  # the worker's, as a descriptor, if it is on this host
         self.maps_home = False  # has the worker memory of home's in use?
 
@@ -82,6 +84,8 @@ class DeputyLine:
                     case Received(link=link, message=remote.Still(seconds=still_s)) if link is self.link:
                         if still_s >= self._hang_s and self._board.is_awaited(self._rank):
                             raise self._lost(f"it has done nothing for {still_s:.0f} s while others wait for it")
+                    case Received(link=link, message=remote.Terminated()) if link is self.link:
+                        self._terminated()
                     case Ended(link=link, reason=reason) if link is self.link:
                         raise self._lost(reason)
                     case Joined(link=link) if link is not self.link:

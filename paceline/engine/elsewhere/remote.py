@@ -285,6 +285,11 @@ class RemoteWorker:
         with suppress(LinkEnded):
             self._link.send(remote.Printed(data))
 
+    def terminated(self) -> None:
+        """This process has been asked to end: all shall, behind one step. May be called by another thread."""
+        with suppress(LinkEnded):
+            self._link.send(remote.Terminated())
+
     # --- asking ---
 
     def note(self, note: remote.Note) -> None:

@@ -58,7 +58,8 @@ _INTERRUPTED = messages.Failed("Interrupted", "stopped by Ctrl-C")
 def main(descriptor: int) -> None:
     """Launch what the front behind ``descriptor`` says, to its end; end when the front does."""
     _end_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front decides what Ctrl-C means
+    for number in (signal.SIGINT, signal.SIGTERM):  # the front decides what they mean
+        signal.signal(number, signal.SIG_IGN)
     front = Channel(socket.socket(fileno=descriptor))
     held: list[tuple[messages.Hold, int]] = []
     with contextlib.suppress(Closed):
@@ -334,7 +335,7 @@ class _Launcher:
 
     def _interrupted(self, times: int) -> None:
         """Ctrl-C or SIGTERM: first, let the round finish; second, now."""
-        self._interrupts = times
+        self._interrupts = max(times, self._interrupts)
         self._board.set_interrupt()
         self._hands.do(self._coordinator.handle(Interrupted()))
         self._processes.end_within(_INTERRUPT_S if times == 1 else 0.0)

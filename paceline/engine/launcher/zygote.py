@@ -23,7 +23,8 @@ def main(descriptor: int) -> None:
     import socket
 
     allocator.forget(os.environ)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher decides what Ctrl-C means
+    for number in (signal.SIGINT, signal.SIGTERM):  # the front decides what they mean
+        signal.signal(number, signal.SIG_IGN)
     channel = Channel(socket.socket(fileno=descriptor))
     births: dict[tuple[str, int], int] = {}
     versions = _import_everything()
