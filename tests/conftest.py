@@ -12,6 +12,9 @@ from hypothesis import settings
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 
+# Tests start hundreds of processes: where nothing is written beside the sources, each would compile paceline anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 # Jobs in threads leave their mappings to the end of the process, and each has a descriptor.
 _most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 resource.setrlimit(resource.RLIMIT_NOFILE, (_most, _most))

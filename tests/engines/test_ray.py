@@ -39,7 +39,7 @@ for epoch in range(epochs):
         mark(counts, numbers)
         optimizer.step()
         schedule.step()
-        run.log(loss=float(steps))
+        run.log(steps=steps)
         steps += 1
         if (epoch, steps) == (1, 3):
             if run.is_main:
@@ -57,13 +57,13 @@ if run.is_main:
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A head without room for workers."""
+    """A head with room for one worker."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # paceline is on every node
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from ray.cluster_utils import Cluster
 
-        made = Cluster(initialize_head=True, head_node_args=node(0))
+        made = Cluster(initialize_head=True, head_node_args=node(1))
         yield made
         made.shutdown()
 
@@ -103,7 +103,7 @@ def test_a_node_is_lost_and_one_comes_and_each_sample_counts_once(runner: Runner
     runner.write("counting.py", COUNTING)
     runner.write("count.py", COUNT)
     os.mkfifo(runner.folder / "gone")
-    _, lost = cluster.add_node(**node(1)), cluster.add_node(**node(1))
+    lost = cluster.add_node(**node(1))
     running = runner.start_run("count.py", "--engine", "ray", "--ray-address", cluster.address, "--workers", "2")
     with open(runner.folder / "gone", "r+b", buffering=0) as pipe:
         running.until("it trains")
@@ -125,7 +125,7 @@ def test_a_node_is_lost_and_one_comes_and_each_sample_counts_once(runner: Runner
 def test_a_node_that_comes_is_used_until_control_c_ends_all(runner: Runner, cluster: Any) -> None:
     runner.write("counting.py", COUNTING)
     runner.write("forever.py", FOREVER)
-    cluster.add_node(**node(2))
+    cluster.add_node(**node(1))
     options = ("--engine", "ray", "--ray-address", cluster.address, "--workers", "2", "--max-workers", "3")
     running = runner.start_run("forever.py", *options, "--pace", "bounded:2")
     running.until("it trains")
@@ -140,7 +140,6 @@ def test_a_node_that_comes_is_used_until_control_c_ends_all(runner: Runner, clus
 @pytest.mark.long
 def test_a_script_that_exits_ends_the_run_in_words(runner: Runner, cluster: Any) -> None:
     runner.write("refused.py", REFUSED)
-    cluster.add_node(**node(1))
     options = ("--engine", "ray", "--ray-address", cluster.address, "--workers", "1")
     ended = runner.start_run("refused.py", *options).end()
     assert ended.code == 1

@@ -53,6 +53,7 @@ if run.is_main:
 """
 
 
+@pytest.mark.long  # test_folds.py has two workers on each
 def test_two_hosts_are_one_process_on_the_whole_batch(runner: Runner, hosts: tuple[Host, Host]) -> None:
     runner.write("train.py", TRAIN)
     runner.write("two.py", TRAIN.replace("sys.argv[1]", "'two.json'"))

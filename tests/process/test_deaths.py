@@ -179,6 +179,7 @@ def test_the_others_go_on_without_one_that_is_not_replaced(runner: Runner) -> No
     await_death(open_pids(process["pid"] for process in ended.info["processes"]))
 
 
+@LONG
 def test_fewer_than_the_least_end_the_run(runner: Runner) -> None:
     options = ["--workers", "3", "--restarts", "0", "--min-workers", "2"]
     ended = runner.run(DYING, *options, args=["in a pass", "1,2"])
@@ -186,7 +187,8 @@ def test_fewer_than_the_least_end_the_run(runner: Runner) -> None:
     assert "was killed by SIGKILL" in ended.error
 
 
-@pytest.mark.parametrize(("state", "servers"), [("between wraps", "0"), pytest.param("in a pass", "1", marks=LONG)])
+@LONG
+@pytest.mark.parametrize(("state", "servers"), [("between wraps", "0"), ("in a pass", "1")])
 def test_worker_0_may_be_the_one(state: str, servers: str, runner: Runner) -> None:
     ended = runner.run(DYING, "--restarts", "0", "--servers", servers, args=[state, "0"])
     check(ended, "worker", 0, "was killed by SIGKILL")

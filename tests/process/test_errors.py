@@ -144,13 +144,10 @@ def test_a_model_larger_than_the_machine_is_refused_with_both_sizes(runner: Runn
 
 
 def test_a_server_cannot_step_an_optimizer_of_the_scripts_own(runner: Runner) -> None:
-    own = script(before="optimizer = OwnSGD(model.parameters(), lr=0.1)", after="sys.exit(0)")
+    own = script(before="optimizer = OwnSGD(model.parameters(), lr=0.1)")
     error = failed(runner.run(own, "--servers", "1"), 3)
     assert "optimizer OwnSGD is defined where a server cannot import it" in error
     assert "fix:   move the class to a module beside the script, or use --servers 0" in error
-    allowed = runner.run(own, "--servers", "0", "--run-dir", "allowed")
-    assert allowed.code == 0, allowed.err
-    assert allowed.answer["steps"] == 5
 
 
 def test_a_module_beside_the_script_is_found_by_servers(runner: Runner) -> None:

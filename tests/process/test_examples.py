@@ -87,7 +87,7 @@ def test_the_transformer_runs_on_very_little_text(runner: Runner) -> None:
     assert "\ndef " in ended.out
 
 
-@pytest.mark.parametrize("pace", ["sync", pytest.param("async", marks=pytest.mark.long)])
+@pytest.mark.parametrize("pace", ["async", pytest.param("sync", marks=pytest.mark.long)])
 def test_ratings_are_guessed_better_than_by_their_items_means(runner: Runner, pace: str) -> None:
     options = ("--pace", pace, "--assign", "round_robin")
     script = (str(EXAMPLES / "ratings.py"), "--epochs", "2")
@@ -97,6 +97,7 @@ def test_ratings_are_guessed_better_than_by_their_items_means(runner: Runner, pa
     assert last < means
 
 
+@pytest.mark.long
 def test_ratings_are_read_with_and_without_a_header(runner: Runner) -> None:
     lines = [f"{user}\t{item}\t{(user + item) % 5 + 1}\t881250949" for user in range(1, 31) for item in range(7, 27)]
     files = {"u.data": lines, "ml-100k.inter": ["user_id:token\titem_id:token\trating:float\ttimestamp:float", *lines]}

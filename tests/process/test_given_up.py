@@ -64,7 +64,7 @@ def check(ended: Ended, *lost: int) -> None:
     await_death(open_pids(process["pid"] for process in ended.info["processes"]))
 
 
-@pytest.mark.parametrize("second", ["lives", "dies"])
+@pytest.mark.parametrize("second", [pytest.param("lives", marks=pytest.mark.long), "dies"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -86,8 +86,15 @@ def test_without_a_worker_that_is_given_up_each_sample_counts_once(options: str,
     assert f"epoch {EPOCHS - 1}" in ended.log(0)
 
 
-@pytest.mark.parametrize("options", ["--pace sync --assign hash", "--pace async --assign random"])
-@pytest.mark.parametrize("then", ["", "--workers 3"])
+@pytest.mark.parametrize(
+    ("options", "then"),
+    [
+        ("--pace sync --assign hash", "--workers 3"),
+        ("--pace async --assign random", ""),
+        pytest.param("--pace sync --assign hash", "", marks=pytest.mark.long),
+        pytest.param("--pace async --assign random", "--workers 3", marks=pytest.mark.long),
+    ],
+)
 def test_a_run_goes_on_from_within_what_was_left(options: str, then: str, runner: Runner) -> None:
     """As many workers as there were go on with their parts of it; to others it is dealt anew."""
     runner.write("counting.py", COUNTING)

@@ -35,7 +35,6 @@ for step, (x,) in enumerate(loader, 1):
     if clips:
         nn.utils.clip_grad_norm_(model.parameters(), 0.01)
     optimizer.step()
-    run.log(loss=loss)
 if run.is_main:
     values = [p.tolist() for p in model.parameters()]
     (run.directory / "values.json").write_text(json.dumps(values))
@@ -108,6 +107,7 @@ def test_who_is_out_once_more_than_it_may_be_replaced_ends_the_run(runner: Runne
     ]
 
 
+@pytest.mark.long
 def test_without_restarts_the_others_may_go_on_without_it(runner: Runner) -> None:
     ended = runner.run(POISONED, "--restarts", "0", "--min-workers", "1", args=["2,3,4", "nan"])
     assert ended.code == 0, ended.err

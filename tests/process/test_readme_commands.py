@@ -51,8 +51,13 @@ LESS: dict[str, str] = {
     "paceline doctor": "",
     "paceline run --workers 4 --servers 2 --dry-run train.py": "",
 }
-# Others show the same in `make test`; `make long` runs these too.
+# Other tests show the same in `make test`; `make long` runs these too.
 LONG = {
+    "paceline demo linear",
+    "paceline run --workers 2 --servers 1 examples/digits.py",
+    "paceline run --until-loss 0.26 examples/linear.py",
+    "paceline run --workers 2 --pace async examples/ratings.py",
+    "torchrun --nproc-per-node 2 examples/mlp.py",
     "paceline run --workers 3 --pace quorum:2 examples/digits.py",
     "paceline run --workers 2 --pace local:16:nesterov examples/mlp.py",
     "paceline run --workers 2 --servers 2 examples/mlp.py",

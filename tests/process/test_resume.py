@@ -60,25 +60,24 @@ def test_ctrl_c_and_resume_leave_the_same_bits(options: str, stop_at: int, runne
 def test_a_run_goes_on_from_its_newest_good_checkpoint(runner: Runner) -> None:
     first = trained(runner, "--checkpoint-every", "10", "--keep", "9", args=["3", "0"])
     expected = numbers(first)
-    saved = sorted((first.directory / "checkpoints").iterdir())
-    assert saved
-    for damaged in (None, saved[-1]) if len(saved) > 1 else (None,):
-        (first.directory / "numbers.json").unlink()
-        if damaged is not None:
-            data = bytearray((damaged / "model.safetensors").read_bytes())
-            data[-1] ^= 1
-            (damaged / "model.safetensors").write_bytes(data)
-        ended = resumed(runner, first)
-        assert numbers(ended) == expected
-        told = f"warning: {damaged.name} cannot be used: " if damaged is not None else "goes on behind step"
-        assert told in ended.err
+    *before, newest = sorted((first.directory / "checkpoints").iterdir())
+    (first.directory / "numbers.json").unlink()
+    told = "goes on behind step"
+    if before:  # one that comes while another is written may not be
+        data = bytearray((newest / "model.safetensors").read_bytes())
+        data[-1] ^= 1
+        (newest / "model.safetensors").write_bytes(data)
+        told = f"warning: {newest.name} cannot be used: "
+    ended = resumed(runner, first)
+    assert numbers(ended) == expected
+    assert told in ended.err
 
 
 @pytest.mark.parametrize(
     ("options", "then"),
     [
-        ("--pace sync", "--workers 3"),
         ("--pace async", "--workers 4 --servers 1"),
+        pytest.param("--pace sync", "--workers 3", marks=pytest.mark.long),
         pytest.param("--pace sync --assign hash", "--workers 1", marks=pytest.mark.long),
         pytest.param("--pace bounded:1", "--assign round_robin", marks=pytest.mark.long),
         pytest.param("--pace quorum:2 --workers 3", "", marks=pytest.mark.long),
@@ -98,20 +97,6 @@ def test_whatever_is_changed_each_sample_counts_once_an_epoch(options: str, then
     assert json.loads((ended.directory / "counts.json").read_text()) == [epochs] * samples
 
 
-def test_the_checkpoint_is_what_plain_pytorch_knows(runner: Runner) -> None:
-    from safetensors.torch import load_file
-
-    ended = interrupted(runner, TRAINING, args=["1000000", "5"], place=5)
-    (path,) = (ended.directory / "checkpoints").iterdir()
-    model = load_file(path / "model.safetensors")
-    assert set(model) == {f"{i}.{name}" for i in (0, 1, 3) for name in ("weight", "bias")} | {
-        f"1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")
-    }
-    assert model["0.weight"].shape == (16, 6)
-    state = load_file(path / "optimizer.safetensors")
-    assert state["0.weight/exp_avg"].shape == (16, 6)
-
-
 def test_a_scheduler_that_cannot_be_kept_is_told_and_trained_with(runner: Runner) -> None:
     own = "class Own(torch.optim.lr_scheduler.StepLR):\n    pass\n\n\n"
     own += "by_step = Own(optimizer, 7)\nby_step.rule = print\n"
@@ -123,8 +108,19 @@ def test_a_scheduler_that_cannot_be_kept_is_told_and_trained_with(runner: Runner
     assert told.startswith("checkpoints will be without the Own: Own.rule is a builtins.builtin_function_or_method")
 
 
-def test_what_cannot_be_resumed_is_told(runner: Runner) -> None:
+def test_the_checkpoint_is_what_plain_pytorch_knows_and_what_cannot_be_resumed_is_told(runner: Runner) -> None:
+    from safetensors.torch import load_file
+
     first = interrupted(runner, TRAINING, args=["1000000", "5"], place=5)
+    (path,) = (first.directory / "checkpoints").iterdir()
+    model = load_file(path / "model.safetensors")
+    assert set(model) == {f"{i}.{name}" for i in (0, 1, 3) for name in ("weight", "bias")} | {
+        f"1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")
+    }
+    assert model["0.weight"].shape == (16, 6)
+    state = load_file(path / "optimizer.safetensors")
+    assert state["0.weight/exp_avg"].shape == (16, 6)
+
     script = runner.folder / "train.py"
     script.write_text(script.read_text().replace("16", "17"))
     other = resumed(runner, first)

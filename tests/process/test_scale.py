@@ -36,7 +36,7 @@ for epoch in range(epochs):
         if run.rank == 0 and steps == 3 and epoch in (1, 3, 5):
             stand(epoch)
         optimizer.step()
-        run.log(loss=float(steps))
+        run.log(steps=steps)
         steps += 1
     assert steps, "a loop must not find an epoch empty"
     print("epoch", epoch, "of", run.num_workers, flush=True)

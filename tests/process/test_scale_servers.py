@@ -115,7 +115,7 @@ def test_with_one_server_then_three_then_one_each_sample_counts_once_an_epoch(op
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("pace", ["async", pytest.param("sync", marks=LONG)])
+@pytest.mark.parametrize("pace", ["async", "sync"])
 def test_the_launcher_may_die_of_a_wish_before_it_is_fulfilled(pace: str, runner: Runner) -> None:
     runner.write("counting.py", kills.COUNTING)
     prepare(runner)
@@ -160,7 +160,8 @@ def test_at_sync_the_number_of_servers_changes_no_bit(runner: Runner) -> None:
     assert (ended.directory / "numbers.json").read_text() == expected
 
 
-@pytest.mark.parametrize("pace", ["async", pytest.param("sync", marks=LONG)])
+@pytest.mark.long
+@pytest.mark.parametrize("pace", ["async", "sync"])
 def test_a_run_with_more_servers_is_resumed_with_as_many(pace: str, runner: Runner) -> None:
     runner.write("counting.py", kills.COUNTING)
     prepare(runner)

@@ -63,7 +63,6 @@ for epoch in range(epochs):
         by_step.step()
         average.value = 0.9 * average.value + 0.1 * loss.detach()
         average.seen[1] = ("a", average.seen[1][1] + 1)
-        run.log(loss=loss)
         if run.step == stop_at and run.is_main:
             stand(stop_at)
     model.eval()
