@@ -14,7 +14,7 @@ for: its newcomer goes on with its part.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -95,14 +95,19 @@ def more_of_pass(worker: int, board: Board) -> bool | Waiting:
     return False if is_let_go(worker, parked, board) else Waiting(board.common, over.reason)
 
 
-def deal_over(loader: int, number: int, arriving: int | None, board: Board) -> bool | Waiting:
+def deal_over(
+    loader: int, number: int, arriving: int | None, board: Board, leaving: Sequence[int] = ()
+) -> bool | Waiting:
     """Must the newest deal of pass ``number`` be followed by another (True), or is the pass drained?
 
-    ``arriving`` is a worker that is about to park at its tail. To be acted upon under the run's lock only.
+    ``arriving`` is a worker that is about to park at its tail, ``leaving`` are about to be LEFT. To be acted upon under
+    the run's lock only.
     """
     passes, lost = board.passes(loader), board.lost[loader] != 0
     for worker in range(board.width):
-        if worker == arriving or board.gone[worker] == LEFT or is_at_tail(worker, loader, number, board):
+        if worker == arriving or worker in leaving or board.gone[worker] == LEFT:
+            continue
+        if is_at_tail(worker, loader, number, board):
             continue
         if passes[worker] < number:
             return Waiting(worker, f"worker {worker} has not finished its part of the data")

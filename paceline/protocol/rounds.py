@@ -27,8 +27,10 @@ Why all who ask get the same contributors, each at its own time: r is seen close
 has not pushed it was gone, or parked and not free to go on. From that moment until r is over nobody can free them: to
 open a barrier, to evaluate or to give back one must be neither parked nor waiting for r, and there is no such worker
 left. Who dies before r is over holds it open until the consequences are drawn, and by then r is over, or somebody alive
-is in it. A newcomer that has published since when it counts, and then sees that nobody has pushed that round, is seen
-by all who push it later; else it tries a later one, and has not pushed before.
+is in it. Whom one that is LEFT frees is told before, while rounds still wait for that one: at a tail; at a barrier it
+is the same word. One that was away for good becomes LEFT between rounds only, and holds them open while that is looked
+at. A newcomer that has published since when it counts, and then sees that nobody has pushed that round, is seen by all
+who push it later; else it tries a later one, and has not pushed before.
 
 Where servers step, a round has a *crew*: as many of them, lowest first, as its lowest contributor has found on the
 board when it pushed. A server that has closed a round reads there whether it is in the crew; it is only if nobody has
@@ -213,9 +215,10 @@ def more_at_tail(worker: int, board: Board) -> bool | Waiting:
     return Waiting(board.common, "others may give back batches that they have drawn")
 
 
-def is_drained(loader: int, number: int, arriving: int | None, board: Board) -> bool:
-    """Under the run's lock: is pass ``number`` drained? ``arriving`` is a worker that is about to park at its tail."""
-    present = [worker for worker in range(board.width) if not board.gone[worker]]
+def is_drained(loader: int, number: int, arriving: int | None, board: Board, leaving: Sequence[int] = ()) -> bool:
+    """Under the run's lock: is pass ``number`` drained? ``arriving`` is a worker that is about to park at its tail,
+    ``leaving`` are about to be LEFT."""
+    present = [worker for worker in range(board.width) if not board.gone[worker] and worker not in leaving]
     passes = board.passes(loader)
     at_tail = [w for w in present if w == arriving or board.parked[w] & ~EMPTY == loader + 1 + TAIL]
     return (

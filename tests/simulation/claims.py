@@ -40,12 +40,13 @@ class Claims:
         # Where they are not leased: who has shared a pass, and been given up before or within it.
         self._sharers: dict[int, set[int]] = {}
         self._lost: dict[int, set[int]] = {}
+        self._leaving: set[int] = set()  # a pass is drained that they were in
         self.stepping: set[str] = set()  # names of tasks
         self.on_step: Callable[[], None] = lambda: None
         self.kills = 0
         self.saved: dict[int, list[Batch]] = {}  # what counted when the checkpoint of a round, or version, was made
         self.met: Counter[str] = Counter()  # what was there to be seen
-        host.on_park, host.on_drain = self._parks, self._drains
+        host.on_park, host.on_drain, host.on_leave = self._parks, self._drains, self._leaves
 
     def turn(self) -> None:
         self._host.scheduler.turn()
@@ -134,6 +135,7 @@ class Claims:
     def _parks(self, rank: int, before: int, now: int) -> None:
         """Nobody passes the end of a pass before all who are not gone for good have finished it; who had nothing to
         read may where others evaluate, or where everybody stands. Nobody goes on at a tail for nothing."""
+        assert rank not in self._leaving or self._task != f"worker {rank}", f"worker {rank} has not left"
         board = self._host.board
         if not before or now or self._task != f"worker {rank}" or parked_at(before) >= LOADERS:
             return
@@ -161,14 +163,38 @@ class Claims:
         assert not late, f"worker {rank} passes the end of pass {passes[rank]} over loader {loader} before {late}"
 
     def _drains(self, loader: int, before: int, now: int) -> None:
-        """A pass is drained when nothing has come back, and everybody is at its tail or has finished it."""
+        """A pass is drained when nothing has come back, and everybody is at its tail, has finished it, or leaves."""
         board, passes = self._host.board, self._passes(loader)
         assert not board.raw("returned")[loader], f"pass {now} is drained while batches lie on the table"
         for worker, (gone, parked) in enumerate(zip(board.raw("gone"), board.raw("parked"), strict=False)):
             at_tail = parked_at(parked) == loader and bool(parked & (TAIL | DEAL))
-            at_tail = at_tail or self._task == f"worker {worker}"
-            there = worker >= self._plan.places or gone or passes[worker] + at_tail >= now
-            assert there, f"pass {now} is drained while worker {worker} is in it"
+            is_own = self._task == f"worker {worker}"
+            there = worker >= self._plan.places or gone or passes[worker] + (at_tail or is_own) >= now
+            if not there and is_own:
+                self._leaving.add(worker)  # it is LEFT before it does anything else
+                continue
+            assert there or worker in self.given_up, f"pass {now} is drained while worker {worker} is in it"
+
+    def _leaves(self, rank: int, before: int, now: int) -> None:
+        """From here on rounds are closed without worker ``rank``, and without who stands at a tail that is not said to
+        be drained: nobody may be held there by that worker alone."""
+        if now == LEFT:
+            self._leaving.discard(rank)
+        board, places = self._host.board, range(self._plan.places)
+        gone, parked = board.raw("gone"), board.raw("parked")
+        for worker in places if now == LEFT != before else ():
+            loader = parked_at(parked[worker])
+            if gone[worker] or worker == rank or not parked[worker] & (TAIL | DEAL) or board.raw("returned")[loader]:
+                continue
+            passes = self._passes(loader)
+            done = [one for one in places if one == rank or gone[one] == LEFT or passes[one] > passes[worker]]
+            stand = [one for one in places if not gone[one] and parked[one] & ~EMPTY == parked[worker] & ~EMPTY]
+            stand = [one for one in stand if passes[one] == passes[worker]]
+            is_due = not board.raw("lost")[loader] and {*done, *stand} == set(places)
+            may = board.raw("drained")[loader] > passes[worker] or board.raw("deals")[loader] > deal_parked_at(
+                parked[worker]
+            )
+            assert may or not is_due, f"worker {rank} has left, and worker {worker} is not told that a pass is drained"
 
     def _passes(self, loader: int) -> list[int]:
         first = self._host.board.place("passes")[0] + loader * self._plan.places
@@ -188,6 +214,7 @@ class Claims:
             self._lost.setdefault(number, set()).add(rank)
 
     def read(self, rank: int, batch: Batch) -> None:
+        assert rank not in self._leaving, f"worker {rank} has not left"
         self.read_batches.append(batch)
         self._reading.setdefault(rank, []).append(batch)
 
@@ -213,6 +240,7 @@ class Claims:
         """Worker ``rank`` has been killed."""
         self.kills += 1
         self._killed.add(rank)
+        self._leaving.discard(rank)
         before = self._host.board.raw("deaths")[rank]
         self.met["killed again"] += before > 0
         self.met["killed before it joined"] += before > 0 and self._host.board.raw("gone")[rank] == AWAY

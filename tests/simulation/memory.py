@@ -157,6 +157,7 @@ class Host:
         self.boards: dict[Task, SimulatedBoard] = {}
         self.on_park: Callable[[int, int, int], None] | None = None
         self.on_drain: Callable[[int, int, int], None] | None = None
+        self.on_leave: Callable[[int, int, int], None] | None = None
         self.ledgers = [Segment(scheduler, {"ledger": ledger_words(workers)}, alone=True) for _ in range(LOADERS)]
 
 
@@ -181,6 +182,7 @@ class SimulatedBoard(Board):
             return self.journal.watch(0, offsets[name], offsets[name] + length)
 
         self.gone, self.presence = column("gone"), watched("gone", host.workers)
+        self.presence._memory.on_write = host.on_leave  # type: ignore[attr-defined]
         self.settled, self.places = watched("settled", host.workers), watched("places", 2 * host.workers)
         self.deaths, self.given_up = column("deaths"), column("given_up")
         self.asks, self.answers = column("asks"), watched("answers", host.workers)

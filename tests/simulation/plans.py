@@ -138,7 +138,29 @@ def draw(random_: random.Random, world: str, more: random.Random) -> Plan:
         goes_on_with=workers,
     )
     plan = _with_server_wishes(_with_wishes(plan, random_), random_)
-    return _without_what_is_known(_with_more(plan, more))
+    return _without_what_is_known(_with_steps_outside(_with_more(plan, more), more))
+
+
+def _with_steps_outside(plan: Plan, more: random.Random) -> Plan:
+    """In a tenth of the plans with rounds some leave their passes early and step behind them, while others read on, end
+    before the rest, or are given up."""
+    if plan.parts or plan.checkpoint_every is not None or more.random() < 0.9:
+        return plan
+    passes = len(plan.batches)
+
+    def script(role: str, rank: int) -> Script:
+        steps = role == "steps"
+        return Script(
+            breaks_after=tuple(more.randint(1, 2) if steps else None for _ in range(passes)),
+            steps_after_break=(steps,) * passes,
+            accumulate=(1,) * passes,
+            ends_in=more.randrange(passes) if role == "ends" else None,
+            ahead=plan.scripts[rank].ahead,
+        )
+
+    roles = [more.choice(("steps", "reads", "reads", "ends")) for _ in range(plan.workers)]
+    scripts = tuple(script(role, rank) for rank, role in enumerate(roles))
+    return replace(plan, scripts=scripts, gives_up=0.5 if more.random() < 0.5 else plan.gives_up)
 
 
 def _with_more(plan: Plan, more: random.Random) -> Plan:

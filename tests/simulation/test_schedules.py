@@ -53,6 +53,8 @@ def test_what_is_claimed_holds_under_any_schedule(first: int) -> None:
         ("rounds", 401480),
         ("rounds", 402032),
         ("rounds", 501896),
+        ("log", 600059),
+        ("rounds", 600110),
     ],
 )
 def test_what_once_failed_holds(world: str, seed: int) -> None:

@@ -280,6 +280,11 @@ class Exchange:
         if rounds is not None:
             rounds.forget_norm(worker)
 
+    def is_between_rounds(self) -> bool | Waiting:
+        """Is nobody in a round? False also where only the dead are, and it is to be completed."""
+        rounds = self.in_rounds
+        return True if rounds is None else rounds.is_between_rounds()
+
     def no_dead_in_round(self) -> bool | Waiting:
         """Are all rounds over that those who have died had pushed?"""
         rounds = self.in_rounds

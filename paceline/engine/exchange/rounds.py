@@ -120,6 +120,11 @@ class Rounds:
         if memory.pushed[worker] < round_ and memory.answered[worker] == asked and alone:
             memory.asked[worker] = memory.pushed[worker] * NORMS
 
+    def is_between_rounds(self) -> bool | Waiting:
+        """Is the last round that has begun over? False where it is for others to complete: only the dead are in it."""
+        answer = self._is_over(self._begun())
+        return False if isinstance(answer, Abandoned) else answer
+
     def no_dead_in_round(self) -> bool | Waiting:
         """Are all rounds over that those who have died had pushed? True also where only they had: see ``complete``."""
         for worker, pushed in enumerate(self._memory.pushed):

@@ -71,7 +71,7 @@ class Membership:
             self._context.ring()
         while board.owes and board.parked[self._rank]:  # nobody may be left in that round to see to it
             for exchange in self._exchanges:
-                board.wait(lambda exchange=exchange: _is_free(ask) or exchange.no_dead_in_round())  # type: ignore[misc]
+                board.wait(lambda one=exchange: _is_free(ask) or one.is_between_rounds())  # type: ignore[misc]
             if _is_free(ask):
                 return  # that round may wait for this worker
             with self._lock:
@@ -102,6 +102,7 @@ class Membership:
         # The worker before it may have died at the end of a pass that the others are still in.
         ended = catching_up.last if resumed is None and not is_fresh else None
         while True:
+            alarms = board.alarms
             with self._lock:
                 self._settling.settle()
                 if board.settled[rank] == board.deaths[rank]:
@@ -114,7 +115,8 @@ class Membership:
                     board.presence[rank] = PRESENT
                     break
             for exchange in self._exchanges:  # a round that the worker before it was in is not over
-                board.wait(exchange.no_dead_in_round)
+                # Of those who die meanwhile only this one may be left to draw the consequences.
+                board.wait(lambda one=exchange, heard=alarms: board.alarms != heard or one.no_dead_in_round())  # type: ignore[misc]
         catching_up.joined = self._collectives.takes_part = True
         catching_up.is_to_ask = resumed is None
         for exchange in self._exchanges:

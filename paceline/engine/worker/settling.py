@@ -14,7 +14,7 @@ from paceline.engine.exchange.exchange import Exchange
 from paceline.engine.worker.leases import Leases
 from paceline.engine.worker.position import done_in, key_of, loader_of
 from paceline.protocol.deals import ALL, deal_over, is_at_tail
-from paceline.protocol.rounds import AWAY, LEFT, NOT_PARKED, Waiting, is_drained
+from paceline.protocol.rounds import AWAY, LEFT, NOT_PARKED, PRESENT, Waiting, is_drained
 
 
 class Settling:
@@ -62,16 +62,27 @@ class Settling:
             board.settled[worker] = board.deaths[worker]
             if board.gone[worker] != LEFT:
                 board.presence[worker] = AWAY
-        # Likewise where nobody waits any more for one to finish its pass.
-        given_up = [w for w in range(board.width) if board.given_up[w] and board.gone[w] == AWAY]
-        lost = [worker for worker in given_up if not self._is_in_round(worker)]
-        board.owes = bool(owed) or len(lost) < len(given_up)
-        for worker in lost:
-            self._lose(worker)
-            board.presence[worker] = LEFT
-        for loader in self._leases if dead or lost else ():
+        lost = self._let_go([w for w in range(board.width) if board.given_up[w] and board.gone[w] == AWAY])
+        board.owes = bool(owed) or any(board.given_up[w] and board.gone[w] == AWAY for w in range(board.width))
+        for loader in self._leases if dead else ():
             self.drain(loader)
         return bool(dead or lost)
+
+    def _let_go(self, given_up: Sequence[int]) -> bool:
+        """Nobody waits any more for these to finish their pass, unless somebody is in a round: that may be closed
+        without those who wait, and they would come to it."""
+        board = self._board
+        for worker in given_up:
+            board.presence[worker] = PRESENT  # as if it had just died: from here on no round is closed
+        lost = all(exchange.is_between_rounds() is True for exchange in self._exchanges) if given_up else False
+        for worker in given_up if lost else ():
+            self._lose(worker)
+        if lost:
+            self._decide(given_up)
+        for worker in given_up:
+            board.presence[worker] = LEFT if lost else AWAY
+            board.ring(worker)
+        return lost
 
     def _is_in_round(self, worker: int) -> bool:
         """Has this worker, which has died, pushed a round that is not over?"""
@@ -104,15 +115,23 @@ class Settling:
         self.settle()
         for leases in self._leases.values():
             leases.forgo()
+        self._decide([worker])
         self._board.presence[worker] = LEFT
-        for loader in self._leases:
-            self.drain(loader)
 
-    def drain(self, loader: int, arriving: int | None = None) -> None:
-        """After any change that may drain a pass over ``loader``."""
+    def _decide(self, leaving: Sequence[int]) -> None:
+        """What these hold up at tails. Before they are LEFT: rounds wait for them until then, and would be closed
+        without who stands at a tail and is free to go on, if that were decided afterwards."""
+        board = self._board
+        for loader in self._leases:
+            self.drain(loader, leaving=leaving)
+        for loader, number in board.open_passes():
+            self.end_deal(loader, number + 1, board.deals[loader], leaving=leaving)
+
+    def drain(self, loader: int, arriving: int | None = None, leaving: Sequence[int] = ()) -> None:
+        """After any change that may drain a pass over ``loader``, or before these leave."""
         board = self._board
         before = board.drained[loader]
-        while is_drained(loader, board.drained[loader] + 1, arriving, board):
+        while is_drained(loader, board.drained[loader] + 1, arriving, board, leaving):
             board.drained[loader] += 1
         if board.drained[loader] > before:
             board.ring(board.common)
@@ -129,15 +148,17 @@ class Settling:
                 board.take_out(loader, worker, done)
                 board.lost[loader] = 1
 
-    def end_deal(self, loader: int, number: int, deal: int, arriving: int | None = None) -> bool | Waiting:
+    def end_deal(
+        self, loader: int, number: int, deal: int, arriving: int | None = None, leaving: Sequence[int] = ()
+    ) -> bool | Waiting:
         """Is there another deal of pass ``number``, behind this one, or is the pass drained (False)? ``arriving`` is a
-        worker that has come to its tail, and is not parked there."""
+        worker that has come to its tail, and is not parked there; these are ``leaving``."""
         board = self._board
         if board.drained[loader] >= number:
             return False
         if board.deals[loader] > deal:
             return True
-        over = deal_over(loader, number, arriving, board)
+        over = deal_over(loader, number, arriving, board, leaving)
         if isinstance(over, Waiting):
             return over
         dealt = board.dealt(loader, number - 1)

@@ -39,6 +39,13 @@ def test_who_arrives_counts_as_standing() -> None:
     assert deal_over(0, 1, None, where) == Waiting(0, "worker 0 has not finished its part of the data")
 
 
+def test_who_is_about_to_leave_holds_nobody_up() -> None:
+    where = at_tail("001")
+    assert deal_over(0, 1, None, where, leaving=[0]) is False
+    where.lost[0] = 1
+    assert deal_over(0, 1, None, where, leaving=[0]) is True
+
+
 def test_a_tail_of_an_older_deal_is_not_one_of_the_newest() -> None:
     where = at_tail("001")
     where.parked[0], where.deals[0] = place_at_tail(0, 1, is_empty=False), 1

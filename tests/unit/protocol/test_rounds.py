@@ -484,6 +484,8 @@ def test_who_is_at_the_tail_goes_on_with_what_comes_back_or_when_the_pass_is_dra
     where.returned[0] = 0
     assert not is_drained(0, 1, None, where)
     assert is_drained(0, 1, 0, where)
+    assert is_drained(0, 1, None, where, leaving=[0])
+    assert not is_drained(0, 1, None, where, leaving=[0, 1])
     where.drained[0] = 1
     assert more_at_tail(1, where) is False
 
