@@ -11,8 +11,9 @@ class Said(msgspec.Struct, frozen=True, tag_field="t", array_like=True):
 
 # Where the parameters of a worker elsewhere lie: in memory of its own, in home's, which is on the same host, or in a
 # mirror of home's, which is stepped there as home steps, with what others have pushed: one's own, or one that is shared
-# with the other workers of a host, whose gradients are folded before they are sent.
-OWN, HOME, MIRROR, HOST = "own", "home", "mirror", "host"
+# with the other workers of a host, whose gradients are folded before they are sent; or one that is stepped with what
+# the workers of all hosts have folded, each a share (owners.py).
+OWN, HOME, MIRROR, HOST, OWNER = "own", "home", "mirror", "host", "owner"
 
 
 # Asked by the worker.
@@ -35,7 +36,10 @@ class IsWhole(Said, frozen=True, tag=53):
 
 class SendFold(Said, frozen=True, tag=65):
     """...send what your host's workers bring to this round, folded; all have offered it. ``weights``: by member, lowest
-    first. Answer: Shown, without anything."""
+    first. Answer: Shown, without anything.
+
+    An owner folds its share, and answers when it has what all have folded, with how many bytes it has sent to others
+    since it was asked last; or, without anything, that this will not be."""
 
     exchange: int
     number: int
@@ -71,7 +75,8 @@ class Close(Said, frozen=True, tag=67):
 
 class Brought(msgspec.Struct, frozen=True, array_like=True):
     """A host's mirror is to have home's values after round ``number``, when ``loads`` checkpoints had been loaded. They
-    have come before this (``comes``), or to another of its workers."""
+    have come before this (``comes``), or to another of its workers. To an owner the parameters have come in any case,
+    where it has not home's, but the optimizer's state only if it ``comes``; only then is the next round folded."""
 
     number: int
     loads: int

@@ -18,6 +18,7 @@ from paceline.protocol.mirrors import (
     HOST,
     MIRROR,
     OWN,
+    OWNER,
     Brought,
     Close,
     Follow,
@@ -35,6 +36,7 @@ __all__ = [
     "HOST",
     "MIRROR",
     "OWN",
+    "OWNER",
     "STORE",
     "AwaitStore",
     "Brought",
@@ -135,7 +137,7 @@ class WrapOptimizer(Said, frozen=True, tag=31):
 
     Of worker 0 the values have come before. Answer: the process and descriptor of home's memory, to map it (HOME), or
     nothing, and the newest values have come before; for a MIRROR with the optimizer's state. ``members``: who is on
-    this host (HOST).
+    this host (HOST), or who are owners, of whom this worker is one (OWNER, HOME).
     """
 
     optimizer: str

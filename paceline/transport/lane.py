@@ -43,6 +43,10 @@ class OutLane:
         self._closed = False
         self.is_tls = isinstance(sock, ssl.SSLSocket)
 
+    @property
+    def own_address(self) -> str:
+        return str(self._sock.getsockname()[0])
+
     def write(self, head: bytes, payload: memoryview | None) -> None:
         """All of it. Raises OSError where the connection is broken, TimeoutError where it makes no progress."""
         with self._busy:

@@ -158,6 +158,19 @@ class Link:
         return self._outgoing.acknowledged
 
     @property
+    def made_by(self) -> End:
+        """As which end of links this process has made it."""
+        return self._end
+
+    @property
+    def own_address(self) -> str:
+        """Of this host, as the peer reaches it. Raises LinkEnded where there is no connection now."""
+        connection = self._connection
+        if connection is None:
+            raise LinkEnded(self._ended or f"no connection to {self.peer}")
+        return connection.out.own_address
+
+    @property
     def ended(self) -> str | None:
         """Why, if the session is over."""
         return self._ended

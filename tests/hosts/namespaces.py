@@ -45,6 +45,10 @@ class Host:
         for where, interface in ((self.inside, self.interface), ((), self.outer)):
             subprocess.run([*where, "tc", "qdisc", "replace", "dev", interface, *shape], check=True)
 
+    def cut_from(self, other: Host) -> None:
+        """Nothing goes from here to that one any more; nobody is told."""
+        _ip("-n", self.namespace, "route", "add", "blackhole", f"{other.address}/32")
+
     def cut(self) -> None:
         """Nothing comes or goes any more; nobody is told."""
         _ip("-n", self.namespace, "link", "set", self.interface, "down")

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from paceline.config import Job, Sync
 from paceline.engine.elsewhere.mirror import arithmetic
+from paceline.params.fold import WIDE
+from paceline.params.table import vector_dtype
 from paceline.protocol import remote
 from paceline.transport.borrow import can_borrow, this_host
 from paceline.transport.slots import Spec
+
+_LOOK_S = 0.01
 
 
 class Notes(Protocol):
@@ -55,9 +60,32 @@ class Around:
             return remote.OWN
         if job.workers == 2:
             return remote.MIRROR
+        if self.may_own(job, told):
+            return remote.OWNER
         here, others = self.hosts[rank], set(self.hosts) - {self.hosts[rank]}
         is_one_of_two = others == {told["host"]} and here != told["host"] and len(self.hosts) == job.workers
         return remote.HOST if is_one_of_two and self.notes is not None else remote.OWN
+
+    def may_own(self, job: Job, told: Any) -> bool:
+        """May each worker, alone on its host, fold a share of all gradients (owners.py)? All say the same."""
+        are_alone = len(set(self.hosts)) == len(self.hosts) == job.workers > 2 and self.hosts[0] == told["host"]
+        is_plain = isinstance(job.pace, Sync) and not job.servers and job.clip is None
+        return are_alone and is_plain and self.notes is not None
+
+    def tell(self, name: str, value: str) -> None:
+        """To all others."""
+        assert self.notes is not None
+        self.notes.set(name, value)
+
+    def ask(self, name: str, timeout_s: float) -> str:
+        """What one of them has told, or tells within so long. Raises TimeoutError."""
+        assert self.notes is not None
+        until_s = time.monotonic() + timeout_s
+        while not self.notes.check([name]):
+            if time.monotonic() > until_s:
+                raise TimeoutError(f"nobody has told {name}")
+            time.sleep(_LOOK_S)
+        return self.notes.get(name).decode()
 
     def tell_mirror(self, rank: int, index: int, descriptor: int) -> None:
         """Let the others of this host find the mirror of exchange ``index``, which this process has made."""
@@ -76,3 +104,8 @@ class Around:
 def can_be_folded(spec: Spec) -> bool:
     """Can gradients of this exchange be folded on one host as they are on another? Dense ones."""
     return not any(entry.row for entry in spec.table.entries)
+
+
+def can_be_owned(spec: Spec) -> bool:
+    """Can each of several hosts fold a share of them? Dense ones of 32 or 64 bits."""
+    return can_be_folded(spec) and not any(vector_dtype(vector) in WIDE for vector in spec.table.sizes)

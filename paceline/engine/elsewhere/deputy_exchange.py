@@ -21,6 +21,7 @@ from paceline.engine.elsewhere.deputy_line import DeputyLine
 from paceline.engine.elsewhere.forward import Forward
 from paceline.engine.elsewhere.host_push import HostPush
 from paceline.engine.elsewhere.mail import Mail, send, send_document
+from paceline.engine.elsewhere.owners_push import OwnersPush
 from paceline.engine.exchange.exchange import Exchange
 from paceline.engine.worker.worker import Worker
 from paceline.errors import ConfigError
@@ -53,7 +54,7 @@ def wrap(
 
 class DeputyExchange:
     """``at_home`` is exchange ``index``. ``memory``: where the worker's parameters lie; ``members``: the workers of its
-    host, where they share a mirror."""
+    host, where they share a mirror, or all, where they are owners."""
 
     def __init__(
         self, at_home: Exchange, index: int, memory: str, members: Sequence[int], context: Context, line: DeputyLine
@@ -69,13 +70,16 @@ class DeputyExchange:
         self._forward: Forward | None = None
         self._sent_bytes = 0
         host = HostPush(at_home.memory, context, members or [context.rank], self._fetch_fold, self._fetch_own)
-        self._host = host if memory == remote.HOST else None
+        self._owners: OwnersPush | None = None
+        if members and memory != remote.HOST:
+            host = self._owners = OwnersPush(at_home.memory, context, members, self._fetch_folds, self._fetch_own)
+        self._host = host if members else None
         self._is_lead = context.rank in members[:1]
         if self._host is None:
             host.leave()
-        if memory in (remote.MIRROR, remote.HOST):
+        if memory in (remote.MIRROR, remote.HOST, remote.OWNER):
             others = [worker for worker in range(context.job.workers) if worker not in (members or [context.rank])]
-            sends = memory == remote.MIRROR or self._is_lead
+            sends = memory == remote.MIRROR or (memory == remote.HOST and self._is_lead)
             self._forward = Forward(at_home, index, others, members, line.link if sends else None, self._close)
         self._set_way()
 
@@ -107,6 +111,11 @@ class DeputyExchange:
     def _fetch_fold(self, number: int, weights: list[float]) -> None:
         self._line.ask_worker(remote.SendFold(self.index, number, weights))
 
+    def _fetch_folds(self, number: int, weights: list[float]) -> bool:
+        sent_bytes = self._line.ask_worker(remote.SendFold(self.index, number, weights)).kept
+        self._sent_bytes += sent_bytes or 0
+        return sent_bytes is not None
+
     def _fetch_own(self) -> None:
         self._line.ask_worker(remote.SendOwn(self.index))
 
@@ -129,8 +138,9 @@ class DeputyExchange:
         rounds = self.at_home.in_rounds
         assert rounds is not None
         rounds.on_close = lambda number, contributors: None
-        self._host = self._forward = None
-        self._memory, self._told = remote.OWN, -1
+        self._host = self._owners = self._forward = None
+        if self._memory != remote.HOME:
+            self._memory, self._told = remote.OWN, -1
         self._set_way()
 
     def bring(self) -> remote.Brought | None:
@@ -139,6 +149,13 @@ class DeputyExchange:
         if host is None:
             return None
         number, loads = at_home.number, at_home.memory.loads[0]
+        if self._owners is not None:
+            # What is folded next needs the state too; while somebody is missing nothing is.
+            comes = self._told < 0 or self._owners.were_all_in(number)
+            if self._memory != remote.HOME:
+                self._send_all(with_state=comes)
+            self._told = number
+            return remote.Brought(number, loads, comes)
         # As the exchange is shared the first worker makes the mirror: the others may not have it yet.
         comes = (self._told >= 0 or self._is_lead) and host.claim(number, loads)
         if comes:
@@ -285,7 +302,8 @@ class DeputyExchange:
     def _close(self, told: remote.Follow) -> None:
         """A round is closed: a mirror of one worker steps it while home does. One that several share waits for all of
         them, and whoever waits there asks home, which has to be free to answer."""
-        if self._host is None and self._told == told.number - 1:
+        shares = self._host is not None and self._owners is None
+        if not shares and self._told == told.number - 1:
             self._told = told.number
             with suppress(LinkEnded):  # who answers the worker finds it out
                 self._link.send(remote.Close(self.index, told))
@@ -310,12 +328,14 @@ class DeputyExchange:
         tables = [place for place, entry in enumerate(self._table.entries) if entry.row]
         return [place for place in tables if self._send_rows(place, vectors)]
 
-    def _send_all(self) -> None:
+    def _send_all(self, *, with_state: bool = True) -> None:
         """The parameters and the optimizer's state, to a mirror."""
         vectors = self.at_home.newest()
         for vector in self._table.sizes:
             self._send(f"parameters/{self.index}/{vector}", vectors[vector])
-        self._send(f"state/{self.index}", self.at_home.memory.state_bytes())
+
+        if with_state:
+            self._send(f"state/{self.index}", self.at_home.memory.state_bytes())
 
     def _send_rows(self, place: int, vectors: dict[str, torch.Tensor]) -> bool:
         """Send the rows of a table that the worker has otherwise. Are there any?"""

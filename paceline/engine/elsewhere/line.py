@@ -34,6 +34,7 @@ class Line:
         self.is_in = False  # has home said who this is?
         self.is_leaving = False  # the next answer is the last
         self.asks = False  # does the script wait for home?
+        self.is_ending = False  # has this process been told to stop, or lost home?
         self._said = threading.Lock()
 
     def sink(self, event: Event) -> None:
@@ -101,6 +102,7 @@ class Line:
         raise SystemExit(STOPPED)
 
     def _tell(self, event: Event) -> None:
+        self.is_ending = True
         if isinstance(event, Received):
             self._say(f"told to stop: {event.message.reason}")
         elif isinstance(event, Ended):

@@ -58,7 +58,7 @@ class RemoteWorker:
         self.rank, self._link, self._line, self._mail = rank, link, line, line.mail
         self._status = remote.Status()
         self._gradients, self._around = RemoteGradients(link, line, rank), around
-        self._host = RemoteHost(rank, around, self._gradients, self._mail, self._ask)
+        self._host = RemoteHost(rank, around, self._gradients, line, self._ask)
         self._notes: list[remote.Note] = []
         self._exchanges: list[RemoteExchange] = []
         self._buffers: list[list[torch.Tensor]] = []
@@ -70,7 +70,7 @@ class RemoteWorker:
         line.is_in = True
         self._is_newcomer = not self._status.joined and not told["resumes"]
         self.job: Job = decode_job(told["job"])
-        self._kind = around.choose(self.job, rank, told, is_newcomer=self._is_newcomer)
+        self._kind = self._host.choose(self.job, told, link, is_newcomer=self._is_newcomer)
         self.directory = Path(told["directory"])
         self._part = Part(
             *((0, 1) if self.job.data == "own" else (rank, self.job.workers)),
@@ -118,6 +118,7 @@ class RemoteWorker:
         exchange = RemoteExchange(optimizer, names, with_rows, self.job, len(self._exchanges), share=share)
         kind = self._host.lay_out(exchange, self._kind)
         request = self._to_wrap(optimizer, exchange.spec, with_rows, kind)
+        request = msgspec.structs.replace(request, members=self._host.members(exchange, kind))
         self._exchanges.append(exchange)
         place = self._ask(request)
         if kind == remote.HOME:
@@ -146,7 +147,6 @@ class RemoteWorker:
             state=self._line.put_document(self._link, "state", state),
             spec=msgspec.msgpack.encode(spec),
             memory=kind,
-            members=self._around.members(self.rank) if kind == remote.HOST else [],
         )
 
     def _send_early(self, exchanges: Sequence[RemoteExchange]) -> None:
@@ -205,6 +205,7 @@ class RemoteWorker:
             self._local_step(one, void=void)
             return
         self._ask(self._gradients.bring(one, void=void))
+        self._host.check(one, is_over=self.over)
         one.stepped()
 
     def _local_step(self, one: RemoteExchange, *, void: bool) -> None:
@@ -218,6 +219,8 @@ class RemoteWorker:
 
     def norm(self, exchange: Any, chosen: bytes, order: float) -> float:
         """The norm of a gradient of this exchange over all workers; see engine/worker/clipping.py."""
+        if exchange.owners is not None:
+            self._host.leave(exchange)  # a norm is that of gradients that are at home
         return float(self._ask(self._gradients.measure(exchange, chosen, order)))
 
     def loaded(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -279,6 +282,7 @@ class RemoteWorker:
         """Home is told nothing more."""
         self.is_over = self._line.is_over = True
         self._gradients.stop()
+        self._host.stop()
 
     def printed(self, data: bytes) -> None:
         """For the log at home. May be called by another thread."""
@@ -316,7 +320,7 @@ class RemoteWorker:
         keeper, shown = self.saving.keeper, remote.Shown()
         try:
             if isinstance(asked, remote.SendFold | remote.SendOwn):
-                self._host.heed(asked, self._exchanges[asked.exchange])
+                shown = remote.Shown(self._host.heed(asked, self._exchanges[asked.exchange]))
             elif isinstance(asked, remote.Show):
                 tensors: Tensors = {}
                 document = keeper.state(self._exchanges, tensors, random=asked.random)

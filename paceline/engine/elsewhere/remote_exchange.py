@@ -15,12 +15,15 @@ from paceline.engine.elsewhere.around import Around
 from paceline.engine.elsewhere.early import Bucket, Early, buckets
 from paceline.engine.elsewhere.mail import Mail
 from paceline.engine.elsewhere.mirror import HostMirror, Mirror
+from paceline.engine.elsewhere.owners import FOLDS, OwnerMirror, Owners
+from paceline.engine.elsewhere.peers import Peers
 from paceline.engine.exchange.exchange import make_inner
 from paceline.engine.exchange.inner import Inner
 from paceline.engine.exchange.replica import Replica
 from paceline.engine.exchange.spec import describe
 from paceline.errors import ConfigError
 from paceline.params import optimizers
+from paceline.params.table import vector_dtype
 from paceline.protocol import remote
 from paceline.transport.borrow import borrow
 from paceline.transport.slots import ExchangeMemory, Spec, size_bytes
@@ -53,6 +56,7 @@ class RemoteExchange:
         self.is_adopted = False
         self.is_home = False  # do the parameters lie in home's memory?
         self.host: HostMirror | None = None  # or in a mirror that the workers of this host share
+        self.owners: Owners | None = None  # where this worker folds a share of what all bring
         self.is_finite = True  # what was gathered last
         # Since a norm was asked of what is in the slot: by what the script's gradients have been multiplied.
         self._factor: torch.Tensor | None = None
@@ -74,6 +78,29 @@ class RemoteExchange:
             for vector in self.spec.table.dense_sizes:
                 mail.expect(f"parameters/{self.index}/{vector}", memory.params[vector])
             self._use(memory, own, 0)
+
+    def own(self, mail: Mail, kind: str, rank: int, peers: Peers, is_lost: Callable[[], bool]) -> None:
+        """Have a share of what all bring: in a mirror, or where home's memory is to be taken into use (HOME)."""
+        table = self.spec.table
+        cells = buckets(table)
+        if kind == remote.HOME:
+            folds = {v: torch.zeros(size, dtype=vector_dtype(v)) for v, size in table.dense_sizes.items()}
+            self.owners = Owners(self.index, peers, cells, folds, is_lost)
+            return
+        memory = ExchangeMemory(mmap.mmap(-1, size_bytes(self.spec)), self.spec)
+        self.owners = Owners(self.index, peers, cells, memory.slots[FOLDS].gradient, is_lost)
+        self._look_into(OwnerMirror(self.spec, self.index, rank, memory, self.owners), mail, rank)
+
+    @property
+    def owns(self) -> Owners | None:
+        """Is the gradient that comes to be folded by owners? By these."""
+        return self.owners if self.owners is not None and self.owners.is_on else None
+
+    def disown(self) -> None:
+        """This worker has no share any more."""
+        if self.owners is not None:
+            self.owners.stop()
+            self.owners = None
 
     def attach(self, place: tuple[int, int], rank: int) -> None:
         """Take home's memory into use: that of a descriptor of a process of this host."""
@@ -107,6 +134,8 @@ class RemoteExchange:
         self._memory, self._factor = memory, None
         self.replica = Replica(self.optimizer, spec, memory, rank, views=self._views)
         self.inner = make_inner(self.replica, self._pace)
+        if self.owners is not None:
+            self.owners.use(self.replica.slot.gradient)
         if self.early is not None:
             self.early.use(self.replica)
 

@@ -29,8 +29,10 @@ class RemoteGradients:
         """Have them where home, or this host, looks for them: what is not there yet. Which parameters have one, their
         rows, and whether they are offered, as in ``remote.Step``."""
         rest = one.gather()
-        offers = one.host is not None and one.is_finite
-        if offers or one.is_home:
+        offers = (one.host is not None or one.owns is not None) and one.is_finite
+        if one.owns is not None:
+            self._give_owners(one, rest)
+        elif offers or one.is_home:
             one.tell_all_ready(self._rank)
         elif one.host is not None:
             self._put_own(one)
@@ -38,10 +40,22 @@ class RemoteGradients:
             self._put(one, rest)
         return bytes(one.replica.slot.mask), one.rows(), offers
 
+    def _give_owners(self, one: RemoteExchange, rest: Sequence[Bucket]) -> None:
+        """Have them where the owners look for them, or home if they are not finite."""
+        assert one.owns is not None
+        if one.is_finite:
+            one.owns.give(one.buckets.index(bucket) for bucket in rest)
+            return
+        one.owns.off()
+        if not one.is_home:
+            self._put(one, one.whole)
+
     def bring(self, one: RemoteExchange, *, void: bool) -> remote.Step:
         """What is asked for with them, as they are at the step. Those of which a norm was asked are there already."""
         settings = one.changed_settings()
         if void:
+            if one.owns is not None:
+                one.owns.off()
             return remote.Step(one.index, True, b"", {}, settings)
         one.clip()
         factor = one.factor()
@@ -72,6 +86,11 @@ class RemoteGradients:
 
     def send_own(self, one: RemoteExchange) -> None:
         """This worker's gradient, in no fold, as it is in the slot."""
+        if one.owns is not None:
+            one.owns.off()
+            if one.is_home:
+                one.gather()  # the folds may lie there
+                return
         outbox = self._outboxes.get(one.index)
         if outbox is not None:
             outbox.finish(max(one.memory.stepped) + 1, {})
@@ -99,7 +118,9 @@ class RemoteGradients:
     def send_early(self, one: RemoteExchange) -> None:
         """From now on also in the midst of backward, bucket by bucket."""
         one.send_early(self._tell_early)
-        if not one.lies_with_others:
+        if one.owners is not None:
+            one.replica.before_rewriting = lambda: self._await_owners(one)
+        elif not one.lies_with_others:
             one.replica.before_rewriting = self._await_home
 
     def bring_local(self, one: RemoteExchange, notes: list[remote.Note]) -> None:
@@ -125,6 +146,9 @@ class RemoteGradients:
 
     def _tell_early(self, one: RemoteExchange, place: int) -> None:
         """A bucket of gradients is in the slot."""
+        if one.owns is not None:
+            one.owns.tell([place])
+            return
         if one.lies_with_others:
             one.tell_ready(self._rank, place)
             return
@@ -137,3 +161,9 @@ class RemoteGradients:
         """Until home has all that was sent: what is sent may be written again, the same, until then."""
         with self._line.kept():
             self._link.flush()
+
+    def _await_owners(self, one: RemoteExchange) -> None:
+        """The same, of the workers of other hosts too."""
+        if one.owners is not None:
+            one.owners.flush()
+        self._await_home()

@@ -228,6 +228,10 @@ class Replica:
         kept = [{k: v for k, v in group.items() if k not in ("fused", "foreach")} for group in settings]
         self.slot.write_settings(optimizers.encode(kept))
 
+    def forget(self) -> None:
+        """Others have written over what is in the slot."""
+        self._mask = self._all
+
     def write_mask(self, mask: bytes) -> None:
         """Into the slot: which parameters have a gradient."""
         if mask != self._mask:

@@ -1,0 +1,266 @@
+"""A worker's part in folding what all hosts bring, each a share (protocol/owners.py): what of it goes where, and when.
+
+    backward -> own slot --parts--> inboxes of the owners -> fold (a thread of its own) --folds--> "folds" of all hosts
+
+Gradients are sent from the slot, and folds from where they are made, without a copy: neither is written again before a
+round later, which nobody comes to that has not got all of this one. Where a round was not pushed as one that does not
+hold, but then nobody uses what may still come of it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import optim
+
+from paceline.engine.elsewhere.early import Bucket
+from paceline.engine.elsewhere.mail import as_bytes
+from paceline.engine.elsewhere.mirror import Broken, Mirror
+from paceline.engine.elsewhere.peers import Peers
+from paceline.params.fold import fold_into
+from paceline.params.table import vector_dtype
+from paceline.protocol import owners, remote
+from paceline.transport.slots import ExchangeMemory, Spec
+
+SHARE_BYTES = 2**19  # of one owner in one cell, at most
+_LOOK_S = 0.5
+FOLDS = 0  # in whose slot the folds of all lie, where they are stepped with
+
+Vectors = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Values ``[start, stop)`` of a vector."""
+
+    vector: str
+    start: int
+    stop: int
+
+
+class Owners:
+    """Of exchange ``index``. Owners are all workers; the ``folds`` of all are brought into these vectors. ``buckets``:
+    what gradients are told by. ``is_lost``: is home, or are links to others?"""
+
+    def __init__(
+        self,
+        index: int,
+        peers: Peers,
+        buckets: Sequence[Bucket],
+        folds: Vectors,
+        is_lost: Callable[[], bool],
+    ) -> None:
+        self._index, self._peers, self._rank, self._is_lost = index, peers, peers.rank, is_lost
+        self.members = range(len(peers.others) + 1)
+        self._cells, self._cells_of = _cut(buckets, len(self.members))
+        self._folds, self._own = folds, folds  # its own gradients are not known before ``use``
+        shares = [self._share(cell, self._rank) for cell in range(len(self._cells))]
+        owned = [cell for cell, (start, stop) in enumerate(shares) if stop > start]
+        self._inbox = {
+            (other, cell): torch.zeros(shares[cell][1] - shares[cell][0], dtype=folds[self._cells[cell].vector].dtype)
+            for other in peers.others
+            for cell in owned
+        }
+        # Where what comes belongs, by who sends it, whether it is a fold, and the cell.
+        self._places = {(other, False, cell): as_bytes(room) for (other, cell), room in self._inbox.items()}
+        for other in peers.others:
+            for cell, where in enumerate(self._cells):
+                start, stop = self._share(cell, other)
+                self._places[other, True, cell] = as_bytes(folds[where.vector][start:stop])
+        self._changed = threading.Condition()
+        self._gathering = owners.Gathering(self._rank, self.members, owned)
+        self._over = False
+        self.is_on = False  # is the next round to be folded?
+        self.has_missed = False  # a round that home has stepped
+        self._sent: dict[int, int] = {}  # of which round a fold was sent last, by cell
+        self._thread = threading.Thread(target=self._fold_forever, name="paceline-owner", daemon=True)
+        peers.add(index, self)
+
+    def use(self, own: Vectors) -> None:
+        """The gradients are written there."""
+        self._own = own
+        self._thread.start()
+
+    def stop(self) -> None:
+        self.is_on = False
+        with self._changed:
+            self._over = True
+            self._changed.notify_all()
+
+    @property
+    def number(self) -> int:
+        """The round that is to come."""
+        return self._gathering.number
+
+    def begin(self, number: int, *, is_on: bool) -> None:
+        """All rounds before this are over."""
+        with self._changed:
+            self.is_on = is_on
+            if number != self._gathering.number:
+                self._gathering.begin(number)
+                self._changed.notify_all()
+
+    # --- own gradients ---
+
+    def tell(self, places: Iterable[int]) -> None:
+        """The gradients of these buckets are there, perhaps others than before."""
+        number = self.number
+        for place in places:
+            for cell in self._cells_of[place]:
+                vector = self._own[self._cells[cell].vector]
+                for other in self._peers.others:
+                    self._send(other, owners.Part(self._index, number, cell), vector, self._share(cell, other))
+                self.heard(self._rank, owners.Part(self._index, number, cell))
+
+    def give(self, places: Iterable[int]) -> None:
+        """All of them are as they are to be; those of these buckets have not been told so."""
+        self.tell(places)
+        self._tell_all(owners.Given(self._index, self.number))
+
+    def finish(self, number: int, weights: Sequence[float]) -> bool:
+        """With these weights the round counts. True when the folds of all are here, False if they will not be."""
+        total = sum(weights)
+        with self._changed:
+            self._gathering.settle(number, [weight / total for weight in weights])
+            self._changed.notify_all()
+        return self.await_whole(number)
+
+    def await_whole(self, number: int) -> bool:
+        """The same."""
+        with self._changed:
+            while not self._gathering.is_whole(number):
+                if self._over or self._gathering.is_off(number) or self._is_lost():
+                    return False
+                self._changed.wait(_LOOK_S)
+            return True
+
+    def lay_folds(self) -> None:
+        """Put them where the gradients are: there home steps with them."""
+        for vector, folds in self._folds.items():
+            self._own[vector].copy_(folds)
+
+    def off(self) -> None:
+        """This worker brings its own gradient to the round. Waits until what was sent of it has arrived."""
+        self._tell_all(owners.Off(self._index, self.number))
+        self.flush()
+
+    def flush(self) -> None:
+        """Until the others have what was sent to them."""
+        self._peers.flush()
+
+    # --- what the others send; by the links' threads ---
+
+    def changed(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def place(self, sender: int, message: Any, size_bytes: int) -> memoryview | None:
+        room = None
+        if isinstance(message, owners.Part | owners.Fold):
+            room = self._places.get((sender, isinstance(message, owners.Fold), message.cell))
+        return room if room is not None and len(room) == size_bytes else None
+
+    def heard(self, sender: int, message: Any) -> None:
+        if isinstance(message, owners.Fold):
+            return  # of which Folded tells
+        gathering = self._gathering
+        with self._changed:
+            match message:
+                case owners.Part(number=number, cell=cell):
+                    gathering.part(sender, number, cell)
+                case owners.Given(number=number):
+                    gathering.given(sender, number)
+                case owners.Folded(number=number):
+                    gathering.folded(sender, number)
+                case owners.Off(number=number):
+                    gathering.off(number)
+            if gathering.has_next or not isinstance(message, owners.Part):
+                self._changed.notify_all()
+
+    # --- folding ---
+
+    def _fold_forever(self) -> None:
+        while (work := self._next()) is not None:
+            number, shares, cell, ticket = work
+            self._fold(number, cell, shares)
+            with self._changed:
+                self._gathering.fold(number, cell, ticket, shares)
+
+    def _next(self) -> tuple[int, Sequence[float], int, int] | None:
+        """The next to fold, with the round, the shares and the ticket; None at the end."""
+        gathering = self._gathering
+        while True:
+            with self._changed:
+                while not (self._over or gathering.has_next or gathering.is_folded):
+                    self._changed.wait()
+                if self._over:
+                    return None
+                number = gathering.number
+                if gathering.has_next:
+                    return number, gathering.shares, *gathering.next()
+            self._tell_all(owners.Folded(self._index, number))
+
+    def _fold(self, number: int, cell: int, shares: Sequence[float]) -> None:
+        vector = self._cells[cell].vector
+        start, stop = self._share(cell, self._rank)
+        gradients = [
+            self._own[vector][start:stop] if member == self._rank else self._inbox[member, cell]
+            for member in self.members
+        ]
+        if self._sent.get(cell) == number:
+            self._peers.flush()  # it is written over
+        self._sent[cell] = number
+        fold_into(self._folds[vector][start:stop], gradients, shares)
+        for other in self._peers.others:
+            self._send(other, owners.Fold(self._index, number, cell), self._folds[vector], (start, stop))
+
+    # --- sending ---
+
+    def _share(self, cell: int, owner: int) -> tuple[int, int]:
+        where = self._cells[cell]
+        return owners.share(where.start, where.stop, owner, len(self.members))
+
+    def _send(self, other: int, message: owners.Said, vector: torch.Tensor, part: tuple[int, int]) -> None:
+        start, stop = part
+        if stop > start:
+            self._peers.send(other, message, as_bytes(vector[start:stop]))
+
+    def _tell_all(self, message: owners.Given | owners.Folded | owners.Off) -> None:
+        for other in self._peers.others:
+            self._peers.send(other, message)
+        self.heard(self._rank, message)
+
+
+class OwnerMirror(Mirror):
+    """A mirror that is stepped with what the ``owners`` have folded."""
+
+    def __init__(self, spec: Spec, index: int, rank: int, memory: ExchangeMemory, owners: Owners) -> None:
+        super().__init__(spec, index, rank, memory)
+        self._owners = owners
+
+    def follow(self, told: remote.Follow, optimizer: optim.Optimizer) -> None:
+        """Step this round. Raises Broken if it is not all here, nor will be."""
+        if not self._owners.await_whole(told.number):
+            self._owners.has_missed = True
+            raise Broken
+        self._note(told)
+        for worker, *_ in told.sources:
+            self.memory.slots[worker].write_lies_in(told.number, FOLDS)
+        self._step(told, optimizer, 0, 1)
+        self._owners.begin(told.number + 1, is_on=True)
+
+
+def _cut(buckets: Sequence[Bucket], count: int) -> tuple[list[Cell], list[list[int]]]:
+    """The cells for so many owners, and the numbers of those of each bucket."""
+    cells: list[Cell] = []
+    of: list[list[int]] = []
+    for bucket in buckets:
+        most = count * SHARE_BYTES // vector_dtype(bucket.vector).itemsize
+        cuts = owners.cut(bucket.start, bucket.stop, most)
+        of.append(list(range(len(cells), len(cells) + len(cuts))))
+        cells += [Cell(bucket.vector, start, stop) for start, stop in cuts]
+    return cells, of

@@ -1,0 +1,49 @@
+"""A deputy's side of the push of all owners: what they have folded, or each its own (protocol/hosts.py, owners.py).
+
+As of a host's workers, but every deputy has its worker fold a share, and home's worker, the first of them, lays what
+all have folded into its slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from paceline.engine.context import Context
+from paceline.engine.elsewhere.host_push import HostPush
+from paceline.protocol import hosts
+from paceline.transport.slots import ExchangeMemory
+
+
+class OwnersPush(HostPush):
+    """``fetch_folds(number, weights)``: have this worker fold its share; does it have what all have folded?"""
+
+    def __init__(
+        self,
+        memory: ExchangeMemory,
+        context: Context,
+        members: Sequence[int],
+        fetch_folds: Callable[[int, list[float]], bool],
+        fetch_own: Callable[[], None],
+    ) -> None:
+        super().__init__(memory, context, members, lambda number, weights: None, fetch_own)
+        self._fetch_folds = fetch_folds
+
+    def were_all_in(self, number: int) -> bool:
+        """Did all of them contribute to this round, the last?"""
+        return self.is_one and all(self._memory.slots[member].pushed_in(number) for member in self._members)
+
+    def _is_brought_as_one(self, number: int, norm: int | None) -> bool:
+        is_lead, slots = self._rank == self._lead, self._memory.slots
+        is_there = bool(self._board.wait(lambda: self._are_together(number, norm)))
+        if is_there:
+            is_there = self._fetch_folds(number, [slots[member].weight(number) for member in self._members])
+        if is_there and not is_lead:
+            self._board.wait(lambda: self._ask(number, norm))
+        with self._lock:
+            if is_lead and is_there and self._are_together(number, norm) is True:
+                self._bring_as_one(number, norm)
+            if self._is_brought(number, norm):
+                return True
+            self._memory.offered[self._rank] = hosts.alone(number, norm)
+        self._board.ring(self._rank)
+        return False

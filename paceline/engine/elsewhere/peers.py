@@ -1,0 +1,125 @@
+"""Links between the workers of different hosts, each with each: what they fold goes there and not through home.
+
+Each listens at a port of its own, and tells where in torch's store; of two the one of the higher rank connects. A link
+that has ended is not made again: without all of them nothing is folded, and what workers bring goes home.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any, Protocol
+
+from paceline.engine.elsewhere.around import Around
+from paceline.engine.elsewhere.mirror import arithmetic
+from paceline.errors import HostError
+from paceline.protocol import owners
+from paceline.protocol.link import Peer
+from paceline.transport.connect import connect
+from paceline.transport.ends import Ended, Event, Joined, LinkEnded, Received
+from paceline.transport.link import Link
+from paceline.transport.listener import Listener
+
+_MEET_S = 20.0
+_LOOK_S = 0.01
+_LEAVE_S = 2.0
+ROLE = "peer"
+NOT_ONE = "- 0 -"  # told in place of an address: this worker will have no such links
+
+
+class Hears(Protocol):
+    """Of one exchange, who is told what has come."""
+
+    def changed(self) -> None:
+        """A link has ended."""
+
+    def heard(self, sender: int, message: Any) -> None: ...
+
+    def place(self, sender: int, message: Any, size_bytes: int) -> memoryview | None: ...
+
+
+class Peers:
+    """Of worker ``rank``. ``home``: its link to its deputy, made as these are."""
+
+    def __init__(self, rank: int, around: Around, home: Link) -> None:
+        """From now on others can come; ``meet`` waits for them. Raises HostError, LinkEnded."""
+        self.rank, self._around = rank, around
+        self._links: dict[int, Link] = {}
+        self._heard: dict[int, Hears] = {}
+        self.sent_bytes = 0
+        self._end = dataclasses.replace(
+            home.made_by, me=Peer(rank, ROLE), messages=owners.Any_, sink=self._sink, place=self._place
+        )
+        self._host = home.own_address
+        self._listener = Listener(self._end, self._host)
+
+    @property
+    def others(self) -> list[int]:
+        """From the next rank on, so that not all begin with the same."""
+        count = len(self._around.hosts)
+        return [(self.rank + step) % count for step in range(1, count)]
+
+    def meet(self) -> bool:
+        """Until there is a link to each other worker; False: not to all of them, or one computes otherwise."""
+        self._around.tell(f"peer/{self.rank}", f"{self._host} {self._listener.port} {arithmetic()}")
+        until_s = time.monotonic() + _MEET_S
+        try:
+            for other in self.others:
+                told = self._around.ask(f"peer/{other}", until_s - time.monotonic())
+                host, port, kind = told.split(" ", 2)
+                if kind != arithmetic():
+                    return False
+                if other < self.rank:
+                    self._links[other] = connect(self._end, (host, int(port)), until_s - time.monotonic())
+            while not self.are_all and time.monotonic() < until_s:
+                time.sleep(_LOOK_S)
+        except (HostError, TimeoutError, ValueError):
+            return False
+        return self.are_all
+
+    @property
+    def are_all(self) -> bool:
+        """Is there a link to each?"""
+        return len(self._links) == len(self.others) and all(link.ended is None for link in self._links.values())
+
+    def add(self, exchange: int, hears: Hears) -> None:
+        self._heard[exchange] = hears
+
+    def send(self, other: int, message: owners.Said, payload: memoryview | None = None) -> None:
+        """The link may have ended: who waits for something is told of it."""
+        try:
+            self._links[other].send(message, payload)
+            self.sent_bytes += len(payload or b"")
+        except LinkEnded:
+            return
+
+    def flush(self) -> None:
+        """Until all have what was sent to them, or cannot be reached any more."""
+        for link in self._links.values():
+            try:
+                link.flush()
+            except LinkEnded:
+                continue
+
+    def stop(self) -> None:
+        """Nothing is sent any more; what was sent arrives, if that is possible."""
+        self._listener.close()
+        until_s = time.monotonic() + _LEAVE_S
+        for link in self._links.values():
+            link.close(max(until_s - time.monotonic(), 0.1))
+
+    # --- by the links' threads ---
+
+    def _sink(self, event: Event) -> None:
+        match event:
+            case Joined(link=link) if link.peer.role == ROLE and link.peer.host > self.rank:
+                self._links[link.peer.host] = link
+            case Received(link=link, message=message) if message.exchange in self._heard:
+                self._heard[message.exchange].heard(link.peer.host, message)
+            case Ended():
+                for hears in self._heard.values():
+                    hears.changed()
+
+    def _place(self, link: Link, message: Any, size_bytes: int) -> memoryview | None:
+        hears = self._heard.get(message.exchange)
+        return None if hears is None else hears.place(link.peer.host, message, size_bytes)

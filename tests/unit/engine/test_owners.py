@@ -1,0 +1,136 @@
+"""Claims about three hosts and more, a worker on each: what all bring is folded in shares, one by each host, and the
+parameters are the same bits on all. The oracle is the same job with local workers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn, optim
+
+from paceline.engine.elsewhere import early, owners, peers
+from paceline.protocol import owners as protocol
+from tests.driver import run_job
+from tests.unit.engine.test_hosts import Seen, both, evaluating
+from tests.unit.engine.test_hosts import seen as seen
+from tests.unit.engine.test_remote import EPOCHS, MAKES, SAMPLES, count, drawn, several, train
+
+PLACES = {"3": ("", "b", "c"), "4": ("", "b", "c", "d")}
+ONE_OF_THEM = [pytest.param(PLACES["3"], id="3"), pytest.param(PLACES["4"], id="4", marks=pytest.mark.long)]
+
+
+@pytest.mark.parametrize("places", PLACES.values(), ids=PLACES)
+@pytest.mark.parametrize("make", MAKES.values(), ids=MAKES)
+def test_hosts_that_fold_in_shares_train_as_one(
+    make: Callable[[Any], optim.Optimizer], places: tuple[str, ...], seen: Seen
+) -> None:
+    apart, one = both(lambda run: train(run, make), places)
+    assert apart == pytest.approx(one, rel=1e-12, abs=1e-12)
+    assert (seen.as_one, seen.left) == (EPOCHS * -(-SAMPLES // 4 // len(places)), 0)
+
+
+@pytest.mark.parametrize("places", ONE_OF_THEM)
+@pytest.mark.parametrize("bytes_", [(64, 128), (early.BUCKET_BYTES, owners.SHARE_BYTES)])
+def test_passes_may_be_uneven_and_gradients_missing_or_changed(
+    places: tuple[str, ...], bytes_: tuple[int, int], monkeypatch: pytest.MonkeyPatch, seen: Seen
+) -> None:
+    monkeypatch.setattr(early, "BUCKET_BYTES", bytes_[0])
+    monkeypatch.setattr(owners, "SHARE_BYTES", bytes_[1])
+    apart, one = both(several, places)
+    assert apart == pytest.approx(one, rel=1e-12, abs=1e-12)
+    assert seen.as_one
+    assert not seen.left
+
+
+@pytest.mark.parametrize("places", ONE_OF_THEM)
+@pytest.mark.parametrize("bad", [None, 0, 1, 2])
+def test_evaluations_and_gradients_that_are_not_finite(places: tuple[str, ...], bad: int | None, seen: Seen) -> None:
+    apart, one = both(lambda run: evaluating(run, bad=bad), places)
+    assert apart == pytest.approx(one, rel=1e-12, abs=1e-12)
+    assert seen.as_one
+    assert not seen.left
+
+
+@pytest.mark.parametrize("places", ONE_OF_THEM)
+@pytest.mark.parametrize("assign", ["lease", "round_robin"])
+def test_each_sample_counts_once_an_epoch(places: tuple[str, ...], assign: str) -> None:
+    there = run_job(lambda run: count(run, "plain"), workers=len(places), elsewhere=True, hosts=places, assign=assign)
+    assert there == [[float(EPOCHS)] * SAMPLES] * len(places)
+
+
+@pytest.mark.parametrize("how", [{"norm": True}, {"clip": True}], ids=str)
+def test_so_it_is_with_batch_norm_and_with_clipping(how: dict[str, bool], seen: Seen) -> None:
+    apart, one = both(lambda run: train(run, MAKES["momentum"], **how), PLACES["4"])
+    assert apart == pytest.approx(one, rel=1e-12, abs=1e-12)
+    assert (seen.left > 0) == ("clip" in how)  # a norm is that of gradients that are at home
+
+
+@pytest.mark.parametrize("places", ONE_OF_THEM)
+def test_what_scripts_load_counts_for_all(places: tuple[str, ...], seen: Seen) -> None:
+    def body(run: Any) -> tuple[float, float]:
+        net = nn.Linear(2, 1, bias=False)
+        net, optimizer = run.wrap(net, optim.Adam(net.parameters(), lr=1.0))
+        for value in (3.0, 5.0):
+            net.load_state_dict({"weight": torch.full((1, 2), value)})
+            for _ in range(2):
+                net.weight.grad = torch.ones_like(net.weight)
+                optimizer.step()
+            optimizer.load_state_dict(optimizer.state_dict())
+        return float(net.weight.detach().sum()), float(optimizer.state_dict()["state"][0]["step"])
+
+    assert run_job(body, workers=len(places), elsewhere=True, hosts=places) == [(pytest.approx(6.0), 4.0)] * len(places)
+    assert (seen.as_one, seen.left) == (4, 0)
+
+
+def test_two_optimizers_of_which_one_has_sparse_rows(seen: Seen) -> None:
+    def body(run: Any) -> list[float]:
+        table = drawn(nn.Embedding(20, 3, sparse=True, dtype=torch.float64))
+        net = drawn(nn.Linear(3, 2, dtype=torch.float64))
+        table, net, first, second = run.wrap(
+            table, net, optim.SGD(table.parameters(), lr=0.1), optim.Adam(net.parameters(), lr=0.1)
+        )
+        for step in range(6):
+            first.zero_grad()
+            second.zero_grad()
+            net(table(torch.arange(step, step + 4) * (run.rank + 1) % 20)).pow(2).sum().backward()
+            first.step()
+            second.step()
+        return [*table.weight.flatten().tolist(), *net.weight.flatten().tolist()]
+
+    apart, one = both(body, PLACES["4"])
+    assert apart == pytest.approx(one, rel=1e-12, abs=1e-12)
+    assert (seen.as_one, seen.left) == (6, 0)
+
+
+@pytest.mark.parametrize("rank", [1, pytest.param(2, marks=pytest.mark.long)])  # who has connected tries again for long
+@pytest.mark.parametrize("kind", ["Part", "Fold", "Given", "Folded"])
+def test_a_link_that_ends_between_two_of_them_makes_it_a_star(
+    rank: int, kind: str, monkeypatch: pytest.MonkeyPatch, seen: Seen
+) -> None:
+    """In the midst of a round, as something is sent over it: home may have the folds, and one of them not."""
+    send, sent = peers.Peers.send, 0
+
+    def send_or_end(self: Any, other: int, message: Any, payload: Any = None) -> None:
+        nonlocal sent
+        if (self.rank, other, type(message).__name__) == (rank, 3 - rank, kind):
+            sent += 1
+            if sent == 4:
+                self._links[other].end("it is cut")
+        send(self, other, message, payload)
+
+    monkeypatch.setattr(peers.Peers, "send", send_or_end)
+    monkeypatch.setattr(protocol, "_GRAIN", 1)
+    apart, one = both(lambda run: train(run, MAKES["adam"]), PLACES["3"])
+    assert apart == pytest.approx(one, rel=1e-12, abs=1e-12)
+    assert seen.as_one
+    assert seen.left == 3
+
+
+def test_where_one_is_not_reached_it_is_a_star_from_the_beginning(monkeypatch: pytest.MonkeyPatch, seen: Seen) -> None:
+    meet = peers.Peers.meet
+    monkeypatch.setattr(peers.Peers, "meet", lambda self: meet(self) and self.rank != 1)
+    apart, one = both(lambda run: train(run, MAKES["adam"]), PLACES["3"])
+    assert apart == pytest.approx(one, rel=1e-12, abs=1e-12)
+    assert seen.as_one == 0
