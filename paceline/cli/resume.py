@@ -15,8 +15,7 @@ from paceline.cli.options import JobFlags, ShowFlags, resolve
 from paceline.cli.run import ResumingEngine, chosen, train, train_by_ray
 from paceline.engine.checkpoint.checkpoints import Checkpoints, Loaded
 from paceline.errors import PacelineError, UsageError
-from paceline.events import RunInfo
-from paceline.report.runs import RunFiles, find_run, list_runs
+from paceline.report.runs import GOING_ON, RunFiles, find_run, is_alive, list_runs
 
 if TYPE_CHECKING:
     from paceline.cli.console import Console
@@ -48,7 +47,8 @@ def resume_run(wanted: str | None, flags: JobFlags, show: ShowFlags, folder: Pat
 
 def asked_for(environment: Mapping[str, str], script: Path, folder: Path) -> Loaded | None:
     """What PACELINE_RESUME names in this folder: a run, or ``last``, the newest of this script that has a checkpoint.
-    None: a new run. Runs that cannot be looked at are told of and passed over. Raises UsageError, ConfigError."""
+    None: a new run, also where the newest is done. Runs that cannot be looked at are told of and passed over.
+    Raises UsageError, ConfigError."""
     wanted = environment.get(VARIABLE)
     if not wanted:
         return None
@@ -56,7 +56,11 @@ def asked_for(environment: Mapping[str, str], script: Path, folder: Path) -> Loa
         return _checkpoint(find_run(folder, wanted))
     for found in reversed(list_runs(folder)):
         if Checkpoints(found.directory).paths() and _is_readable(found) and _is_of(found, script):
-            return _checkpoint(found)
+            if found.status != "done":
+                return _checkpoint(found)
+            print(f"note: run {found.name!r} is done, so {VARIABLE}={LAST} begins a new one", file=sys.stderr)
+            return None
+    print(f"note: no run of {script.name} has a checkpoint, so {VARIABLE}={LAST} begins a new one", file=sys.stderr)
     return None
 
 
@@ -73,7 +77,7 @@ def tell(loaded: Loaded, console: Console) -> None:
 
 def _checkpoint(found: RunFiles) -> Loaded:
     info = found.info
-    if info is not None and info.status in ("starting", "running") and _is_alive(info):
+    if info is not None and info.status in GOING_ON and is_alive(info):
         raise UsageError(f"run {found.name!r} is still going on", fix="end it with Ctrl-C first: it saves a checkpoint")
     return Checkpoints(found.directory).load()
 
@@ -100,12 +104,3 @@ def _is_of(found: RunFiles, script: Path) -> bool:
     path = found.directory / "config.toml"
     known = config_file.load(path).get("script") if path.is_file() else None
     return isinstance(known, str) and Path(known).resolve() == script.resolve()
-
-
-def _is_alive(info: RunInfo) -> bool:
-    front = next((process.pid for process in info.processes if process.role == "front"), None)
-    try:
-        command = Path(f"/proc/{front}/cmdline").read_bytes()
-    except OSError:
-        return False
-    return b"paceline" in command or b"python" in command

@@ -17,7 +17,7 @@ from paceline.errors import UsageError
 from paceline.report.runs import RunFiles, find_run, last_notices, list_runs
 from paceline.report.series import read_series
 
-STATUS_STYLES = {"done": "green", "failed": "red", "interrupted": "yellow", "unreadable": "red"}
+STATUS_STYLES = {"done": "green", "failed": "red", "interrupted": "yellow", "lost": "red", "unreadable": "red"}
 NOTICES = 5
 
 

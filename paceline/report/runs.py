@@ -7,6 +7,7 @@ end within a line. Its figures then come from the last whole line.
 from __future__ import annotations
 
 import difflib
+import platform
 import re
 from collections import deque
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from paceline.events import Metric, Notice, RunInfo, Summary
 
 TAIL_BYTES = 64 * 1024
 T = TypeVar("T")
+
+
+GOING_ON = ("starting", "running")
 
 
 @dataclass(frozen=True)
@@ -37,9 +41,12 @@ class RunFiles:
 
     @property
     def status(self) -> str:
+        """As in run.json; "lost" where that says that it goes on, and its process is not there any more."""
         if self.summary is not None:
             return self.summary.status
-        return self.info.status if self.info is not None else "unreadable"
+        if self.info is None:
+            return "unreadable"
+        return "lost" if self.info.status in GOING_ON and is_alive(self.info) is False else self.info.status
 
     @property
     def steps(self) -> int | None:
@@ -61,6 +68,18 @@ def read_run(directory: Path) -> RunFiles:
         summary=_decoded(directory / "summary.json", Summary),
         last=_last_metric(directory / "metrics.jsonl"),
     )
+
+
+def is_alive(info: RunInfo) -> bool | None:
+    """Is the process there that the run was started with? None if that cannot be known from here."""
+    front = next((process for process in info.processes if process.role == "front"), None)
+    if front is None or front.host != platform.node():
+        return None
+    try:
+        command = Path(f"/proc/{front.pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return b"paceline" in command or b"python" in command
 
 
 def list_runs(folder: Path) -> list[RunFiles]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 
+import pytest
+
 from tests.process.runner import ROOT, Ended, Runner, Running
 
 # Endless; every worker writes the rounds it has finished and how it was interrupted.
@@ -64,10 +66,11 @@ def begin(runner: Runner) -> Running:
     return running
 
 
-def test_all_workers_stop_after_the_same_round_and_clean_up(runner: Runner) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_all_workers_stop_after_the_same_round_and_clean_up(number: int, runner: Runner) -> None:
     running = runner.start_run(ENDLESS, "--workers", "3", "--servers", "1")
     running.until("round 20\n")
-    running.signal(signal.SIGINT)
+    running.signal(number)
     ended = running.end()
     check(ended)
 

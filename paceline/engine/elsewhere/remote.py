@@ -86,7 +86,7 @@ class RemoteWorker:
 
     @property
     def is_behind(self) -> bool:
-        """Has this process still to catch up with what the worker before it in its place had done?"""
+        """Does this process still do again what the worker before it in its place had done?"""
         return self._status.behind
 
     @property

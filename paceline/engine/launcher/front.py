@@ -258,11 +258,14 @@ class _Front:
 
     @contextmanager
     def _hearing(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM: the first lets the round finish, the second ends it now."""
+        """Ctrl-C, SIGTERM, and a terminal that is closed: the first lets the round finish, the second ends it now."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._interrupted) for number in (signal.SIGINT, signal.SIGTERM)}
+        heard = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+            heard.append(signal.SIGHUP)
+        before = {number: signal.signal(number, self._interrupted) for number in heard}
         try:
             yield
         finally:
@@ -271,6 +274,17 @@ class _Front:
 
     def _interrupted(self, number: int, frame: FrameType | None) -> None:
         self._interrupts += 1
+        if number == signal.SIGHUP:
+            _leave_terminal()
+
+
+def _leave_terminal() -> None:
+    """Nothing can be written to it any more: an error there would keep the run from being saved."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        if os.isatty(descriptor):
+            os.dup2(nowhere, descriptor)
+    os.close(nowhere)
 
 
 def _describe(

@@ -7,11 +7,13 @@ with it all others. One that comes to a place that was LEFT has behind it what a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from paceline.engine.checkpoint.snapshot import Resumed
 from paceline.engine.context import Context
 from paceline.engine.exchange.exchange import Exchange
+from paceline.engine.worker.position import loader_of, number_of
 from paceline.protocol.rounds import LEFT
 from paceline.transport.board import COLLECTIVES
 
@@ -43,6 +45,20 @@ class CatchingUp:
     def is_behind(self) -> bool:
         """Has this process still to catch up with what the worker before it in its place had done?"""
         return bool(self._behind)
+
+    @property
+    def is_repeating(self) -> bool:
+        """Does the script do again what was done in its place? Also behind the last pass that it catches up with, if
+        somebody had come into the next: that what lies between has been done."""
+        return self.is_behind or (not self.joined and self.last is not None and self._had_gone_on())
+
+    def _had_gone_on(self) -> bool:
+        if self.resumed is not None:
+            return any(map(_is_begun, self.resumed.state["loaders"]))
+        if self.is_fresh:
+            return True
+        key, done = self._board.places[2 * self._rank], self._board.places[2 * self._rank + 1]
+        return done > 0 and number_of(key) == self._board.passes(loader_of(key))[self._rank]
 
     @property
     def is_fresh(self) -> bool:
@@ -145,3 +161,11 @@ class CatchingUp:
     def drawn(self) -> None:
         """The script has a batch that is no ghost: what it does is its own again."""
         self._to_take = None
+
+
+def _is_begun(known: Mapping[str, Any]) -> bool:
+    """Does anything count of the open pass over this loader, as a checkpoint knows it?"""
+    if known["ledger"] is None:
+        return any(known["done"])
+    epoch, _, _, committed = known["ledger"]
+    return bool(epoch == known["passes"] and committed)

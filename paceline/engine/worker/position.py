@@ -26,6 +26,10 @@ def loader_of(key: int) -> int:
     return (key >> 48) - 1
 
 
+def number_of(key: int) -> int:
+    return key & 0xFFFFFFFF
+
+
 def tell(context: Context, loaders: int, leases: Mapping[int, Leases], trained: Set[int], part: Part) -> dict[str, Any]:
     """Under the run's lock, when every push that counts is settled. ``trained``: the loaders that are trained on;
     ``part``: with what a resumed run had trained on before."""

@@ -116,8 +116,8 @@ class Worker:
 
     @property
     def is_behind(self) -> bool:
-        """Has this process still to catch up with what the worker before it in its place had done?"""
-        return self._catching_up.is_behind
+        """Does this process still do again what the worker before it in its place had done?"""
+        return self._catching_up.is_repeating
 
     @property
     def has_joined(self) -> bool:

@@ -57,9 +57,19 @@ def test_last_passes_over_runs_that_cannot_be_looked_at(
     names = [damage(folder, number, text) for number in damaged]
     assert last(folder) == (None if found is None else f"2026013{found}-0900-train-sync")
     told = capsys.readouterr().err.splitlines()
+    if found is None:
+        assert told.pop() == "note: no run of train.py has a checkpoint, so PACELINE_RESUME=last begins a new one"
     seen = [name for number, name in zip(damaged, names, strict=True) if number > (found or 0)]
     assert [line.partition(" is passed over: ")[0] for line in told] == [f"note: run {name!r}" for name in seen]
     assert all("config.toml" in line for line in told)
+
+
+def test_last_begins_anew_where_the_newest_is_done(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "20260133-0900-train-sync"
+    info = {"run": name, "status": "done", "argv": [], "seed": 0, "pace": "sync", "workers": 2, "servers": 0}
+    (folder / name / "run.json").write_text(json.dumps(info))
+    assert last(folder) is None
+    assert capsys.readouterr().err == f"note: run '{name}' is done, so PACELINE_RESUME=last begins a new one\n"
 
 
 def test_a_run_that_is_named_is_not_passed_over(folder: Path) -> None:

@@ -1,12 +1,14 @@
 """Claims about reading run directories, whole and damaged."""
 
+import os
+import platform
 from pathlib import Path
 
 import msgspec
 import pytest
 
 from paceline.errors import UsageError
-from paceline.events import Epoch, Metric, Notice, RunInfo, Summary
+from paceline.events import Epoch, Metric, Notice, Process, RunInfo, Summary
 from paceline.report.runs import TAIL_BYTES, find_run, last_notices, list_runs, read_run
 
 INFO = RunInfo(run="a", status="running", argv=["paceline"], seed=0, pace="sync", workers=2, servers=0)
@@ -106,3 +108,15 @@ def test_only_notices_are_read_from_the_events(tmp_path: Path) -> None:
     (tmp_path / "events.jsonl").write_bytes(lines + b'{"type": "notice", "ti')
     assert [notice.text for notice in last_notices(tmp_path, 2)] == ["b", "c"]
     assert [notice.text for notice in last_notices(tmp_path, 9)] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("pid", "host", "status"),
+    [(os.getpid(), platform.node(), "running"), (0, platform.node(), "lost"), (0, "elsewhere", "running")],
+)
+def test_a_run_whose_process_is_gone_is_lost(pid: int, host: str, status: str, tmp_path: Path) -> None:
+    """Where that can be seen."""
+    directory = made(tmp_path, "a")
+    info = msgspec.structs.replace(INFO, processes=[Process("front", 0, pid, host)])
+    (directory / "run.json").write_bytes(msgspec.json.encode(info))
+    assert read_run(directory).status == status
