@@ -61,6 +61,12 @@ def test_who_is_at_a_tail_of_the_pass_before_is_still_in_that() -> None:
     assert deal_over(0, 1, None, where) is False
 
 
+def test_who_stands_at_a_tail_goes_on_when_its_pass_is_said_to_be_drained() -> None:
+    where = at_tail("001")  # worker 0 may have joined since
+    where.drained[0] = 1
+    assert more_of_pass(1, where) is False
+
+
 def test_who_has_left_the_pass_must_be_parked_before_another_deal_is_made() -> None:
     where = at_tail("001")
     where.finished[0] = [1, 0, 0]

@@ -107,5 +107,10 @@ def test_a_norm_that_was_asked_as_one_is_no_push() -> None:
     assert pushed_for(3, [0, 0, 0, offer(ROUND, norm)], [ROUND - 1] * 4, slots) == ROUND - 1
 
 
+def test_no_offer_reads_as_what_one_brings_alone() -> None:
+    words = [word(0, number) for number in range(1, 9) for word in (alone, offer)]
+    assert len(set(words)) == len(words)
+
+
 def test_versions_rise_with_rounds_and_with_what_is_loaded() -> None:
     assert 0 < version(0, 0) < version(1, 0) < version(1, 1) < version(2, 1)
