@@ -113,6 +113,7 @@ def test_only_notices_are_read_from_the_events(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("pid", "host", "status"),
     [(os.getpid(), platform.node(), "running"), (0, platform.node(), "lost"), (0, "elsewhere", "running")],
+    ids=["there", "gone", "elsewhere"],
 )
 def test_a_run_whose_process_is_gone_is_lost(pid: int, host: str, status: str, tmp_path: Path) -> None:
     """Where that can be seen."""
