@@ -338,6 +338,10 @@ class ExchangeMemory:
     def tell_word(self, words: memoryview[int], place: int, value: int) -> None:
         """Write it, and wake who sleeps there."""
         words[place] = value
+        self.wake_word(words, place)
+
+    def wake_word(self, words: memoryview[int], place: int) -> None:
+        """Have who sleeps there look again."""
         futex.wake(address(words) + place * _WORD)
 
     def _ready_address(self, worker: int) -> int:

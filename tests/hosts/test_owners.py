@@ -94,7 +94,8 @@ def test_four_hosts_are_one_process(runner: Runner, several: tuple[Host, ...]) -
     assert all(own == four[0] for own in four)  # to the bit, on all hosts
     # Parameters to begin with, to home and to three mirrors, there with their state; then each host sends three
     # quarters of its gradient, and its quarter of the fold to three others.
-    table = tabulate((str(place), 0, torch.zeros(len(values), dtype=torch.float64)) for place, values in enumerate(one))
+    tensors = [torch.zeros(len(values), dtype=torch.float64) for values in one]
+    table = tabulate((str(place), 0, tensor) for place, tensor in enumerate(tensors))
     gradient, summary = 8 * table.sizes["float64"], ended[-1].summary
     assert (summary["status"], summary["workers"], summary["steps"]) == ("done", 4, STEPS)
     assert summary["bytes_sent"] < 7 * STEPS * gradient  # of a star: 3 gradients, and 3 times the parameters

@@ -68,7 +68,9 @@ def begin(runner: Runner) -> Running:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_all_workers_stop_after_the_same_round_and_clean_up(number: int, runner: Runner) -> None:
+    before = signal.signal(number, signal.SIG_DFL)  # not ignored, as by nohup, which the run would inherit
     running = runner.start_run(ENDLESS, "--workers", "3", "--servers", "1")
+    signal.signal(number, before)
     running.until("round 20\n")
     running.signal(number)
     ended = running.end()

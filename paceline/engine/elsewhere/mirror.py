@@ -132,13 +132,19 @@ class HostMirror(Mirror):
 
     def fill(self, told: remote.Brought) -> None:
         """Home's values are here, if they were sent to this worker; else wait for them. Raises Broken."""
-        memory = self.memory
+        memory, version = self.memory, hosts.version(told.number, told.loads)
         if told.comes:
             memory.loads[0] = told.loads
             for member in self.members:
                 memory.stepped[member] = told.number
-            memory.tell_word(memory.brought, self._lead, hosts.version(told.number, told.loads))
-        self._await(memory.brought, self._lead, hosts.version(told.number, told.loads))
+            # Each its own word: what came over one link may come after what is newer over another's.
+            memory.brought[self._rank] = version
+            memory.wake_word(memory.brought, self._lead)
+        while max(memory.brought[member] for member in self.members) < version:
+            seen = memory.brought[self._lead]
+            memory.await_word(memory.brought, self._lead, seen, _LOOK_S)
+            if max(memory.brought[member] for member in self.members) < version and not self.is_whole():
+                raise Broken
 
     def _await(self, words: memoryview[int], place: int, least: int) -> None:
         while (seen := words[place]) < least:
