@@ -218,7 +218,8 @@ class Exchange:
             self.was_finite = self._replica.has_finite_gradients() if inner else self._replica.write_gradients()
             if not self.was_finite:
                 push = replace(push, weight=VOID)
-        push = replace(push, factor=self.factor)
+        if self.factor is not None:
+            push = replace(push, factor=self.factor)
         if self.inner is None:
             return self._meet(push)
         return self._meet(self.inner.close()) if self.inner.step(push) else None

@@ -137,20 +137,25 @@ def test_evaluations_and_gradients_that_are_not_finite(places: tuple[str, ...], 
     assert not seen.left
 
 
+def loading(run: Any) -> tuple[float, float]:
+    """Twice: loads parameters, takes two steps, loads the optimizer's state. What the parameters sum to, and the
+    steps."""
+    net = nn.Linear(2, 1, bias=False)
+    net, optimizer = run.wrap(net, optim.Adam(net.parameters(), lr=1.0))
+    for value in (3.0, 5.0):
+        net.load_state_dict({"weight": torch.full((1, 2), value)})
+        for _ in range(2):
+            net.weight.grad = torch.ones_like(net.weight)
+            optimizer.step()
+        optimizer.load_state_dict(optimizer.state_dict())
+    return float(net.weight.detach().sum()), float(optimizer.state_dict()["state"][0]["step"])
+
+
 @pytest.mark.parametrize("places", PLACES.values(), ids=PLACES)
 def test_what_scripts_load_counts_for_all(places: tuple[str, ...], seen: Seen) -> None:
-    def body(run: Any) -> tuple[float, float]:
-        net = nn.Linear(2, 1, bias=False)
-        net, optimizer = run.wrap(net, optim.Adam(net.parameters(), lr=1.0))
-        for value in (3.0, 5.0):
-            net.load_state_dict({"weight": torch.full((1, 2), value)})
-            for _ in range(2):
-                net.weight.grad = torch.ones_like(net.weight)
-                optimizer.step()
-            optimizer.load_state_dict(optimizer.state_dict())
-        return float(net.weight.detach().sum()), float(optimizer.state_dict()["state"][0]["step"])
-
-    assert run_job(body, workers=len(places), elsewhere=True, hosts=places) == [(pytest.approx(6.0), 4.0)] * len(places)
+    assert run_job(loading, workers=len(places), elsewhere=True, hosts=places) == [(pytest.approx(6.0), 4.0)] * len(
+        places
+    )
     assert (seen.as_one, seen.left) == (4, 0)
 
 

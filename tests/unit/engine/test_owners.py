@@ -13,7 +13,7 @@ from torch import nn, optim
 from paceline.engine.elsewhere import early, owners, peers
 from paceline.protocol import owners as protocol
 from tests.driver import run_job
-from tests.unit.engine.test_hosts import Seen, both, evaluating
+from tests.unit.engine.test_hosts import Seen, both, evaluating, loading
 from tests.unit.engine.test_hosts import seen as seen
 from tests.unit.engine.test_remote import EPOCHS, MAKES, SAMPLES, count, drawn, several, train
 
@@ -69,18 +69,9 @@ def test_so_it_is_with_batch_norm_and_with_clipping(how: dict[str, bool], seen: 
 
 @pytest.mark.parametrize("places", ONE_OF_THEM)
 def test_what_scripts_load_counts_for_all(places: tuple[str, ...], seen: Seen) -> None:
-    def body(run: Any) -> tuple[float, float]:
-        net = nn.Linear(2, 1, bias=False)
-        net, optimizer = run.wrap(net, optim.Adam(net.parameters(), lr=1.0))
-        for value in (3.0, 5.0):
-            net.load_state_dict({"weight": torch.full((1, 2), value)})
-            for _ in range(2):
-                net.weight.grad = torch.ones_like(net.weight)
-                optimizer.step()
-            optimizer.load_state_dict(optimizer.state_dict())
-        return float(net.weight.detach().sum()), float(optimizer.state_dict()["state"][0]["step"])
-
-    assert run_job(body, workers=len(places), elsewhere=True, hosts=places) == [(pytest.approx(6.0), 4.0)] * len(places)
+    assert run_job(loading, workers=len(places), elsewhere=True, hosts=places) == [(pytest.approx(6.0), 4.0)] * len(
+        places
+    )
     assert (seen.as_one, seen.left) == (4, 0)
 
 
