@@ -119,6 +119,7 @@ class Link:
         self._asked = False  # acknowledgement wanted: somebody waits for it
         self._answer = False  # the peer wants one
         self._closing = self._leaving = self._bye = False
+        self.peer_left = False  # in order: all that it has sent is here
         self.joined = threading.Event()  # or ended
         self._decoder = msgspec.msgpack.Decoder(end.messages)
         self._scratch: memoryview | None = None
@@ -339,6 +340,7 @@ class Link:
             if self._answer:
                 self._changed.notify_all()
         if header.kind == wire.BYE:
+            self.peer_left = True
             raise _PeerLeft(f"{self.peer} has closed the link")
 
     def _acknowledge(self, header: wire.Header) -> None:

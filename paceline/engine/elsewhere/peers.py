@@ -82,6 +82,11 @@ class Peers:
         """Is there a link to each?"""
         return len(self._links) == len(self.others) and all(link.ended is None for link in self._links.values())
 
+    @property
+    def has_lost_one(self) -> bool:
+        """Of those who have not come to their end in order."""
+        return any(link.ended is not None and not link.peer_left for link in self._links.values())
+
     def add(self, exchange: int, hears: Hears) -> None:
         self._heard[exchange] = hears
 

@@ -74,8 +74,9 @@ class RemoteHost:
         is_owner = self._peers is not None and can_be_owned(one.spec)
         if (kind == remote.HOST and not can_be_folded(one.spec)) or (kind == remote.OWNER and not is_owner):
             kind = remote.OWN
-        if self._peers is not None and is_owner:
-            one.own(self._mail, kind, self._rank, self._peers, lambda: self._line.is_ending or not self._are_all)
+        peers = self._peers
+        if peers is not None and is_owner:
+            one.own(self._mail, kind, self._rank, peers, lambda: self._line.is_ending or not peers.are_all)
             self._owning.append(one)
         if kind == remote.HOST and self._rank == self._around.members(self._rank)[0]:
             descriptor = HostMirror.make(one.spec)
@@ -124,13 +125,12 @@ class RemoteHost:
         self._gradients.stepped(one)
         return True
 
-    @property
-    def _are_all(self) -> bool:
-        return self._peers is not None and self._peers.are_all
-
     def check(self, one: RemoteExchange, *, is_over: bool) -> None:
         """After a step: does this worker reach all other owners, where that still matters; has its mirror followed?"""
-        if one.owners is not None and (one.owners.has_missed or not (is_over or self._are_all)):
+        if one.owners is None:
+            return
+        assert self._peers is not None
+        if one.owners.has_missed or (self._peers.has_lost_one and not is_over):
             self.leave(one)
 
     def leave(self, one: RemoteExchange) -> None:

@@ -3,6 +3,7 @@ parameters are the same bits on all. The oracle is the same job with local worke
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn, optim
 
 from paceline.engine.elsewhere import early, owners, peers
+from paceline.engine.elsewhere.remote_host import RemoteHost
 from paceline.protocol import owners as protocol
 from tests.driver import run_job
 from tests.unit.engine.test_hosts import Seen, both, evaluating, loading
@@ -117,6 +119,38 @@ def test_a_link_that_ends_between_two_of_them_makes_it_a_star(
     assert apart == pytest.approx(one, rel=1e-12, abs=1e-12)
     assert seen.as_one
     assert seen.left == 3
+
+
+def test_who_comes_to_its_end_first_is_not_missed(monkeypatch: pytest.MonkeyPatch, seen: Seen) -> None:
+    """Worker 2 has left already when worker 1 looks behind its last step whether it still reaches all."""
+    check, changed, has_left, steps, looks = RemoteHost.check, owners.Owners.changed, threading.Event(), 4, 0
+
+    def look(self: Any, one: Any, *, is_over: bool) -> None:
+        nonlocal looks
+        if one.owners is not None and self._rank == 1:
+            looks += 1
+            assert looks < steps or has_left.wait(20)
+        check(self, one, is_over=is_over)
+
+    def change(self: Any) -> None:
+        if self._rank == 1:
+            has_left.set()
+        changed(self)
+
+    monkeypatch.setattr(RemoteHost, "check", look)
+    monkeypatch.setattr(owners.Owners, "changed", change)
+
+    def body(run: Any) -> float:
+        net = nn.Linear(1, 1, bias=False)
+        net, optimizer = run.wrap(net, optim.SGD(net.parameters(), lr=1.0))
+        net.load_state_dict({"weight": torch.zeros(1, 1)})
+        for _ in range(steps):
+            net.weight.grad = torch.ones_like(net.weight)
+            optimizer.step()
+        return float(net.weight.detach())
+
+    assert run_job(body, workers=3, elsewhere=True, hosts=PLACES["3"]) == [-steps] * 3
+    assert (seen.as_one, seen.left, looks) == (steps, 0, steps)
 
 
 def test_where_one_is_not_reached_it_is_a_star_from_the_beginning(monkeypatch: pytest.MonkeyPatch, seen: Seen) -> None:
