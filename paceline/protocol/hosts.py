@@ -29,6 +29,7 @@ class Slot(Protocol):
         """Whose slot has what this worker brings to round ``number``; None: its own, which has nothing else."""
 
 
+_WORKERS = 2**16  # more than there are
 LEAVES = 2**62  # in ``offered``: it takes part in no fold any more
 
 
@@ -83,3 +84,31 @@ def pushed_for(worker: int, offered: Column, pushed: Column, slots: Sequence[Slo
 def version(number: int, loads: int) -> int:
     """Of home's values after round ``number``, ``loads`` checkpoints having been loaded: rises with each. 0 is none."""
     return number + loads + 1
+
+
+# Values of home's come to a host's mirror over the link of one of its workers: of any, for only some may be in a round.
+# What two links bring comes in any order, so nothing is sent over one before what was sent over another is there. One
+# word, in ``brought``, says which version was sent last and, until it is there, over whose link.
+
+
+def sent(version: int, worker: int) -> int:
+    """That this version is on its way, over this worker's link."""
+    return version * _WORKERS + worker + 1
+
+
+def arrived(version: int) -> int:
+    """That it is there."""
+    return version * _WORKERS
+
+
+def has_version(word: int, version: int) -> bool:
+    """Was this version, or a newer one, sent?"""
+    return word >= arrived(version)
+
+
+def is_there(word: int) -> bool | Waiting:
+    """Is all that was sent there?"""
+    over = word % _WORKERS - 1
+    if over < 0:
+        return True
+    return Waiting(over, f"what worker {over} is sent for its host has not arrived")

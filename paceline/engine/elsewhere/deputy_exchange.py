@@ -160,6 +160,8 @@ class DeputyExchange:
         comes = (self._told >= 0 or self._is_lead) and host.claim(number, loads)
         if comes:
             self._send_all()
+            self._line.flush()
+            host.arrived(number, loads)
         self._told = number
         self.took(number)
         return remote.Brought(number, loads, comes)

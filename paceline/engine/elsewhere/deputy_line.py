@@ -72,6 +72,11 @@ class DeputyLine:
         except LinkEnded as lost:
             raise self._lost(str(lost)) from None
 
+    def flush(self) -> None:
+        """Until the worker's process has all that was sent to it."""
+        with self._board.waiting(AWAITS_ITS_WORKER), self.kept():
+            self.link.flush()
+
     def _next(self, kind: type[_Said]) -> _Said:
         """The next that the worker says of this kind."""
         with self._board.waiting(AWAITS_ITS_WORKER):  # it is the worker that computes

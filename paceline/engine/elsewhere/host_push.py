@@ -41,13 +41,25 @@ class HostPush:
         self._board.ring(self._rank)
 
     def claim(self, number: int, loads: int) -> bool:
-        """Is it on this worker to be sent home's values for all of its host?"""
-        newest = hosts.version(number, loads)
-        with self._lock:
-            if self._memory.brought[self._lead] >= newest:
-                return False
-            self._memory.brought[self._lead] = newest
-            return True
+        """Is it on this worker to be sent home's values for all of its host? Then ``arrived`` follows. Waits until what
+        another one was sent is there, so that it does not come over what is newer. Raises Aborted."""
+        words, newest = self._memory.brought, hosts.version(number, loads)
+        while self._board.wait(self._may_claim):
+            with self._lock:
+                if hosts.has_version(words[self._lead], newest):
+                    return False
+                if hosts.is_there(words[self._lead]) is True:
+                    words[self._lead] = hosts.sent(newest, self._rank)
+                    return True
+        return False  # the mirror is left
+
+    def _may_claim(self) -> bool | Waiting:
+        return hosts.is_there(self._memory.brought[self._lead]) if self.is_one else False
+
+    def arrived(self, number: int, loads: int) -> None:
+        """What was claimed is there."""
+        self._memory.brought[self._lead] = hosts.arrived(hosts.version(number, loads))
+        self._board.ring(self._rank)
 
     def bring(self, number: int, weight: float) -> None:
         """Push this worker's gradient to round ``number``, whose header is written; as ``Rounds.bring``. Raises
@@ -115,7 +127,7 @@ class HostPush:
         for member in self._members:
             memory.slots[member].write_lies_in(number, lead)
         if norm is None:
-            memory.brought[lead] = hosts.version(number, memory.loads[0])  # the host steps it by itself
+            memory.brought[lead] = hosts.arrived(hosts.version(number, memory.loads[0]))  # the host steps it by itself
         words, least = self._words(number, norm)
         words[lead] = least
 

@@ -133,11 +133,9 @@ class HostMirror(Mirror):
     def fill(self, told: remote.Brought) -> None:
         """Home's values are here, if they were sent to this worker; else wait for them. Raises Broken."""
         memory, version = self.memory, hosts.version(told.number, told.loads)
+        # Each its own words: a worker may hear of what came over its link when others are further already.
+        memory.stepped[self._rank] = told.number
         if told.comes:
-            memory.loads[0] = told.loads
-            for member in self.members:
-                memory.stepped[member] = told.number
-            # Each its own word: what came over one link may come after what is newer over another's.
             memory.brought[self._rank] = version
             memory.wake_word(memory.brought, self._lead)
         while max(memory.brought[member] for member in self.members) < version:

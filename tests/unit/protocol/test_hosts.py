@@ -10,11 +10,15 @@ from paceline.protocol.hosts import (
     LEAVES,
     alone,
     are_together,
+    arrived,
     comes_to,
+    has_version,
     is_one,
     is_pushed,
+    is_there,
     offer,
     pushed_for,
+    sent,
     version,
 )
 from paceline.protocol.rounds import NORMS, Waiting
@@ -114,3 +118,14 @@ def test_no_offer_reads_as_what_one_brings_alone() -> None:
 
 def test_versions_rise_with_rounds_and_with_what_is_loaded() -> None:
     assert 0 < version(0, 0) < version(1, 0) < version(1, 1) < version(2, 1)
+
+
+def test_nothing_is_sent_before_what_was_sent_over_another_link_is_there() -> None:
+    before, newest = version(4, 0), version(5, 0)
+    assert is_there(0) is True  # nothing was sent yet
+    answer = is_there(sent(newest, 3))
+    assert isinstance(answer, Waiting)
+    assert answer.on == 3
+    assert is_there(arrived(newest)) is True
+    assert [has_version(word, newest) for word in (0, arrived(before), sent(before, 3))] == [False] * 3
+    assert [has_version(word, newest) for word in (sent(newest, 0), arrived(newest))] == [True] * 2
