@@ -178,3 +178,62 @@ def test_what_worker_0_does_behind_each_pass_is_done_once(how: str, stop_at: int
         ended = running.end()
     assert ended.code == 0, ended.err
     assert (runner.folder / "marks").read_text() == "0 1 2 3 4 5 "
+
+
+# Behind a pass of ten rounds, before the batches that are left of the next one.
+ASKED_EARLY = """
+import os
+import signal
+
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import paceline
+from standing import stand
+from counting import Count
+
+run = paceline.init()
+weight = torch.nn.Parameter(torch.zeros(()))
+optimizer = torch.optim.SGD([weight], lr=0.1)
+count = Count()
+run.keep(count)
+loader = DataLoader(TensorDataset(torch.ones(20)), batch_size=1)
+others = DataLoader(TensorDataset(torch.ones(1)), batch_size=1)
+optimizer, loader, others = run.wrap(optimizer, loader, others)
+for epoch in range(2):
+    if epoch and os.path.exists("again"):
+        if run.rank == 0 and not os.path.exists("died"):
+            open("died", "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+        with torch.no_grad():
+            for _ in others:
+                continue
+    for (x,) in loader:
+        (weight * x).sum().backward()
+        optimizer.step()
+        count.steps += 1
+        if run.is_main and epoch and not os.path.exists("again"):
+            stand(12)
+print(f"worker {run.rank} has counted {count.steps}")
+"""
+COUNT = """
+class Count:
+    steps = 0
+
+    def state_dict(self):
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state):
+        self.steps = state["steps"]
+"""
+
+
+def test_who_has_not_taken_up_what_it_keeps_tells_a_newcomer_what_the_checkpoint_has(runner: Runner) -> None:
+    """Worker 1 has nothing of an evaluation before its first batch, and waits there for worker 0, which dies."""
+    runner.write("counting.py", COUNT)
+    first = interrupted(runner, ASKED_EARLY, args=[], place=12)
+    runner.write("again", "")
+    ended = resumed(runner, first)
+    assert ended.code == 0, ended.err
+    assert (ended.folder / "died").exists()
+    assert [ended.log(rank).splitlines()[-1] for rank in (0, 1)] == [f"worker {rank} has counted 20" for rank in (0, 1)]

@@ -15,7 +15,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 import torch
@@ -30,6 +30,7 @@ from paceline.protocol import messages
 from paceline.transport import segment
 from paceline.transport.channel import Channel
 
+Own: TypeAlias = "tuple[dict[str, Any], Tensors, bool]"  # what a worker had of its own; was it this one?
 Groups = Mapping[str, Mapping[str, torch.Tensor]]
 
 
@@ -112,7 +113,7 @@ class Resumed:
         self._loaded = Checkpoints(path.parent.parent).load(path)
         self.state: dict[str, Any] = self._loaded.documents["state"]
 
-    def own(self, rank: int) -> tuple[dict[str, Any], Tensors, bool] | None:
+    def own(self, rank: int) -> Own | None:
         """What worker ``rank`` had of its own, or another where there is none (then the last is False); None if
         nobody's is there."""
         there = sorted(

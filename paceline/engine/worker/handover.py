@@ -77,22 +77,24 @@ class Handover:
 
         return take
 
-    def answer(self) -> None:
-        """Between two steps, or while waiting: tell the newcomers that ask, unless this worker asks itself."""
+    def answer(self, own: snapshot.Own | None = None) -> None:
+        """Between two steps, or while waiting: tell the newcomers that ask, unless this worker asks itself.
+
+        ``own``: what its script is to keep, if it does not yet.
+        """
         board, lock = self._board, self._context.lock
         if not asking(board) or self._rank in asking(board):
             return
         with lock:
             for worker in asking(board):
-                self._tell(worker, board.asks[worker])
+                self._tell(worker, board.asks[worker], own)
                 board.answers[worker] = board.asks[worker]
             board.ring(board.common)
 
-    def _tell(self, worker: int, number: int) -> None:
+    def _tell(self, worker: int, number: int, own: snapshot.Own | None) -> None:
         channel = self._context.channel
         try:
-            tensors: Tensors = {}
-            document = self._keeper.state(self._exchanges, tensors)
+            document, tensors, _ = own or self._state()
             layout, fd = snapshot.pack({"kept": tensors}, {"kept": document})
         except PacelineError as error:
             self._tell_user(f"worker {worker} cannot be told what worker {self._rank} keeps: {error.what}")
@@ -102,6 +104,10 @@ class Handover:
             channel.send(messages.Kept(worker, number, layout), (fd,))
         finally:
             os.close(fd)
+
+    def _state(self) -> snapshot.Own:
+        tensors: Tensors = {}
+        return self._keeper.state(self._exchanges, tensors), tensors, True
 
     def _alarm_all(self) -> None:
         with self._context.lock:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from paceline.engine.checkpoint.saving import Saving
-from paceline.engine.checkpoint.snapshot import Resumed
+from paceline.engine.checkpoint.snapshot import Own, Resumed
 from paceline.engine.context import Context
 from paceline.engine.exchange.exchange import Exchange
 from paceline.engine.worker.catching_up import CatchingUp
@@ -47,6 +47,7 @@ class Membership:
         self._handover = Handover(context, exchanges, saving.keeper)
         self._heard = 0  # of the board's alarms
         self._is_asked = False  # by newcomers, perhaps
+        self._own: Own | None = None  # what the script takes up from a checkpoint
 
     # --- what others have to tell ---
 
@@ -57,13 +58,14 @@ class Membership:
         ``ask``: what this worker waits for; Waiting until it has come.
         """
         board, joined = self._board, self._catching_up.joined
-        if joined:
+        counts = joined or self._catching_up.resumed is not None  # a run that is resumed has all its workers
+        if counts:
             self._is_asked = True
             self.answer()
-            if board.parked[self._rank]:
-                self._saving.at_border()
+        if joined and board.parked[self._rank]:
+            self._saving.at_border()
         with self._lock:
-            if not joined:
+            if not counts:
                 self._settling.bury()
                 return
             changed = self._settling.settle()
@@ -86,10 +88,21 @@ class Membership:
             self.answer()
 
     def answer(self) -> None:
-        """Tell newcomers what they ask, as soon as this worker's script is what it is to be."""
-        if self._is_asked and self._catching_up.is_itself:
+        """Tell newcomers what they ask, as soon as this worker's script is what it is to be.
+
+        Where it is to take that up from a checkpoint it is told as it stands there: until it does, this worker may wait
+        for the newcomer.
+        """
+        own = self._to_take_up()
+        if self._is_asked and (own is not None or self._catching_up.is_itself):
             self._is_asked = False
-            self._handover.answer()
+            self._handover.answer(own)
+
+    def _to_take_up(self) -> Own | None:
+        resumed = self._catching_up.resumed
+        if resumed is not None:
+            return resumed.own(self._rank)
+        return self._own if self._catching_up.is_to_take else None
 
     # --- joining ---
 
@@ -183,6 +196,7 @@ class Membership:
     def _take_up(self, resumed: Resumed) -> None:
         """This worker is where it was when the checkpoint was made, but for what its script draws next."""
         own, progress = resumed.own(self._rank), self._progress
+        self._own = own
         if own is not None:
             document, tensors, is_its_own = own
             progress.look = (document["look"][0], document["look"][1])
