@@ -2,7 +2,7 @@
 
 A pass has one deal as a rule, of all its samples to those who share it. What a worker that is given up has not trained
 on is dealt anew, when nobody is left that reads: that is the next deal, of what is left to those who stand at the tail
-of this one. A loader's deals are numbered, through all its passes.
+of this one. A loader's deals are numbered, through all its passes that have one place on the board.
 
 Law 8, beside those of ``rounds.py``. Who has read all of its part of a deal parks at the deal's tail. It goes on with
 its part of the next one, or to the end of the pass. Which, is decided under the run's lock, as soon as everybody who is
@@ -18,7 +18,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from paceline.protocol.rounds import DEAL, EMPTY, LEFT, Board, Waiting, deal_parked_at, is_let_go, parked_at
+from paceline.protocol.rounds import (
+    DEAL,
+    EMPTY,
+    LEFT,
+    Board,
+    Waiting,
+    barrier_open,
+    deal_parked_at,
+    is_let_go,
+    parked_at,
+    place_of,
+)
 
 ALL = 1 << 40  # batches: more than anybody has
 
@@ -65,6 +76,12 @@ class Dealt:
         return Deal(sharers.index(worker) if self.is_in(worker) else -1, len(sharers), self.before(deal))
 
 
+def may_settle(loader: int, number: int, board: Board) -> bool:
+    """May it be told on the board how pass ``number`` (the first is 0) is dealt? Not while somebody may be in the one
+    two before it, whose place that is: then one has gone on by law 4 twice, and this is most likely an evaluation."""
+    return barrier_open(loader, number - 1, board)
+
+
 def place_at_tail(loader: int, deal: int, *, is_empty: bool) -> int:
     """The board's word for who is parked there."""
     return loader + 1 + DEAL + (EMPTY if is_empty else 0) + (deal << 35)
@@ -73,7 +90,7 @@ def place_at_tail(loader: int, deal: int, *, is_empty: bool) -> int:
 def is_at_tail(worker: int, loader: int, number: int, board: Board) -> bool:
     """Is the worker parked at the tail of the newest deal, in pass ``number``? Deals of two passes may have one number,
     where somebody is a pass ahead by law 4."""
-    place = place_at_tail(loader, board.deals[loader], is_empty=False)
+    place = place_at_tail(loader, board.deals[place_of(loader, number - 1)], is_empty=False)
     return board.parked[worker] & ~EMPTY == place and board.passes(loader)[worker] + 1 == number
 
 
@@ -87,7 +104,7 @@ def more_of_pass(worker: int, board: Board) -> bool | Waiting:
     number = board.passes(loader)[worker] + 1
     if board.drained[loader] >= number:
         return False
-    if board.deals[loader] > deal_parked_at(parked):
+    if board.deals[place_of(loader, number - 1)] > deal_parked_at(parked):
         return True
     over = deal_over(loader, number, None, board)
     if not isinstance(over, Waiting) or not parked & EMPTY:
@@ -103,7 +120,7 @@ def deal_over(
     ``arriving`` is a worker that is about to park at its tail, ``leaving`` are about to be LEFT. To be acted upon under
     the run's lock only.
     """
-    passes, lost = board.passes(loader), board.lost[loader] != 0
+    passes, lost = board.passes(loader), board.lost[place_of(loader, number - 1)] != 0
     for worker in range(board.width):
         if worker == arriving or worker in leaving or board.gone[worker] == LEFT:
             continue

@@ -65,8 +65,8 @@ class Board(Protocol):
     ``passes(l)[w]`` is how many passes over loader l worker w has finished; ``gone[w]`` is LEFT once w has left, AWAY
     when it has died and another is to take its place;
     ``evaluated[l]`` is 1 once anyone has read loader l without a step; ``returned[l]`` is how many batches of it have
-    come back, ``drained[l]`` how many passes over it are drained; ``deals[l]`` is the number of its newest deal,
-    ``lost[l]`` not 0 if somebody was given up within that (``deals.py``).
+    come back, ``drained[l]`` how many passes over it are drained; where ``place_of`` says ``deals`` has the number of a
+    pass's newest deal, ``lost`` not 0 if somebody was given up within that (``deals.py``).
     """
 
     @property
@@ -161,7 +161,9 @@ def _excused(worker: int, board: Board) -> bool:
     if board.parked[worker] != parked:
         return False  # it has gone on in between: that number may be of a pass it left without parking
     if parked & (TAIL | DEAL):
-        more = board.returned[loader] if parked & TAIL else board.deals[loader] > deal_parked_at(parked)
+        more = (
+            board.returned[loader] if parked & TAIL else board.deals[place_of(loader, number)] > deal_parked_at(parked)
+        )
         return board.drained[loader] <= number and not more and not _free_to_go(parked, board)
     return not barrier_open(loader, number, board) and not _free_to_go(parked, board)
 
@@ -179,6 +181,11 @@ def parked_at(parked: int) -> int:
 def deal_parked_at(parked: int) -> int:
     """The deal at whose tail a worker waits that is parked at one."""
     return parked >> 35
+
+
+def place_of(loader: int, number: int) -> int:
+    """Where the board tells how pass ``number`` (the first is 0) is dealt; there is room for two of each loader."""
+    return 2 * loader + number % 2
 
 
 def _free_to_go(parked: int, board: Board) -> bool:

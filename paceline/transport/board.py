@@ -13,18 +13,18 @@ lies at or behind ``width``, so that nobody looks at it.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
 from paceline.protocol.crew import crew_size
-from paceline.protocol.deals import Dealt
 from paceline.protocol.rounds import LEFT, Waiting
 from paceline.transport import futex, segment
 from paceline.transport.accounts import WORDS as ACCOUNTS_WORDS
 from paceline.transport.accounts import Accounts
 from paceline.transport.journal import WORDS as JOURNAL_WORDS
 from paceline.transport.journal import Journal, Watched
+from paceline.transport.shares import PASSES, Shares, words_of_shares
 
 MAGIC = 0x31304C4341504C43
 MAX_LOADERS = 1024  # some scripts make and wrap a loader for every epoch
@@ -32,7 +32,6 @@ COLLECTIVES = MAX_LOADERS - 1  # stands for a loader: its passes are what all wo
 AWAITS_OTHERS, AWAITS_ITS_WORKER = 1, 2  # what a process waits for, as told in its word of ``asleep``; 0: nothing
 _LINE = 8  # words in a cache line: members' change counts do not share one
 _SPINS = 40
-_COUNT_BITS = 41  # of how many batches of a part count: in a word, with the deal before them
 _WAIT_S = 0.5  # a sleeper looks for an abort at least this often, whoever forgot to wake it
 
 T = TypeVar("T")
@@ -103,10 +102,10 @@ class Board:
         self.trained = self._words[offsets["trained"] : offsets["trained"] + MAX_LOADERS]
         self.decided = watched("decided", MAX_LOADERS)
         self.returned, self.drained = watched("returned", MAX_LOADERS), watched("drained", MAX_LOADERS)
-        self.deals, self.lost = watched("deals", MAX_LOADERS), watched("lost", MAX_LOADERS)
-        self._shares = watched("shares", MAX_LOADERS * _shares_words(workers))
-        self._outs = watched("outs", MAX_LOADERS * workers)
-        self._loaders = range(MAX_LOADERS)
+        dealt = MAX_LOADERS * PASSES
+        self.deals, self.lost = watched("deals", dealt), watched("lost", dealt)
+        shares, outs = watched("shares", dealt * words_of_shares(workers)), watched("outs", dealt * workers)
+        self.shares = Shares(self.deals, self.lost, shares, outs, workers)
         self._cores = len(os.sched_getaffinity(0))
 
     @staticmethod
@@ -229,42 +228,6 @@ class Board:
     def passes(self, loader: int) -> memoryview[int]:
         return self._passes[loader]
 
-    def dealt(self, loader: int, number: int) -> Dealt | None:
-        """How the batches of pass ``number`` (the first is 0) are dealt by now; None before that is settled."""
-        size = _shares_words(self.workers)
-        start, outs = loader * size, loader * self.workers
-        if self._shares[start] != number + 1:
-            return None
-        first = self._shares[start + 1]
-        masks = [self._shares[start + 2 + place] for place in range(size - 2)]
-        sharers = tuple(worker for worker in range(self.workers) if masks[worker // 64] >> worker % 64 & 1)
-        words = ((worker, self._outs[outs + worker]) for worker in sharers)
-        known = {w: (first + (word >> _COUNT_BITS) - 1, word & (1 << _COUNT_BITS) - 1) for w, word in words if word}
-        return Dealt(first, self.deals[loader], sharers, known)
-
-    def settle_sharers(self, loader: int, number: int, workers: Sequence[int]) -> None:
-        """Under the run's lock: the batches of pass ``number`` are dealt to these."""
-        size = _shares_words(self.workers)
-        start, masks = loader * size, [0] * (size - 2)
-        for worker in workers:
-            masks[worker // 64] |= 1 << worker % 64
-        for place, word in enumerate((number + 1, self.deals[loader], *masks)):
-            self._shares[start + place] = word
-        for worker in range(self.workers):
-            self._outs[loader * self.workers + worker] = 0
-        self.lost[loader] = 0
-
-    def open_passes(self) -> list[tuple[int, int]]:
-        """Under the run's lock: the loaders of which a pass has been dealt, each with the last."""
-        size = _shares_words(self.workers)
-        return [(loader, word - 1) for loader in self._loaders if (word := self._shares[loader * size])]
-
-    def take_out(self, loader: int, worker: int, batches: int) -> None:
-        """Under the run's lock: of a worker's part in the newest deal of the open pass so many batches count, and it
-        shares no later one."""
-        deal = self.deals[loader] - self._shares[loader * _shares_words(self.workers) + 1]
-        self._outs[loader * self.workers + worker] = deal + 1 << _COUNT_BITS | batches
-
     def look(self, loader: int, number: int, worker: int) -> memoryview[float]:
         """[sum of loss times samples, sum of samples, steps] of a worker's pass ``number``; two fit."""
         start = self._looks + ((loader * 2 + number % 2) * self.workers + worker) * 3
@@ -357,11 +320,6 @@ class Board:
         return answer
 
 
-def _shares_words(workers: int) -> int:
-    """Of a loader: 1 + a pass, its first deal, and a set of workers."""
-    return 2 + -(-workers // 64)
-
-
 def _offsets(workers: int, servers: int) -> dict[str, int]:
     """Where each column begins, in words."""
     place, offsets = 2 * _LINE, {}
@@ -384,10 +342,10 @@ def _offsets(workers: int, servers: int) -> dict[str, int]:
         "coming": workers,
         "settled": workers,
         "places": workers * 2,
-        "deals": MAX_LOADERS,
-        "lost": MAX_LOADERS,
-        "shares": MAX_LOADERS * _shares_words(workers),
-        "outs": MAX_LOADERS * workers,
+        "deals": MAX_LOADERS * PASSES,
+        "lost": MAX_LOADERS * PASSES,
+        "shares": MAX_LOADERS * PASSES * words_of_shares(workers),
+        "outs": MAX_LOADERS * PASSES * workers,
         "asleep": workers + servers + 1,
         "in_hand": workers,
         "longest_ns": workers,

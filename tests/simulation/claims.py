@@ -10,7 +10,7 @@ from paceline.config import Bounded, Local, Quorum
 from paceline.data.ledger import RING
 from paceline.protocol.deals import Deal
 from paceline.protocol.log import Entry
-from paceline.protocol.rounds import AWAY, DEAL, EMPTY, LEFT, TAIL, deal_parked_at, parked_at
+from paceline.protocol.rounds import AWAY, DEAL, EMPTY, LEFT, TAIL, deal_parked_at, parked_at, place_of
 from tests.simulation import known
 from tests.simulation.memory import LOADERS, Host
 from tests.simulation.plans import Plan
@@ -145,7 +145,9 @@ class Claims:
         passes, gone, parked = self._passes(loader), board.raw("gone"), board.raw("parked")
         if before & (TAIL | DEAL):
             may = board.raw("drained")[loader] > passes[rank] or (
-                board.raw("returned")[loader] if before & TAIL else board.raw("deals")[loader] > deal_parked_at(before)
+                board.raw("returned")[loader]
+                if before & TAIL
+                else board.raw("deals")[place_of(loader, passes[rank])] > deal_parked_at(before)
             )
             if before & EMPTY and not may:
                 dead = board.raw("deaths")
@@ -190,10 +192,10 @@ class Claims:
             done = [one for one in places if one == rank or gone[one] == LEFT or passes[one] > passes[worker]]
             stand = [one for one in places if not gone[one] and parked[one] & ~EMPTY == parked[worker] & ~EMPTY]
             stand = [one for one in stand if passes[one] == passes[worker]]
-            is_due = not board.raw("lost")[loader] and {*done, *stand} == set(places)
-            may = board.raw("drained")[loader] > passes[worker] or board.raw("deals")[loader] > deal_parked_at(
-                parked[worker]
-            )
+            place = place_of(loader, passes[worker])
+            is_due = not board.raw("lost")[place] and {*done, *stand} == set(places)
+            newest = board.raw("deals")[place]
+            may = board.raw("drained")[loader] > passes[worker] or newest > deal_parked_at(parked[worker])
             assert may or not is_due, f"worker {rank} has left, and worker {worker} is not told that a pass is drained"
 
     def _passes(self, loader: int) -> list[int]:

@@ -18,9 +18,10 @@ from paceline.params.undo import HEADER_WORDS, Undo
 from paceline.protocol import log
 from paceline.protocol.rounds import LEFT
 from paceline.transport.accounts import Accounts
-from paceline.transport.board import COLLECTIVES, Board, _offsets, _shares_words
+from paceline.transport.board import COLLECTIVES, Board, _offsets
 from paceline.transport.journal import WORDS as JOURNAL_WORDS
 from paceline.transport.journal import Journal, Watched
+from paceline.transport.shares import PASSES, Shares, words_of_shares
 from paceline.transport.slots import Slot
 from tests.simulation.scheduler import Scheduler, Task
 
@@ -188,9 +189,10 @@ class SimulatedBoard(Board):
         self.asks, self.answers = column("asks"), watched("answers", host.workers)
         self.on_alarm = lambda ask: None
         self.leaving, self.coming, self._coming = column("leaving"), watched("coming", host.workers), offsets["coming"]
-        self._shares = watched("shares", LOADERS * _shares_words(host.workers))
-        self._outs, self._loaders = watched("outs", LOADERS * host.workers), range(LOADERS)
-        self.deals, self.lost = watched("deals", LOADERS), watched("lost", LOADERS)
+        dealt = LOADERS * PASSES
+        self.deals, self.lost = watched("deals", dealt), watched("lost", dealt)
+        shares, outs = watched("shares", dealt * words_of_shares(host.workers)), watched("outs", dealt * host.workers)
+        self.shares = Shares(self.deals, self.lost, shares, outs, host.workers)
         self._heard = 0
         self._asleep = offsets["asleep"] + self.members
         self.in_hand, self.longest_ns = column("in_hand").private(), column("longest_ns").private()

@@ -55,6 +55,8 @@ def test_what_is_claimed_holds_under_any_schedule(first: int) -> None:
         ("rounds", 501896),
         ("log", 600059),
         ("rounds", 600110),
+        ("rounds", 800706),
+        ("rounds", 801262),
     ],
 )
 def test_what_once_failed_holds(world: str, seed: int) -> None:

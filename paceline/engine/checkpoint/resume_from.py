@@ -28,7 +28,7 @@ def fill_board(state: dict[str, Any], board: Board, job: Job) -> None:
                 board.places[2 * worker] = key_of(loader, passes)
                 board.places[2 * worker + 1] = known["done"][worker]
         if alike and any(known["done"]):  # whoever dies before it begins that pass has its part all the same
-            board.settle_sharers(loader, passes, range(job.workers))
+            board.shares.settle(loader, passes, range(job.workers))
         board.decided[loader] = min(known["decided"], passes)
         board.evaluated[loader] = known["evaluated"]
         board.trained[loader] = known["trained"]

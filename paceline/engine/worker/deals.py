@@ -11,7 +11,7 @@ from collections.abc import Container
 
 from paceline.engine.context import Context
 from paceline.engine.worker.position import key_of
-from paceline.protocol.deals import Deal, Dealt
+from paceline.protocol.deals import Deal, Dealt, may_settle
 from paceline.protocol.rounds import LEFT
 
 
@@ -44,11 +44,13 @@ class Deals:
             self._deals[loader] = self._part_of(self._sharers(leaving=True))
             return True
         with self._lock:
-            if board.dealt(loader, number) is None:
+            if board.shares.dealt(loader, number) is None and may_settle(loader, number, board):
                 sharers = self._sharers(leaving=False) or self._sharers(leaving=True)
-                board.settle_sharers(loader, number, sharers)
-            dealt = board.dealt(loader, number)
-        assert dealt is not None
+                board.shares.settle(loader, number, sharers)
+            dealt = board.shares.dealt(loader, number)
+        if dealt is None:
+            self._deals[loader] = self._part_of(self._sharers(leaving=True))
+            return True
         deal = self._first_to_read(loader, number, dealt)
         self._reading[loader] = number, deal
         part = self._deals[loader] = dealt.part(self._rank, deal)
@@ -59,7 +61,7 @@ class Deals:
         """The next deal of the pass is made; False if the others have gone on to another pass."""
         number, deal = self._reading[loader]
         with self._lock:
-            dealt = self._board.dealt(loader, number)
+            dealt = self._board.shares.dealt(loader, number)
         if dealt is None:
             return False
         self._reading[loader] = number, deal + 1

@@ -100,9 +100,9 @@ class Parking:
             passes[self._rank] += 1
             if leased:
                 self._settling.drain(loader)
-            elif board.dealt(loader, passes[self._rank] - 1) is not None:
+            elif (dealt := board.shares.dealt(loader, passes[self._rank] - 1)) is not None:
                 # At once: after a break it may step, in a round that those at the tail are excused from until then.
-                self._settling.end_deal(loader, passes[self._rank], board.deals[loader])
+                self._settling.end_deal(loader, passes[self._rank], dealt.newest)
         self._context.ring()
 
     def word(self, loader: int) -> int:

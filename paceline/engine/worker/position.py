@@ -42,7 +42,7 @@ def tell(context: Context, loaders: int, leases: Mapping[int, Leases], trained: 
         now = min((passes[w] for w in workers), default=0)
         # Whose places need no telling are those that never change.
         everybody = tuple(range(job.workers) if job.data != "shared" else workers)
-        dealt = board.dealt(loader, now) or Dealt(0, 0, everybody, {})
+        dealt = board.shares.dealt(loader, now) or Dealt(0, 0, everybody, {})
         sharers = dealt.sharers_of(dealt.newest)
         before = replace(part, before=dealt.before(dealt.newest)).trained_in(loader, now)
         known = {

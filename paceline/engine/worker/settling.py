@@ -14,7 +14,7 @@ from paceline.engine.exchange.exchange import Exchange
 from paceline.engine.worker.leases import Leases
 from paceline.engine.worker.position import done_in, key_of, loader_of
 from paceline.protocol.deals import ALL, deal_over, is_at_tail
-from paceline.protocol.rounds import AWAY, LEFT, NOT_PARKED, PRESENT, Waiting, is_drained
+from paceline.protocol.rounds import AWAY, LEFT, NOT_PARKED, PRESENT, Waiting, is_drained, place_of
 
 
 class Settling:
@@ -124,8 +124,8 @@ class Settling:
         board = self._board
         for loader in self._leases:
             self.drain(loader, leaving=leaving)
-        for loader, number in board.open_passes():
-            self.end_deal(loader, number + 1, board.deals[loader], leaving=leaving)
+        for loader, number in board.shares.passes():
+            self.end_deal(loader, number + 1, board.deals[place_of(loader, number)], leaving=leaving)
 
     def drain(self, loader: int, arriving: int | None = None, leaving: Sequence[int] = ()) -> None:
         """After any change that may drain a pass over ``loader``, or before these leave."""
@@ -141,12 +141,12 @@ class Settling:
     def _lose(self, worker: int) -> None:
         """Of what is dealt to this worker, which is given up, that counts which it has trained on."""
         board = self._board
-        for loader, number in board.open_passes():
-            dealt = board.dealt(loader, number)
+        for loader, number in board.shares.passes():
+            dealt = board.shares.dealt(loader, number)
             if dealt is not None and dealt.is_in(worker) and board.passes(loader)[worker] <= number:
                 done = done_in(board.places, worker, key_of(loader, number, dealt.newest))
-                board.take_out(loader, worker, done)
-                board.lost[loader] = 1
+                board.shares.take_out(loader, number, worker, done)
+                board.shares.lose(loader, number)
 
     def end_deal(
         self, loader: int, number: int, deal: int, arriving: int | None = None, leaving: Sequence[int] = ()
@@ -156,19 +156,18 @@ class Settling:
         board = self._board
         if board.drained[loader] >= number:
             return False
-        if board.deals[loader] > deal:
+        if board.deals[place_of(loader, number - 1)] > deal:
             return True
         over = deal_over(loader, number, arriving, board, leaving)
         if isinstance(over, Waiting):
             return over
-        dealt = board.dealt(loader, number - 1)
+        dealt = board.shares.dealt(loader, number - 1)
         share = [w for w in dealt.sharers if dealt.is_in(w)] if over and dealt is not None else []
         stand = [w for w in share if w == arriving or is_at_tail(w, loader, number, board)]
         if stand:
             for worker in set(share) - set(stand):
-                board.take_out(loader, worker, ALL)  # it has finished the pass
-            board.lost[loader] = 0
-            board.deals[loader] += 1
+                board.shares.take_out(loader, number - 1, worker, ALL)  # it has finished the pass
+            board.shares.deal_anew(loader, number - 1)
         else:
             board.drained[loader] = number
         board.ring(board.common)

@@ -124,7 +124,7 @@ def test_the_deals_of_a_pass_follow_from_who_was_out_where() -> None:
 @given(st.integers(0, 1023), st.integers(0, 1 << 20), st.booleans())
 def test_a_place_at_a_tail_tells_loader_and_deal(loader: int, deal: int, empty: bool) -> None:
     where = board("0", "0")
-    where.deals, where.lost, where.drained = [deal] * 1024, [0] * 1024, [0] * 1024
+    where.deals, where.lost, where.drained = [deal] * 2048, [0] * 2048, [0] * 1024
     where.parked[0] = place_at_tail(loader, deal, is_empty=empty)
     assert parked_at(where.parked[0]) == loader
     assert deal_over(loader, 1, None, where) is False

@@ -44,8 +44,8 @@ class Lists:
     evaluated: list[int] = field(default_factory=lambda: [0, 0])
     returned: list[int] = field(default_factory=lambda: [0, 0])
     drained: list[int] = field(default_factory=lambda: [0, 0])
-    deals: list[int] = field(default_factory=lambda: [0, 0])
-    lost: list[int] = field(default_factory=lambda: [0, 0])
+    deals: list[int] = field(default_factory=lambda: [0, 0, 0, 0])
+    lost: list[int] = field(default_factory=lambda: [0, 0, 0, 0])
     common: int = 9
     joins: int = 0
 
