@@ -91,9 +91,6 @@ class RemoteGradients:
             if one.is_home:
                 one.gather()  # the folds may lie there
                 return
-        outbox = self._outboxes.get(one.index)
-        if outbox is not None:
-            outbox.finish(max(one.memory.stepped) + 1, {})
         self._put_own(one)
 
     def stepped(self, one: RemoteExchange) -> None:
@@ -134,10 +131,13 @@ class RemoteGradients:
                 return
 
     def _put_own(self, one: RemoteExchange) -> None:
-        """In place of what has been sent of the fold."""
+        """In place of what has been sent of the fold, of which nothing more may come: it would lie over this."""
+        outbox = self._outboxes.get(one.index)
+        if outbox is not None:
+            outbox.finish(max(one.memory.stepped) + 1, {})
         self._put(one, one.whole)
-        if one.index in self._outboxes:
-            self._outboxes[one.index].replaced(one.replica.slot.gradient)
+        if outbox is not None:
+            outbox.replaced(one.replica.slot.gradient)
 
     def _put(self, one: RemoteExchange, some: Sequence[Bucket]) -> None:
         with self._line.kept():

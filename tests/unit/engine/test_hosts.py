@@ -3,6 +3,7 @@ the parameters are the same bits on both. The oracle is the same job with local 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn, optim
 from torch.utils.data import DataLoader, TensorDataset
 
-from paceline.engine.elsewhere import early, host_push, remote_host
+from paceline.engine.elsewhere import early, host_push, outbox, remote_host
 from paceline.engine.elsewhere.remote_gradients import RemoteGradients
 from paceline.errors import ConfigError
 from tests.driver import run_job
@@ -135,6 +136,54 @@ def test_evaluations_and_gradients_that_are_not_finite(places: tuple[str, ...], 
     assert two == pytest.approx(one, rel=1e-12, abs=1e-12)
     assert seen.as_one
     assert not seen.left
+
+
+def test_a_fold_on_its_way_does_not_come_over_a_gradient_that_is_not_finite(
+    monkeypatch: pytest.MonkeyPatch, seen: Seen
+) -> None:
+    """What the first worker of a host sends early is under way when its script makes its gradient infinite."""
+    send, finish, put = outbox.send_range, outbox.Outbox.finish, RemoteGradients._put
+    is_on, is_made, may_go = threading.Event(), threading.Event(), threading.Event()
+
+    def sends(link: Any, name: str, tensor: Any, start: int, stop: int) -> int:
+        is_early = name.startswith("gradient/") and threading.current_thread().name == "paceline-outbox"
+        if is_early and is_on.is_set() and not is_made.is_set():
+            is_made.set()
+            assert may_go.wait(20)
+        return send(link, name, tensor, start, stop)
+
+    def finishes(self: Any, number: int, weights: Any) -> None:
+        if is_made.is_set():
+            may_go.set()
+        finish(self, number, weights)
+
+    def puts(self: Any, one: Any, some: Any) -> None:
+        put(self, one, some)
+        if is_made.is_set():
+            may_go.set()
+
+    monkeypatch.setattr(outbox, "send_range", sends)
+    monkeypatch.setattr(outbox.Outbox, "finish", finishes)
+    monkeypatch.setattr(RemoteGradients, "_put", puts)
+
+    def body(run: Any) -> float:
+        net = nn.Linear(1, 1, bias=False)
+        net, optimizer = run.wrap(net, optim.SGD(net.parameters(), lr=1.0))
+        net.load_state_dict({"weight": torch.zeros(1, 1)})
+        for step in range(3):
+            is_bad = (step, run.rank) == (1, 2)
+            if is_bad:
+                is_on.set()
+            optimizer.zero_grad()
+            net(torch.full((1, 1), (5.0 if run.rank == 2 else 1.0) * (step + 1))).sum().backward()
+            if is_bad:
+                assert is_made.wait(20)
+                net.weight.grad[0, 0] = torch.inf
+            optimizer.step()
+        return float(net.weight.detach())
+
+    assert run_job(body, workers=4, elsewhere=True, hosts=PLACES["2+2"]) == [-10.0] * 4
+    assert (may_go.is_set(), seen.as_one) == (True, 2)
 
 
 def loading(run: Any) -> tuple[float, float]:
