@@ -86,10 +86,8 @@ class Board:
         self.strikes = self._words[offsets["strikes"] : offsets["strikes"] + workers]
         self.parked = self._words[offsets["parked"] : offsets["parked"] + workers]
         self.ended = self._words[offsets["ended"] : offsets["ended"] + workers]
-        start = offsets["passes"]
-        self._passes = [
-            self._words[start + loader * workers : start + (loader + 1) * workers] for loader in range(MAX_LOADERS)
-        ]
+        self._passes: dict[int, memoryview[int]] = {}  # of the loaders that have been asked about
+        self._passes_at = offsets["passes"]
         self._floats = memoryview(memory).cast("d")
         self._looks = offsets["looks"]
         self.accounts = Accounts(
@@ -226,6 +224,9 @@ class Board:
         self.ring(self.common)
 
     def passes(self, loader: int) -> memoryview[int]:
+        if loader not in self._passes:
+            start = self._passes_at + range(MAX_LOADERS)[loader] * self.workers
+            self._passes[loader] = self._words[start : start + self.workers]
         return self._passes[loader]
 
     def look(self, loader: int, number: int, worker: int) -> memoryview[float]:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
@@ -181,11 +182,16 @@ class Runner:
     def __init__(self, folder: Path, timeout_s: float = TIMEOUT_S) -> None:
         self.folder, self._timeout_s = folder, timeout_s
         self._started: list[Running] = []
+        self.kept: dict[str, RawIOBase] = {}
 
     def write(self, name: str, text: str) -> Path:
         path = self.folder / name
         path.write_text(text)
         return path
+
+    def keep(self, pipe: str) -> None:
+        """Have this pipe open at both ends, as ``kept``: so no write waits for somebody who may have died."""
+        self.kept[pipe] = (self.folder / pipe).open("r+b", buffering=0)
 
     def start(self, *arguments: str, **variables: str) -> Running:
         """``python ARGUMENTS`` with these environment variables."""
@@ -223,6 +229,8 @@ class Runner:
     def close(self) -> None:
         for running in self._started:
             running.close()
+        for pipe in self.kept.values():
+            pipe.close()
 
 
 def marked(mark: str) -> list[int]:

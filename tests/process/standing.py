@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from tests.process.runner import Runner, Running
 
-# ``stand`` says where it stands and reads from a pipe, once a place, whatever becomes of its process.
+# ``stand`` says where it stands and reads a byte from a pipe, once a place, whatever becomes of its process.
 STANDING = """
 import os
 
@@ -19,8 +19,8 @@ def stand(place):
     except FileExistsError:
         return
     print(f"stands at {place}.", flush=True)
-    with open(f"place-{place}") as pipe:
-        pipe.read()
+    with open(f"place-{place}", "rb", buffering=0) as pipe:
+        pipe.read(1)
 """
 STANDS_IN = (1, 3, 5)
 
@@ -30,6 +30,7 @@ def prepare(runner: Runner, places: Sequence[int] = STANDS_IN) -> None:
     runner.write("standing.py", STANDING)
     for place in places:
         os.mkfifo(runner.folder / f"place-{place}")
+        runner.keep(f"place-{place}")
 
 
 @contextmanager
@@ -39,4 +40,4 @@ def at(runner: Runner, running: Running, place: int) -> Iterator[Running]:
     newest = max((runner.folder / "runs").iterdir())
     with runner.follow(newest / "events.jsonl") as events:
         yield events
-    runner.write(f"place-{place}", "")
+    runner.kept[f"place-{place}"].write(b"!")

@@ -69,7 +69,7 @@ def check(ended: Ended, *lost: int) -> None:
     "options",
     [
         "--pace sync --assign hash",
-        "--pace async --assign random",
+        pytest.param("--pace async --assign random", marks=pytest.mark.long),  # below, another run of such goes on
         pytest.param("--pace sync --assign random", marks=pytest.mark.long),
         pytest.param("--pace async --assign hash --servers 1", marks=pytest.mark.long),
         pytest.param("--pace sync --assign hash --servers 1", marks=pytest.mark.long),
@@ -89,7 +89,7 @@ def test_without_a_worker_that_is_given_up_each_sample_counts_once(options: str,
 @pytest.mark.parametrize(
     ("options", "then"),
     [
-        ("--pace sync --assign hash", "--workers 3"),
+        pytest.param("--pace sync --assign hash", "--workers 3", marks=pytest.mark.long),
         ("--pace async --assign random", ""),
         pytest.param("--pace sync --assign hash", "", marks=pytest.mark.long),
         pytest.param("--pace async --assign random", "--workers 3", marks=pytest.mark.long),

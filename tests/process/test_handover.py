@@ -60,7 +60,7 @@ print(f"worker {run.rank} of {run.step} steps has counted {count.steps}, schedul
 """
 
 
-@pytest.mark.parametrize("servers", ["0", "1"])
+@pytest.mark.parametrize("servers", ["0", pytest.param("1", marks=pytest.mark.long)])
 def test_worker_0s_newcomer_sets_the_rate_that_the_schedule_has_by_then(servers: str, runner: Runner) -> None:
     ended = runner.run(SCRIPT, "--servers", servers, args=["0", "rounds"])
     assert ended.code == 0, ended.err + ended.log(0)

@@ -66,7 +66,9 @@ def begin(runner: Runner) -> Running:
     return running
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.long), signal.SIGHUP]
+)  # SIGINT: test_paces.py too
 def test_all_workers_stop_after_the_same_round_and_clean_up(number: int, runner: Runner) -> None:
     before = signal.signal(number, signal.SIG_DFL)  # not ignored, as by nohup, which the run would inherit
     running = runner.start_run(ENDLESS, "--workers", "3", "--servers", "1")

@@ -19,7 +19,7 @@ SAMPLES, EPOCHS, KILLS = 1200, 3, 6
         pytest.param("--pace sync --assign lease", marks=pytest.mark.long),
         pytest.param("--pace sync --servers 1", marks=pytest.mark.long),
         "--pace quorum:2",
-        "--pace bounded:1",
+        pytest.param("--pace bounded:1", marks=pytest.mark.long),
         pytest.param("--pace async", marks=pytest.mark.long),
         pytest.param("--pace async --assign hash", marks=pytest.mark.long),
         "--pace async --servers 2",

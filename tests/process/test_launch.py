@@ -88,7 +88,7 @@ def fail_on_one(rank: int, wanted: int) -> None:
     paceline.init().wrap(optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1))
 
 
-@pytest.mark.parametrize("servers", [0, 1])
+@pytest.mark.parametrize("servers", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_an_exception_in_a_worker_comes_out_of_launch(servers: int, tmp_path: Path) -> None:
     seen: list[Any] = []
     with pytest.raises(ScriptError, match="worker 1 raised ZeroDivisionError: of worker 1") as caught:
@@ -138,7 +138,7 @@ def train_alone(model: nn.Module, data: TensorDataset, batch: int, epochs: int) 
     return losses
 
 
-@pytest.mark.parametrize("servers", [0, 1])
+@pytest.mark.parametrize("servers", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_a_trainer_trains_the_given_model_as_one_process_would(servers: int, tmp_path: Path) -> None:
     model, data = make()
     oracle, _ = make()

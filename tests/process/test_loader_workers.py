@@ -48,7 +48,8 @@ def test_its_processes_load_for_each_worker_and_end_with_the_run(how: str, runne
     ended = runner.run(SCRIPT, args=[how])
     assert ended.code == 0, ended.err
     assert "Traceback" not in ended.err + ended.log(0) + ended.log(1)
-    batches = [[json.loads(line) for line in ended.log(rank).splitlines()] for rank in (0, 1)]
+    said = [[line for line in ended.log(rank).splitlines() if line.startswith("[[")] for rank in (0, 1)]
+    batches = [[json.loads(line) for line in own] for own in said]  # torch warns where there are fewer cores
     drawn = sorted(number for own in batches for numbers, _, _ in own for number in numbers)
     assert drawn == sorted([*range(50)] * 2)
     processes = {pid for own in batches for _, _, pids in own for pid in pids}

@@ -54,6 +54,7 @@ LESS: dict[str, str] = {
 # Other tests show the same in `make test`; `make long` runs these too.
 LONG = {
     "paceline demo linear",
+    "paceline demo digits",
     "paceline run --workers 2 --servers 1 examples/digits.py",
     "paceline run --until-loss 0.26 examples/linear.py",
     "paceline run --workers 2 --pace async examples/ratings.py",

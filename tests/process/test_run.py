@@ -86,7 +86,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Ended]:
 
 @pytest.mark.parametrize(
     ("workers", "servers"),
-    [(2, 0), (3, 1), *(pytest.param(*shape, marks=pytest.mark.long) for shape in [(1, 0), (1, 1), (2, 2), (3, 0)])],
+    [(3, 1), *(pytest.param(*shape, marks=pytest.mark.long) for shape in [(1, 0), (1, 1), (2, 0), (2, 2), (3, 0)])],
 )
 def test_n_workers_train_as_one_process_on_the_whole_batch(
     workers: int, servers: int, runner: Runner, alone: Callable[[int], Ended]

@@ -79,7 +79,7 @@ def part_of(make: Any, samples: int, assign: str, deal: Deal, trained: tuple[Tra
     return [numbers(batch) for batch, _ in loader.batches(None)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @pytest.mark.parametrize("assign", ASSIGNMENTS)
 @pytest.mark.parametrize("kind", LOADERS)
 @given(SAMPLES, st.integers(1, 5), st.data())

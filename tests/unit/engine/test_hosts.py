@@ -68,6 +68,7 @@ def both(body: Callable[[Any], Any], places: tuple[str, ...], **options: Any) ->
     return there[0], run_job(body, workers=len(places), elsewhere=False, **options)[0]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("places", PLACES.values(), ids=PLACES)
 @pytest.mark.parametrize("make", MAKES.values(), ids=MAKES)
 def test_two_hosts_train_as_one_to_the_same_bits(
@@ -90,6 +91,7 @@ def test_passes_may_be_uneven_and_gradients_missing_or_changed(
     assert not seen.left
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("places", PLACES.values(), ids=PLACES)
 @pytest.mark.parametrize("assign", ["lease", "round_robin"])
 @pytest.mark.parametrize("kind", ["plain", "stream"])
@@ -129,8 +131,9 @@ def evaluating(run: Any, *, bad: int | None = None) -> list[float]:
     return [value for parameter in net.parameters() for value in parameter.flatten().tolist()]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("places", PLACES.values(), ids=PLACES)
-@pytest.mark.parametrize("bad", [None, 0, 1, 2])
+@pytest.mark.parametrize("bad", [None, 0, 1, 2], ids="worker {}".format)
 def test_evaluations_and_gradients_that_are_not_finite(places: tuple[str, ...], bad: int | None, seen: Seen) -> None:
     two, one = both(lambda run: evaluating(run, bad=bad), places)
     assert two == pytest.approx(one, rel=1e-12, abs=1e-12)
@@ -208,7 +211,8 @@ def test_what_scripts_load_counts_for_all(places: tuple[str, ...], seen: Seen) -
     assert (seen.as_one, seen.left) == (4, 0)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.sampled
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("clips", [False, True])
 @pytest.mark.parametrize("places", [PLACES["2+2"], PLACES["mixed"], PLACES["1+3"]], ids=["2+2", "mixed", "1+3"])
 def test_half_precision_is_folded_too(

@@ -69,6 +69,7 @@ MAKES: dict[str, Callable[[Any], optim.Optimizer]] = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("hosts", PLACES.values(), ids=PLACES)
 @pytest.mark.parametrize("make", MAKES.values(), ids=MAKES)
 @pytest.mark.parametrize("options", [{}, {"servers": 1}, {"pace": "local:3"}], ids=str)
