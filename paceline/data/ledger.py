@@ -102,6 +102,22 @@ class Ledger:
         self._append(worker, lease)
         return lease >> 2
 
+    def secure(self, worker: int, total: int | None) -> tuple[bool, int | None]:
+        """See to it that ``worker`` has a batch before it that nobody takes back. Is there one? If it had drawn none,
+        the one that is drawn now, where there is a ``total``."""
+        words, start = self._words, self._start(worker)
+        drawn = None
+        for place in range(words[start + _BEGUN], words[start + _END]):
+            if not words[start + 4 + place % RING] & _TAKEN:
+                break
+        else:
+            drawn = self.draw(worker, total) if total is not None else None
+            if drawn is None:
+                return False, None
+            place = words[start + _END] - 1
+        words[start + 4 + place % RING] |= _FINAL
+        return True, drawn
+
     def _returned(self, at_least: int, total: int | None) -> int | None:
         """The first batch of those that came back, which is then gone from them."""
         words = self._words

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from paceline.data.count import count_samples
 from paceline.data.part import Part
-from paceline.data.passes import Leases, Passes, one_pass
+from paceline.data.passes import Leases, Passes, Reading, one_pass
 from paceline.data.plan import Plan
 from paceline.errors import ConfigError
 
@@ -43,7 +43,8 @@ def share(
 class SharedLoader(DataLoader[Any]):
     """A DataLoader over this worker's part of ``source``'s batches; the same settings otherwise.
 
-    ``len`` is the same on all workers where batches are dealt in turn: ceil(batches / workers).
+    Between passes ``len`` is the same on all workers where batches are dealt in turn: ceil(batches / workers). Within a
+    pass it is how many batches that gives (``Reading.length``).
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class SharedLoader(DataLoader[Any]):
     ) -> None:
         self._index, self._passes, self._count, self._source, self._part = index, passes, count, source, part
         self._plan: Plan | None = None
+        self._reading = Reading()
         settings: dict[str, Any] = {
             "num_workers": source.num_workers,
             "collate_fn": source.collate_fn,
@@ -83,14 +85,24 @@ class SharedLoader(DataLoader[Any]):
             object.__setattr__(self, name, getattr(source, name))
 
     def __len__(self) -> int:
-        part = self._part.of(self._passes.deal(self._index))
+        return self._reading.length(self._usual_length, self.dealt)
+
+    def _usual_length(self) -> int:
+        epoch, part = self._passes.epoch(self._index), self._part.of(self._passes.deal(self._index))
         if self._plan is not None:
-            return self._plan.length(self._passes.epoch(self._index), part)
+            return self._plan.length(epoch, part)
         part = replace(part, assign="round_robin") if part.assign == "block" else part
-        return part.count(len(self._source), self._passes.epoch(self._index))
+        return part.count(len(self._source), epoch)
+
+    def dealt(self) -> int:
+        """How many batches the worker's part of the pass in progress has."""
+        epoch, part = self._passes.epoch(self._index), self._part.of(self._passes.deal(self._index))
+        if self._plan is not None:
+            return self._plan.dealt(epoch, part)
+        return _count_streamed(part, self._index, epoch, len(self._source), None)
 
     def __iter__(self) -> Any:
-        return one_pass(self, self._index, self._passes, self.batches)
+        return one_pass(self, self._index, self._passes, self.batches, self._reading)
 
     def batches(self, leases: Leases | None, skip: int = 0, /) -> Iterator[tuple[Any, int]]:
         """This worker's batches of a pass, each with its samples; tells nobody."""
@@ -117,10 +129,20 @@ class SharedBatches:
                 "(anything one can iterate over)"
             )
         self._source, self._index, self._part, self._passes, self._count = source, index, part, passes, count
+        self._reading = Reading()
 
     def __len__(self) -> int:
+        return self._reading.length(self._usual_length, self.dealt)
+
+    def _usual_length(self) -> int:
         part = self._part.of(self._passes.deal(self._index))
         return part.count(len(self._source), self._passes.epoch(self._index))  # type: ignore[arg-type]
+
+    def dealt(self) -> int:
+        """How many batches the worker's part of the pass in progress has."""
+        epoch, part = self._passes.epoch(self._index), self._part.of(self._passes.deal(self._index))
+        total = len(self._source)  # type: ignore[arg-type]
+        return _count_streamed(part, self._index, epoch, total, total)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -128,7 +150,7 @@ class SharedBatches:
         return getattr(self._source, name)
 
     def __iter__(self) -> Iterator[Any]:
-        return one_pass(self, self._index, self._passes, self.batches)
+        return one_pass(self, self._index, self._passes, self.batches, self._reading)
 
     def batches(self, leases: Leases | None, skip: int = 0, /) -> Iterator[tuple[Any, int]]:
         """This worker's batches of a pass, each with its samples; tells nobody."""
@@ -137,6 +159,15 @@ class SharedBatches:
         self._passes.fetching()
         batches, deal = part.rest(self._index, epoch, self._source, total), part.deal(self._index, epoch)
         return islice(_streamed(batches, part, epoch, total, self._count, leases, deal), skip, None)
+
+
+def _count_streamed(part: Part, index: int, epoch: int, batches: int, total: int | None) -> int:
+    """How many of a stream's ``batches`` are the part's; ``total`` as in ``Part.owns_batch``."""
+    if not part.trained_in(index, epoch):
+        part = replace(part, assign="round_robin") if part.assign == "block" and total is None else part
+        return part.dealt(batches, epoch)
+    deal, left = part.deal(index, epoch), part.rest(index, epoch, range(batches), total)
+    return sum(part.owns_batch(ordinal, total, epoch, deal) for ordinal, _ in enumerate(left))
 
 
 def _streamed(

@@ -55,6 +55,12 @@ class Part:
             return -(-batches // self.workers)
         return int(self.mine(np.arange(batches), batches, epoch).sum())
 
+    def dealt(self, batches: int, epoch: int) -> int:
+        """How many of an epoch's ``batches`` are this worker's, where none has been trained on before."""
+        if self.assign == "round_robin":
+            return len(range(self.rank, batches, self.workers)) if self.rank >= 0 else 0
+        return self.count(batches, epoch)
+
     def rest(self, loader: int, epoch: int, batches: Iterable[Any], total: int | None) -> Iterable[Any]:
         """Of all batches of an epoch, those that are still to be dealt; ``total`` as in ``owns_batch``."""
         for trained in self.trained_in(loader, epoch):

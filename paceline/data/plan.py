@@ -35,6 +35,8 @@ class Plan:
         self._source, self._part, self._epoch, self._index = source, part, 0, index
         self._counts: deque[int | None] = deque()
         self._drawn: tuple[object, list[Any]] = (None, [])
+        self._held: tuple[object, int] = (None, 0)  # scripts ask for len at every batch
+        self._dealt: tuple[object, int] = (None, 0)
         self._leases: Leases | None = None
         self._skip = 0
         self._before: Callable[[], None] = lambda: None
@@ -71,9 +73,22 @@ class Plan:
             return part.count(len(self._source), epoch)
         if not self._is_plain(sampler):
             return len(self._listed(epoch, part))
-        total = len(self._source.dataset)  # type: ignore[arg-type]
-        held = part.count(total, epoch)
-        return held // sampler.batch_size if sampler.drop_last else -(-held // sampler.batch_size)
+        if self._held[0] != (epoch, part):
+            total = len(self._source.dataset)  # type: ignore[arg-type]
+            self._held = ((epoch, part), _count_batches(sampler, part.count(total, epoch)))
+        return self._held[1]
+
+    def dealt(self, epoch: int, part: Part) -> int:
+        """How many batches this part of an epoch gives, skipped ones included."""
+        sampler = self._source.batch_sampler
+        if not self._is_plain(sampler):
+            return len(self._listed(epoch, part))
+        if not part.trained_in(self._index, epoch):
+            is_dealt = part.assign == "round_robin"
+            return part.dealt(len(self._source), epoch) if is_dealt else self.length(epoch, part)
+        if self._dealt[0] != (epoch, part):
+            self._dealt = ((epoch, part), sum(1 for _ in self._cut(sampler, epoch, part)))
+        return self._dealt[1]
 
     def _is_plain(self, sampler: Any) -> TypeGuard[BatchSampler]:
         """Are the batches cut from all samples, in order or shuffled by the run's seed?"""

@@ -72,6 +72,7 @@ class Fetched(Said, frozen=True, tag=10):
 class Drawn(Said, frozen=True, tag=11):
     """...a batch of so many samples goes to the script."""
 
+    loader: int
     samples: int
 
 
@@ -104,7 +105,14 @@ class LocalStep(Said, frozen=True, tag=15):
     mask: bytes = b""
 
 
-Note = Fetched | Drawn | Border | Left | Told | LocalStep
+class Dropped(Said, frozen=True, tag=16):
+    """...the script has dropped the gradients of an exchange; ``in_hand``: with that of the batch in hand."""
+
+    exchange: int
+    in_hand: bool
+
+
+Note = Fetched | Drawn | Border | Left | Told | LocalStep | Dropped
 
 
 # What is asked. Each docstring tells what the answer's value is.

@@ -26,7 +26,7 @@ from paceline.engine.context import Context
 from paceline.engine.elsewhere.remote import RemoteWorker
 from paceline.engine.elsewhere.remote_exchange import RemoteExchange
 from paceline.engine.exchange.exchange import Exchange
-from paceline.engine.worker import scaling
+from paceline.engine.worker import scaling, weights
 from paceline.engine.worker.worker import Worker
 from paceline.errors import ConfigError, UsageError
 from paceline.params.rows import parameters_with_rows
@@ -159,6 +159,7 @@ class Run:
         self._copied.update(id(parameter) for parameter in exchange.parameters)
         worker = self.worker
         _replace_step(optimizer, worker, index, exchange)
+        _replace_zero_grad(optimizer, worker, index)
         scaling.register(optimizer, lambda: worker.exchange(index, void=True))
         optimizer.register_load_state_dict_post_hook(lambda _: worker.loaded_state(index))
 
@@ -178,6 +179,7 @@ class Run:
         if buffers and self._context.job.places > 1:
             self.worker.average_buffers(buffers)
         worker = self.worker
+        weights.watch(model, worker.zeroing)
         model.register_load_state_dict_post_hook(lambda *_: worker.loaded(model.parameters()))
 
     def _wrap_loader(self, item: Any, count: Callable[[Any], int] | None) -> Any:
@@ -256,6 +258,18 @@ def _replace_step(
 
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # a scheduler made before is not lost
     optimizer.step = step  # type: ignore[method-assign]
+
+
+def _replace_zero_grad(optimizer: optim.Optimizer, worker: Worker | RemoteWorker, index: int) -> None:
+    """Have the worker hear of it: a push weighs as many samples as have a gradient in it."""
+    before = optimizer.zero_grad
+
+    @wraps(before)
+    def zero_grad(set_to_none: bool = True) -> None:
+        before(set_to_none)
+        worker.zeroing.zeroed(index)
+
+    optimizer.zero_grad = zero_grad  # type: ignore[method-assign]
 
 
 def _hold_at_end(scheduler: LRScheduler, worker: Worker | RemoteWorker) -> None:

@@ -117,7 +117,7 @@ class Life:
                 exchange.go_on_from(resumed.state["exchanges"][0])
             collectives._publish()
         exchange.adopt()
-        worker._samples_at_step.append(worker.progress.samples)
+        worker.progress.weights.add_exchange()
 
     def _ask(self, worker: Worker, board: SimulatedBoard) -> None:
         """As ``Collectives.ask``."""

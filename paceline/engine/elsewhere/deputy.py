@@ -88,13 +88,15 @@ class Deputy:
         match note:
             case remote.Fetched(loader=loader):
                 passes.fetched(loader)
-            case remote.Drawn(samples=samples):
-                passes.drawn(samples)
+            case remote.Drawn(loader=loader, samples=samples):
+                passes.drawn(loader, samples)
             case remote.Border():
                 passes.border(saves=False)  # the script has drawn its next batch since
             case remote.Left(loader=loader, marks=marks):
                 self._buffers.take()
                 self._passes.leave(loader, marks)
+            case remote.Dropped(exchange=index, in_hand=in_hand):
+                worker.dropped(self._exchange(index).index, in_hand)
             case remote.Told(loss=loss, values=values):
                 worker.log(loss, values)
             case remote.LocalStep():

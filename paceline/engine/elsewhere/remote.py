@@ -38,6 +38,7 @@ from paceline.engine.exchange.spec import describe
 from paceline.engine.setup import decode_job
 from paceline.engine.worker import clipping
 from paceline.engine.worker.keeping import Keeper
+from paceline.engine.worker.weights import Zeroing
 from paceline.errors import ConfigError, HostError, PacelineError
 from paceline.params import optimizers
 from paceline.params.packing import Tensors
@@ -64,6 +65,8 @@ class RemoteWorker:
         self._buffers: list[list[torch.Tensor]] = []
         self.is_over = False  # has it said that it has finished, or failed?
         self.passes = RemotePasses(self)
+        self.zeroing = Zeroing(self._exchanges, lambda exchange, in_hand: self.note(remote.Dropped(exchange, in_hand)))
+        self.passes.drawing = self.zeroing.drawing
         self.collectives = _Collectives(self)
         self.saving = _Saving()
         told = self._ask(remote.Who(around.host(rank), os.getpid()))
@@ -194,6 +197,7 @@ class RemoteWorker:
     def exchange(self, index: int, *, void: bool = False) -> None:
         """One optimizer step of exchange ``index``, as the pace says."""
         one = self._exchanges[index]
+        self.zeroing.stepped(index)
         if self.over:
             self._ask(remote.Step(index, void, b"", {}, b""))  # it has to be told where training was interrupted
             one.stepped()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 
 from paceline.config import Job, Quorum
 from paceline.data.passes import Pending
-from paceline.engine.worker.passes import gradient_marks
+from paceline.engine.worker.marks import gradient_marks
 from paceline.protocol import remote
 from paceline.protocol.deals import Deal
 
@@ -42,6 +42,7 @@ class RemotePasses:
 
     def __init__(self, worker: Asking) -> None:
         self._worker = worker
+        self.drawing: Callable[[], None] = lambda: None  # called before the script gets a batch
         self.models: list[nn.Module] = []
         self._epochs: list[int] = []
         self._skips: dict[int, int] = {}
@@ -108,8 +109,9 @@ class RemotePasses:
         self.has_ghost = loader not in self._drawn_from and bool(self._worker.ask(remote.NeedsGhost(loader)))
         return self.has_ghost
 
-    def drawn(self, samples: int) -> None:
-        self._worker.note(remote.Drawn(samples))
+    def drawn(self, loader: int, samples: int) -> None:
+        self.drawing()
+        self._worker.note(remote.Drawn(loader, samples))
 
     def leases(self, loader: int) -> _Leases | None:
         if not self._leased[loader]:
@@ -166,6 +168,9 @@ class _Leases:
         request = remote.DrawLease(self._loader, total, at_least, not self._draws_ahead)
         ordinal: int | None = self._worker.ask(request)
         return ordinal
+
+    def has_more(self) -> None:
+        """It would be a round trip for each time that a script asks for its loader's ``len``."""
 
     def drop(self) -> None:
         self._worker.ask(remote.DropLease(self._loader))

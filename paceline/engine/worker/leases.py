@@ -26,6 +26,9 @@ class Leases:
         self._ledger = Ledger(lock.journal.watch(segment, 0, words_needed(workers)), workers)
         self._memory, self._lock, self._rank, self._workers, self._tell = memory, lock, rank, workers, tell
         self._begun = 0  # in this pass
+        self._total: int | None = None  # batches of the epoch, once one was drawn by who knows it
+        self._secured: int | None = None  # drawn, and not told yet to who draws
+        self._is_exhausted = False  # was there none to draw, the last time?
 
     def of(self, rank: int) -> Leases:
         """The leases of another worker, for whom this process reads."""
@@ -37,19 +40,33 @@ class Leases:
             present = [worker for worker in range(len(gone)) if not gone[worker]]
             self._ledger.open(epoch, self._rank, present)
             self._tell(self._ledger.returned)
-        self._begun = 0
+        self._begun, self._secured, self._is_exhausted = 0, None, False
 
     def draw(self, total: int | None, at_least: int = 0) -> int | None:
-        with self._lock:
-            drawn = self._ledger.draw(self._rank, total, at_least)
-            self._tell(self._ledger.returned)
-            return drawn
+        self._total = total
+        drawn, self._secured = self._secured, None
+        if drawn is None:
+            with self._lock:
+                drawn = self._ledger.draw(self._rank, total, at_least)
+                self._tell(self._ledger.returned)
+        self._is_exhausted = drawn is None
+        return drawn
 
     def begin(self) -> bool:
         with self._lock:
             mine = self._ledger.begin(self._rank)
         self._begun += mine
         return mine
+
+    def has_more(self) -> bool | None:
+        if self._total is None:
+            return None
+        with self._lock:
+            # Who has been told that there is none does not draw again in this run over the loader.
+            has_more, drawn = self._ledger.secure(self._rank, None if self._is_exhausted else self._total)
+            self._tell(self._ledger.returned)
+        self._secured = drawn if drawn is not None else self._secured
+        return has_more
 
     def drop(self) -> None:
         """What was drawn lies behind the end of the stream."""

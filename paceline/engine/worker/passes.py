@@ -24,6 +24,7 @@ from paceline.engine.worker.catching_up import CatchingUp
 from paceline.engine.worker.deals import Deals
 from paceline.engine.worker.ending import Ending
 from paceline.engine.worker.leases import Leases
+from paceline.engine.worker.marks import gradient_marks
 from paceline.engine.worker.membership import Membership
 from paceline.engine.worker.parking import Parking
 from paceline.engine.worker.position import done_in, key_of
@@ -59,6 +60,7 @@ class Passes:
         self._parking, self._membership, self._close_periods = parking, membership, close_periods
         # Changes whenever a backward pass has added to a gradient. A deputy is told it by the worker it stands for.
         self.marks: Callable[[], object] = self._gradient_marks
+        self.drawing: Callable[[], None] = lambda: None  # called before the script gets a batch
         self.models: list[nn.Module] = []
         self.count = 0
         self._leasing: set[int] = set()  # loaders whose pass in progress is drawn by lease
@@ -127,9 +129,10 @@ class Passes:
         if self._board.leaving[self._rank] and not self._ending.over and (self._leases or not self.count):
             self._membership.depart()
 
-    def drawn(self, samples: int) -> None:
+    def drawn(self, loader: int, samples: int) -> None:
         self._catching_up.drawn()
-        self._progress.drawn(samples)
+        self.drawing()
+        self._progress.drawn(loader, samples)
 
     def needs_ghost(self, loader: int) -> bool:
         is_new = loader == self._catching_up.joined_in or loader in self._continued
@@ -321,6 +324,7 @@ class Passes:
         board, progress = self._board, self._progress
         self._open.discard(loader)
         self._deals.end(loader)
+        progress.weights.put_down(loader)
         steps = progress.own_steps - self._starts[loader]
         if steps:
             self._close_periods()
@@ -341,7 +345,7 @@ class Passes:
         if drawn and not trained:
             self._reading = self._read_before[loader]
             if untouched:
-                progress.samples = progress.samples_before[loader]  # no backward came of them: they weigh nothing
+                progress.weights.unread(progress.samples_before[loader])  # no backward came of them
             board.evaluated[loader] = 1
             self._context.ring()
             return False
@@ -363,8 +367,3 @@ class Passes:
             if loader in self._places
         }
         return {"look": list(self._progress.look), "pass_samples": inside}
-
-
-def gradient_marks(parameters: Sequence[nn.Parameter]) -> list[tuple[int, int]]:
-    """Something else whenever a backward pass has added to one of their gradients."""
-    return [(id(p.grad), p.grad._version) for p in parameters if p.grad is not None]

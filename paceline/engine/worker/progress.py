@@ -10,6 +10,7 @@ from paceline.engine.context import Context
 from paceline.engine.exchange.exchange import Exchange
 from paceline.engine.exchange.meeting import Round
 from paceline.engine.launcher.metrics import Row
+from paceline.engine.worker.weights import Weights
 from paceline.protocol import messages
 from paceline.transport.board import Aborted
 from paceline.transport.channel import Closed
@@ -28,7 +29,8 @@ class Progress:
         # come or left.
         self.workers = context.job.workers
         self.pushes_a_step = 1 if self.in_rounds or isinstance(self._pace, Quorum) else self.workers
-        self.samples = self.batches = 0  # drawn so far
+        self.weights = Weights()
+        self.batches = 0  # drawn so far
         self.samples_before: dict[int, int] = {}  # loader -> samples when its pass in progress began
         self.batch_samples = 1
         self.own_steps = 0
@@ -55,12 +57,17 @@ class Progress:
 
     # --- what happens in the loop ---
 
-    def drawn(self, samples: int) -> None:
+    @property
+    def samples(self) -> int:
+        """Read so far, evaluations excepted."""
+        return self.weights.samples
+
+    def drawn(self, loader: int, samples: int) -> None:
         """A batch goes to the script."""
         self.close_row()
         self.batches += 1
         self.batch_stepped = self.batch_dropped = False
-        self.samples += samples
+        self.weights.drawn(loader, samples)
         self.batch_samples = samples
         if self.own_steps:  # the first step of a process may have to compile what it computes
             self._board.in_hand[self._rank] = self.batches

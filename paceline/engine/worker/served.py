@@ -3,7 +3,7 @@
 Each of the others asks for one batch after the other, over a Unix socket; a thread of worker 0's reads it for them, by
 the same plan and the same leases by which the worker would have read it itself.
 
-    question: [kind, epoch, leased]    "length", "begin" (a pass), "next"
+    question: [kind, epoch, leased]    "length", "dealt" (within a pass), "begin" (a pass), "next"
     answer:   a batch and its samples, or a number, or None at the end; or a sentence why not
 """
 
@@ -23,7 +23,7 @@ import msgspec
 
 from paceline.data.loader import Count, share
 from paceline.data.part import Part
-from paceline.data.passes import Leases, Passes, one_pass
+from paceline.data.passes import Leases, Passes, Reading, one_pass
 from paceline.errors import ConfigError
 from paceline.transport.batches import decode, encode
 from paceline.transport.board import Aborted
@@ -48,7 +48,7 @@ class _Elsewhere:
     def begin(self, loader: int, length: int | None) -> bool:
         return True
 
-    def drawn(self, samples: int) -> None: ...
+    def drawn(self, loader: int, samples: int) -> None: ...
 
     def skip(self, loader: int) -> int:
         return 0
@@ -144,6 +144,8 @@ class Reader:
                         passes.now = epoch
                         if kind == "length":
                             answer: Any = len(loader)
+                        elif kind == "dealt":
+                            answer = loader.dealt()
                         elif kind == "begin":
                             batches = loader.batches(leases if leased else None)
                             answer = True
@@ -166,9 +168,10 @@ class ServedBatches:
         self._connection = socket.socket(socket.AF_UNIX)
         self._connection.connect(path)
         self._connection.sendall(rank.to_bytes(4, "little"))
+        self._reading = Reading()
 
     def __len__(self) -> int:
-        return int(self._ask("length"))
+        return self._reading.length(lambda: int(self._ask("length")), lambda: int(self._ask("dealt")))
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -176,7 +179,7 @@ class ServedBatches:
         return getattr(self._source, name)
 
     def __iter__(self) -> Iterator[Any]:
-        return one_pass(self, self._index, self._passes, self._batches)
+        return one_pass(self, self._index, self._passes, self._batches, self._reading)
 
     def close(self) -> None:
         self._connection.close()

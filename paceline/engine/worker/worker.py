@@ -40,6 +40,7 @@ from paceline.engine.worker.progress import Progress
 from paceline.engine.worker.served import Reader, ServedBatches
 from paceline.engine.worker.settling import Settling
 from paceline.engine.worker.strikes import Strikes
+from paceline.engine.worker.weights import Zeroing
 from paceline.params.table import tabulate
 from paceline.protocol import messages
 from paceline.protocol.log import Entry
@@ -95,7 +96,9 @@ class Worker:
         place = (0, 1) if job.data == "own" else (context.rank, job.workers)
         assert job.assign is not None
         self._part = Part(*place, "round_robin" if job.assign == "lease" else job.assign, job.seed, context.trained)
-        self._samples_at_step: list[int] = []  # by exchange
+        self.zeroing = Zeroing(self._exchanges, self.dropped)
+        self.passes.drawing = self.zeroing.drawing
+        self._samples_at_step = 0  # of the first exchange
         self._strikes = Strikes(context)
         self._readers: list[Reader] = []
         self._served: list[ServedBatches] = []
@@ -162,7 +165,7 @@ class Worker:
             self._checkpoint,
             len(self._exchanges),
         )
-        self._samples_at_step.append(self.progress.samples)
+        self.progress.weights.add_exchange()
         if isinstance(self._pace, Sync):
             clipping.register(self)  # at other paces there is no gradient of all: what is clipped is the push
         return exchange
@@ -255,10 +258,12 @@ class Worker:
         if self.context.job.clip is not None and not void:
             nn.utils.clip_grad_norm_(exchange.parameters, self.context.job.clip)  # by the same weight as the step
         weight = self._weight(index)
-        self._samples_at_step[index] = progress.samples
+        progress.weights.stepped(index)
+        self.zeroing.stepped(index)
         if index == 0:
-            if self.passes.count:  # else nobody knows how many there are
-                progress.row.samples += weight
+            # Read is read, also where the gradients were dropped; without loaders nobody knows how many there are.
+            progress.row.samples += progress.samples - self._samples_at_step if self.passes.count else 0
+            self._samples_at_step = progress.samples
             progress.row.steps += 1
         progress.begin_step()
         place = self.passes.where()
@@ -283,8 +288,13 @@ class Worker:
         return self._catching_up.joined or self._membership.join(self.passes.count)
 
     def _weight(self, index: int) -> float:
-        """Samples since this optimizer's last step."""
-        return float(self.progress.samples - self._samples_at_step[index]) if self.passes.count else 1.0
+        """Samples behind the gradient that this optimizer's step brings."""
+        return float(self.progress.weights.of(index)) if self.passes.count else 1.0
+
+    def dropped(self, index: int, in_hand: bool) -> None:
+        """The script has dropped the gradients of exchange ``index``; see ``Weights.dropped``."""
+        self.passes.tell_left()
+        self.progress.weights.dropped(index, in_hand=in_hand)
 
     def _close_periods(self) -> None:
         """Bring to a meeting what local steps have come to so far."""

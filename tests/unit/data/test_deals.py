@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -76,7 +77,10 @@ def part_of(make: Any, samples: int, assign: str, deal: Deal, trained: tuple[Tra
     """The batches of a worker's part."""
     part = Part(0, 1, assign, 5, (trained,))
     loader = share(make(samples), 0, part, InDeal(deal), None)
-    return [numbers(batch) for batch, _ in loader.batches(None)]
+    batches = [numbers(batch) for batch, _ in loader.batches(None)]
+    with suppress(TypeError):  # a stream has no length
+        assert loader.dealt() == len(batches)
+    return batches
 
 
 @settings(max_examples=25, deadline=None)

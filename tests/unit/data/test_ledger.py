@@ -121,6 +121,33 @@ def test_at_the_tail_what_is_not_begun_is_taken_from_the_end_and_once() -> None:
     assert ledger.draw(0, 6) is None  # what was taken once stays where it is
 
 
+def test_a_batch_that_is_secured_is_taken_by_nobody() -> None:
+    ledger = make(2)
+    ledger.open(0, 0, [0, 1])
+    ledger.open(0, 1, [0, 1])
+    assert [ledger.draw(0, 5), ledger.draw(0, 5), ledger.draw(0, 5)] == [0, 2, 3]
+    assert ledger.begin(0)
+    assert ledger.secure(0, 5) == (True, None)  # the second
+    assert [ledger.draw(1, 5) for _ in range(4)] == [1, 4, 3, None]
+    assert [ledger.begin(1) for _ in range(3)] == [True] * 3
+    assert [ledger.begin(0), ledger.begin(0)] == [True, False]
+    assert ledger.secure(0, 5) == (False, None)  # what the other has taken is not taken back
+
+
+def test_who_has_drawn_none_draws_to_have_one_secured() -> None:
+    ledger = make(2)
+    ledger.open(0, 0, [0])
+    assert ledger.draw(0, 3) == 0
+    assert ledger.begin(0)
+    assert ledger.secure(0, None) == (False, None)
+    assert ledger.secure(0, 3) == (True, 1)
+    assert ledger.secure(0, 3) == (True, None)
+    assert [ledger.draw(1, 3), ledger.draw(1, 3)] == [2, None]
+    assert ledger.begin(0)
+    assert ledger.secure(0, 3) == (True, 2)  # the other has not begun it
+    assert not ledger.begin(1)
+
+
 def test_a_stream_gets_no_batch_that_it_has_passed() -> None:
     ledger = make(2)
     for rank in (0, 1):

@@ -47,7 +47,7 @@ class Passes:
     def epoch(self, loader: int) -> int:
         return sum(one[0] in ("end", "leave") and one[1] == loader for one in self.told)
 
-    def drawn(self, samples: int) -> None:
+    def drawn(self, loader: int, samples: int) -> None:
         self.told.append(("drawn", samples))
 
     @property
@@ -231,6 +231,28 @@ def test_len_is_exact_where_samples_have_owners(
             assert len(loader) == len(one_pass(loader))
 
 
+@settings(max_examples=100)
+@given(st.sampled_from(ASSIGNMENTS), SIZES, BATCH, WORKERS, st.booleans())
+def test_within_a_pass_len_is_how_many_batches_it_gives(
+    assign: str, size: int, batch: int, workers: int, drop_last: bool
+) -> None:
+    source = DataLoader(range(size), batch_size=batch, drop_last=drop_last)
+    for rank in range(workers):
+        loader = wrap(source, rank, workers, assign=assign)
+        between = len(loader)
+        lengths = [len(loader) for _ in loader]
+        assert lengths == [len(lengths)] * len(lengths)
+        assert len(loader) == between or assign != "round_robin"  # the next pass may be dealt otherwise
+
+
+def test_after_a_pass_that_was_left_early_len_is_the_usual() -> None:
+    loader = wrap(DataLoader(range(10), batch_size=2), 1, 2)
+    for _ in loader:
+        assert len(loader) == 2
+        break
+    assert len(loader) == 3
+
+
 # --- samplers, batch samplers and streams ---
 
 
@@ -361,6 +383,18 @@ def test_no_worker_gets_more_batches_than_len_says(name: str, assign: str) -> No
                 assert name in ("a stream", "any iterable")
                 continue
             assert len(one_pass(loader)) <= length
+
+
+@pytest.mark.parametrize("assign", ASSIGNMENTS)
+@pytest.mark.parametrize("name", SOURCES)
+def test_within_a_pass_len_is_exact_of_any_source_that_knows_its_own(name: str, assign: str) -> None:
+    if name in ("a stream", "any iterable"):
+        return
+    for rank in range(3):
+        loader = wrap(SOURCES[name](26), rank, 3, assign=assign)
+        for _ in range(2):
+            lengths = [len(loader) for _ in loader]
+            assert lengths == [len(lengths)] * len(lengths)
 
 
 @pytest.mark.parametrize("assign", ["hash", "block"])
