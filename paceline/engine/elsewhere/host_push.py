@@ -111,16 +111,20 @@ class HostPush:
         self._at_home = fold
 
     def _ask(self, number: int, norm: int | None) -> bool | Waiting:
+        answer = self._have_come(number, norm)
+        if answer is True and self._rank != self._lead and not self._is_brought(number, norm):
+            return Waiting(self._lead, f"worker {self._lead} has not sent what its host brings to round {number}")
+        return answer
+
+    def _have_come(self, number: int, norm: int | None) -> bool | Waiting:
+        """Have all of them, with what can be one push?"""
         if self._is_brought(number, norm):
             return True
         if norm is not None:
             for member in self._members:
                 if hosts.comes_to(number, member, self._memory.offered) and self._memory.asked[member] < norm:
                     raise not_asked(self._rank, member, number)
-        answer = self._are_together(number, norm)
-        if answer is True and self._rank != self._lead:
-            return Waiting(self._lead, f"worker {self._lead} has not sent what its host brings to round {number}")
-        return answer
+        return self._are_together(number, norm)
 
     def _bring_as_one(self, number: int, norm: int | None) -> None:
         memory, lead = self._memory, self._lead

@@ -132,16 +132,18 @@ class Owners:
     def await_whole(self, number: int) -> bool:
         """The same."""
         with self._changed:
-            while not self._gathering.is_whole(number):
-                if self._over or self._gathering.is_off(number) or self._is_lost():
+            while not self._gathering.is_off(number):  # what is whole may be of a norm that was asked before
+                if self._gathering.is_whole(number):
+                    return True
+                if self._over or self._is_lost():
                     return False
                 self._changed.wait(_LOOK_S)
-            return True
+            return False
 
-    def lay_folds(self) -> None:
-        """Put them where the gradients are: there home steps with them."""
+    def lay_folds(self, slot: Vectors) -> None:
+        """Put them there: home steps with them."""
         for vector, folds in self._folds.items():
-            self._own[vector].copy_(folds)
+            slot[vector].copy_(folds)
 
     def off(self) -> None:
         """This worker brings its own gradient to the round. Waits until what was sent of it has arrived."""

@@ -33,10 +33,10 @@ class OwnersPush(HostPush):
         return self.is_one and all(self._memory.slots[member].pushed_in(number) for member in self._members)
 
     def _is_brought_as_one(self, number: int, norm: int | None) -> bool:
-        is_lead, slots = self._rank == self._lead, self._memory.slots
-        is_there = bool(self._board.wait(lambda: self._are_together(number, norm)))
+        is_lead = self._rank == self._lead
+        is_there = bool(self._board.wait(lambda: self._have_come(number, norm)))
         if is_there:
-            is_there = self._fetch_folds(number, [slots[member].weight(number) for member in self._members])
+            is_there = self._have_folds(number, norm)
         if is_there and not is_lead:
             self._board.wait(lambda: self._ask(number, norm))
         with self._lock:
@@ -47,3 +47,12 @@ class OwnersPush(HostPush):
             self._memory.offered[self._rank] = hosts.alone(number, norm)
         self._board.ring(self._rank)
         return False
+
+    def _have_folds(self, number: int, norm: int | None) -> bool:
+        """Those of which a norm was asked in this round are there. They are not made twice."""
+        slots = [self._memory.slots[member] for member in self._members]
+        folds = (number, [slot.weight(number) for slot in slots])
+        if self._at_home is None or self._at_home[0] != number:
+            self._at_home = folds
+            return self._fetch_folds(*folds)
+        return folds == self._at_home and (norm is not None or all(slot.is_as_measured(number) for slot in slots))

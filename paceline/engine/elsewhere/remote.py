@@ -223,8 +223,6 @@ class RemoteWorker:
 
     def norm(self, exchange: Any, chosen: bytes, order: float) -> float:
         """The norm of a gradient of this exchange over all workers; see engine/worker/clipping.py."""
-        if exchange.owners is not None:
-            self._host.leave(exchange)  # a norm is that of gradients that are at home
         return float(self._ask(self._gradients.measure(exchange, chosen, order)))
 
     def loaded(self, parameters: Iterable[nn.Parameter]) -> None:

@@ -15,7 +15,7 @@ from paceline.engine.elsewhere.around import Around
 from paceline.engine.elsewhere.early import Bucket, Early, buckets
 from paceline.engine.elsewhere.mail import Mail
 from paceline.engine.elsewhere.mirror import HostMirror, Mirror
-from paceline.engine.elsewhere.owners import FOLDS, OwnerMirror, Owners
+from paceline.engine.elsewhere.owners import FOLDS, OwnerMirror, Owners, Vectors
 from paceline.engine.elsewhere.peers import Peers
 from paceline.engine.exchange.exchange import make_inner
 from paceline.engine.exchange.inner import Inner
@@ -23,7 +23,7 @@ from paceline.engine.exchange.replica import Replica
 from paceline.engine.exchange.spec import describe
 from paceline.errors import ConfigError
 from paceline.params import optimizers
-from paceline.params.table import vector_dtype
+from paceline.params.table import Table, vector_dtype
 from paceline.protocol import remote
 from paceline.transport.borrow import borrow
 from paceline.transport.slots import ExchangeMemory, Spec, size_bytes
@@ -57,7 +57,9 @@ class RemoteExchange:
         self.is_home = False  # do the parameters lie in home's memory?
         self.host: HostMirror | None = None  # or in a mirror that the workers of this host share
         self.owners: Owners | None = None  # where this worker folds a share of what all bring
+        self._apart: Vectors | None = None  # at home, then: its own gradients, whose place in the slot folds take
         self.is_finite = True  # what was gathered last
+        self.is_measured = False  # was a norm asked of it, for the step that is to come?
         # Since a norm was asked of what is in the slot: by what the script's gradients have been multiplied.
         self._factor: torch.Tensor | None = None
         self._memory: ExchangeMemory | None = None
@@ -84,7 +86,7 @@ class RemoteExchange:
         table = self.spec.table
         cells = buckets(table)
         if kind == remote.HOME:
-            folds = {v: torch.zeros(size, dtype=vector_dtype(v)) for v, size in table.dense_sizes.items()}
+            folds, self._apart = _vectors(table), _vectors(table)
             self.owners = Owners(self.index, peers, cells, folds, is_lost)
             return
         memory = ExchangeMemory(mmap.mmap(-1, size_bytes(self.spec)), self.spec)
@@ -132,10 +134,10 @@ class RemoteExchange:
 
     def _use(self, memory: ExchangeMemory, spec: Spec, rank: int) -> None:
         self._memory, self._factor = memory, None
-        self.replica = Replica(self.optimizer, spec, memory, rank, views=self._views)
+        self.replica = Replica(self.optimizer, spec, memory, rank, views=self._views, apart=self._apart)
         self.inner = make_inner(self.replica, self._pace)
         if self.owners is not None:
-            self.owners.use(self.replica.slot.gradient)
+            self.owners.use(self.replica.gradient)
         if self.early is not None:
             self.early.use(self.replica)
 
@@ -197,8 +199,15 @@ class RemoteExchange:
         if self._clip is not None:
             nn.utils.clip_grad_norm_(self.parameters, self._clip)
 
+    def lay_own(self) -> None:
+        """At home: have the slot hold this worker's gradient, and no fold."""
+        if self._apart is not None:
+            for vector, own in self._apart.items():
+                self.replica.slot.gradient[vector].copy_(own)
+
     def measured(self) -> None:
         """A norm is asked of what was gathered."""
+        self.is_measured = True
         self._factor = torch.ones(()) if self.early is not None and self.is_finite else None
 
     def clipped(self, factor: torch.Tensor) -> None:
@@ -232,7 +241,7 @@ class RemoteExchange:
     def stepped(self) -> None:
         """What backward makes now is for the next step."""
         self._ready.clear()
-        self._factor = None
+        self._factor, self.is_measured = None, False
         if self.early is not None:
             self.early.stepped()
 
@@ -277,6 +286,10 @@ class RemoteExchange:
     def load_own_state(self, state: dict[int, dict[str, Any]]) -> None:
         for index, values in state.items() if self.inner is not None else ():
             self.optimizer.state[self.parameters[index]] = values
+
+
+def _vectors(table: Table) -> Vectors:
+    return {vector: torch.zeros(size, dtype=vector_dtype(vector)) for vector, size in table.dense_sizes.items()}
 
 
 def check_elsewhere(optimizer: optim.Optimizer) -> None:

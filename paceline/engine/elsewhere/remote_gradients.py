@@ -11,6 +11,7 @@ from paceline.engine.elsewhere.early import Bucket
 from paceline.engine.elsewhere.line import Line
 from paceline.engine.elsewhere.mail import send_range
 from paceline.engine.elsewhere.outbox import Outbox
+from paceline.engine.elsewhere.owners import Owners
 from paceline.engine.elsewhere.remote_exchange import RemoteExchange
 from paceline.protocol import remote
 from paceline.protocol.rounds import NEVER
@@ -31,8 +32,10 @@ class RemoteGradients:
         rest = one.gather()
         offers = (one.host is not None or one.owns is not None) and one.is_finite
         if one.owns is not None:
-            self._give_owners(one, rest)
+            offers = offers and not (one.is_measured and rest)  # the fold of it is not made twice
+            self._give_owners(one, rest, offers=offers)
         elif offers or one.is_home:
+            one.lay_own()
             one.tell_all_ready(self._rank)
         elif one.host is not None:
             self._put_own(one)
@@ -40,14 +43,20 @@ class RemoteGradients:
             self._put(one, rest)
         return bytes(one.replica.slot.mask), one.rows(), offers
 
-    def _give_owners(self, one: RemoteExchange, rest: Sequence[Bucket]) -> None:
-        """Have them where the owners look for them, or home if they are not finite."""
+    def _give_owners(self, one: RemoteExchange, rest: Sequence[Bucket], *, offers: bool) -> None:
+        """Have them where the owners look for them, or home if they are not offered."""
         assert one.owns is not None
-        if one.is_finite:
+        if offers:
             one.owns.give(one.buckets.index(bucket) for bucket in rest)
-            return
-        one.owns.off()
-        if not one.is_home:
+        else:
+            self._send_apart(one, one.owns)
+
+    def _send_apart(self, one: RemoteExchange, owners: Owners) -> None:
+        """In no fold of theirs, as it is in the slot."""
+        owners.off()
+        if one.is_home:
+            one.lay_own()
+        else:
             self._put(one, one.whole)
 
     def bring(self, one: RemoteExchange, *, void: bool) -> remote.Step:
@@ -60,9 +69,8 @@ class RemoteGradients:
         one.clip()
         factor = one.factor()
         if factor is not None:
-            return remote.Step(
-                one.index, False, bytes(one.replica.slot.mask), {}, settings, one.host is not None, factor
-            )
+            offers = one.host is not None or one.owns is not None
+            return remote.Step(one.index, False, bytes(one.replica.slot.mask), {}, settings, offers, factor)
         mask, rows, offers = self._give(one)
         return remote.Step(one.index, False, mask, rows, settings, offers)
 
@@ -87,11 +95,9 @@ class RemoteGradients:
     def send_own(self, one: RemoteExchange) -> None:
         """This worker's gradient, in no fold, as it is in the slot."""
         if one.owns is not None:
-            one.owns.off()
-            if one.is_home:
-                one.gather()  # the folds may lie there
-                return
-        self._put_own(one)
+            self._send_apart(one, one.owns)
+        else:
+            self._put_own(one)
 
     def stepped(self, one: RemoteExchange) -> None:
         """The mirror of this host has the newest values: what its workers bring next may go."""

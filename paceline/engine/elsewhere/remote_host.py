@@ -150,8 +150,7 @@ class RemoteHost:
             self._gradients.send_fold(asked, one)
         elif one.owners.finish(asked.number, asked.weights):
             if one.is_home:
-                one.owners.lay_folds()
-                one.replica.forget()
+                one.owners.lay_folds(one.replica.slot.gradient)
             return self._count_bytes()
         return None
 

@@ -12,7 +12,7 @@ GPU, with ``share_parameters=False``, or stepped locally) are copied from there.
 from __future__ import annotations
 
 import cmath
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -27,10 +27,18 @@ _COMPARED = 2**19  # values at a time, which take no new memory each time
 
 
 class Replica:
-    """The parameters of ``optimizer`` on this worker. ``views``: may they be views of shared memory?"""
+    """The parameters of ``optimizer`` on this worker. ``views``: may they be views of shared memory? ``apart``: dense
+    vectors in which gradients are written instead of the slot's."""
 
     def __init__(
-        self, optimizer: optim.Optimizer, spec: Spec, memory: ExchangeMemory, rank: int, *, views: bool
+        self,
+        optimizer: optim.Optimizer,
+        spec: Spec,
+        memory: ExchangeMemory,
+        rank: int,
+        *,
+        views: bool,
+        apart: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         self._optimizer, self._memory = optimizer, memory
         self._names = [entry.name for entry in spec.table.entries]
@@ -39,7 +47,8 @@ class Replica:
         self._private = not all(self._adopts)
         self.slot = memory.slots[rank]
         entries, view = spec.table.entries, spec.table.view
-        gradients = [view(entry, self.slot.gradient[entry.vector]) for entry in entries]
+        self.gradient = self.slot.gradient if apart is None else apart
+        gradients = [view(entry, self.gradient[entry.vector]) for entry in entries]
         self._dense = {i: gradients[i] for i, entry in enumerate(entries) if not entry.row}  # parameter -> its range
         self._vectors = sorted({entry.vector for entry in entries if not entry.row})
         self._by_rows = {i: gradients[i].view(-1) for i, entry in enumerate(entries) if entry.row}
@@ -146,7 +155,7 @@ class Replica:
                         self._dense[param].zero_()
             self.write_mask(bytes(gradient is not None for gradient in gradients))
             self.wait_for_device()
-            there = [self.slot.gradient[key] for key in self._vectors]
+            there = [self.gradient[key] for key in self._vectors]
             there += [_rows_of(gradients[param]) for param in self._by_rows if gradients[param] is not None]
             return all(_is_finite(values) for values in there)
 
@@ -227,10 +236,6 @@ class Replica:
         # How a shard steps (fused or not) was settled when the memory was laid out.
         kept = [{k: v for k, v in group.items() if k not in ("fused", "foreach")} for group in settings]
         self.slot.write_settings(optimizers.encode(kept))
-
-    def forget(self) -> None:
-        """Others have written over what is in the slot."""
-        self._mask = self._all
 
     def write_mask(self, mask: bytes) -> None:
         """Into the slot: which parameters have a gradient."""

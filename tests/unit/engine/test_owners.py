@@ -13,9 +13,10 @@ from torch import nn, optim
 
 from paceline.engine.elsewhere import early, owners, peers
 from paceline.engine.elsewhere.remote_host import RemoteHost
+from paceline.errors import ConfigError
 from paceline.protocol import owners as protocol
 from tests.driver import run_job
-from tests.unit.engine.test_hosts import Seen, both, evaluating, loading
+from tests.unit.engine.test_hosts import CLIPS, Seen, both, clipping, evaluating, leaving_out, loading
 from tests.unit.engine.test_hosts import seen as seen
 from tests.unit.engine.test_remote import EPOCHS, MAKES, SAMPLES, count, drawn, several, train
 
@@ -66,7 +67,62 @@ def test_each_sample_counts_once_an_epoch(places: tuple[str, ...], assign: str) 
 def test_so_it_is_with_batch_norm_and_with_clipping(how: dict[str, bool], seen: Seen) -> None:
     apart, one = both(lambda run: train(run, MAKES["momentum"], **how), PLACES["4"])
     assert apart == pytest.approx(one, rel=1e-12, abs=1e-12)
-    assert (seen.left > 0) == ("clip" in how)  # a norm is that of gradients that are at home
+    assert (seen.norms > 0, seen.left) == ("clip" in how, 0)
+
+
+# As scripts clip: is what all bring folded in shares? A fold has one factor, and is not made twice in a round.
+FOLDED = {"by norm": True, "by its own means": False, "in several calls": False, "one drops one after it": False}
+FOLDED_TOO = dict.fromkeys(["seldom", "by the largest", "order 3"], True)
+FOLDED_TOO |= dict.fromkeys(CLIPS.keys() - FOLDED.keys() - FOLDED_TOO.keys(), False)
+
+
+@pytest.mark.parametrize(
+    ("name", "as_one"),
+    [*FOLDED.items(), *(pytest.param(*each, marks=pytest.mark.long) for each in sorted(FOLDED_TOO.items()))],
+)
+def test_a_norm_is_that_of_all_and_the_fold_is_clipped(name: str, as_one: bool, seen: Seen) -> None:
+    there = run_job(lambda run: clipping(run, CLIPS[name][0]), workers=4, elsewhere=True, hosts=PLACES["4"])
+    here = run_job(lambda run: clipping(run, CLIPS[name][0]), workers=4, elsewhere=False)
+    assert all(one == there[0] for one in there)
+    for found, wanted in zip(there[0], here[0], strict=True):
+        assert found == pytest.approx(wanted, rel=1e-12, abs=1e-12)
+    assert any(norm > 0.5 for norm in there[0][0])
+    assert (seen.as_one, seen.left) == (9 if as_one else 0, 0)
+    assert seen.norms
+
+
+@pytest.mark.parametrize("places", ONE_OF_THEM)
+def test_the_option_clips_likewise(places: tuple[str, ...], seen: Seen) -> None:
+    apart, one = both(several, places, clip=0.2)
+    assert apart == pytest.approx(one, rel=1e-12, abs=1e-12)
+    assert seen.norms
+    assert not seen.left
+
+
+@pytest.mark.parametrize("bad", [0, pytest.param(2, marks=pytest.mark.long)])
+def test_a_gradient_that_is_not_finite_is_in_no_norm(bad: int, seen: Seen) -> None:
+    apart, one = both(lambda run: evaluating(run, bad=bad), PLACES["3"], clip=0.2)
+    assert apart == pytest.approx(one, rel=1e-12, abs=1e-12)
+    assert seen.as_one == seen.norms > 0
+    assert not seen.left
+
+
+@pytest.mark.parametrize("without", [0, 1])
+def test_who_steps_without_clipping_is_told(without: int) -> None:
+    how = CLIPS["by norm"][0]
+    with pytest.raises(ConfigError, match=rf"clips its gradients in round 1, worker {without} does not"):
+        run_job(
+            lambda run: clipping(run, (lambda *_: []) if run.rank == without else how),
+            workers=3,
+            elsewhere=True,
+            hosts=PLACES["3"],
+        )
+
+
+def test_a_step_may_be_left_out_after_its_norm(seen: Seen) -> None:
+    apart, one = both(leaving_out, PLACES["3"])
+    assert apart == pytest.approx(one, rel=1e-12, abs=1e-12)
+    assert not seen.left
 
 
 @pytest.mark.parametrize("places", ONE_OF_THEM)
