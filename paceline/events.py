@@ -73,6 +73,8 @@ class Metric(msgspec.Struct, frozen=True, tag="metric"):
     exchanging (copying, folding, stepping). ``staleness`` is the mean over their pushes, in steps; ``dropped`` counts
     pushes that came too late (quorum). At bounded and async a line is as many pushes as there are workers, at local
     a round of several steps. ``values`` holds whatever else was logged, worker 0's.
+
+    What is logged behind an epoch has a line of its own, with the epoch's last step, no samples and no durations.
     """
 
     step: int
@@ -87,6 +89,11 @@ class Metric(msgspec.Struct, frozen=True, tag="metric"):
     staleness: float = 0.0
     dropped: int = 0
     values: dict[str, float | None] = {}  # None: not a finite number
+
+
+def is_behind(metric: Metric) -> bool:
+    """Is it what was logged behind an epoch, and no round?"""
+    return not (metric.samples or metric.computing_s or metric.waiting_s or metric.exchanging_s)
 
 
 class Output(msgspec.Struct, frozen=True, tag="output"):
@@ -114,7 +121,8 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True, tag="summary"):
     ``steps`` counts rounds, pushes of all divided by the number of workers, or local steps; ``staleness`` is the mean
     of a push in steps, ``dropped`` how many pushes came too late (quorum).
     ``seconds`` is the time from the first batch to the last step; ``waiting`` the share of it (0 to 1)
-    that workers spent waiting for others; ``loss`` the mean over the last 5 % of the steps, at least one.
+    that workers spent waiting for others; ``loss`` the mean over the last 5 % of the steps, at least one, or if it was
+    logged behind epochs only, over so many of these; ``values`` whatever else was logged, each as it was last.
     """
 
     run: str
@@ -134,6 +142,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True, tag="summary"):
     exit_code: int = 0
     staleness: float = 0.0
     dropped: int = 0
+    values: dict[str, float | None] = {}
 
 
 Record = Started | Wrapped | Epoch | Metric | Output | Notice | Summary

@@ -8,7 +8,7 @@ when a record arrives and by no thread of its own, because the launcher forks.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TextIO
 
@@ -25,6 +25,7 @@ from paceline.events import Epoch, Metric, Notice, Output, Record, Started, Summ
 REDRAW_S = 0.1
 PLAIN_LINE_S = 10.0
 BAR_CELLS = 20
+MOST_VALUES = 3  # of what a script logs beside the loss
 ERASE = "\r\x1b[2K\x1b[0m"  # to the line's start, all of it away, and no colour that the script left on
 SENT_WHERE, SENT = "sent 0 MB (shared memory)", "sent 0 MB"
 SILENT = {"join", "leave", "failed", "died"}  # what every healthy run has, and what the error block will say
@@ -193,6 +194,8 @@ def _facts(standing: Standing, sent: str) -> list[str]:
     facts = [f"{figures.percent(share):>5}" if share is not None else f"step {standing.done:,}"]
     if standing.loss is not None:
         facts.append(f"loss {figures.loss(standing.loss)}")
+    if sent == SENT_WHERE:
+        facts += others(standing.values)
     facts.append(f"{figures.rate(standing.samples_per_s)} samples/s")
     if sent:
         facts.append(f"sent {figures.size(standing.bytes_sent)}" if standing.bytes_sent else sent)
@@ -201,13 +204,18 @@ def _facts(standing: Standing, sent: str) -> list[str]:
     return facts
 
 
+def others(values: Mapping[str, float | None]) -> list[str]:
+    """What a script has logged beside the loss, of many the last."""
+    return [f"{name} {figures.number(value)}" for name, value in [*values.items()][-MOST_VALUES:]]
+
+
 def ending(summary: Summary, *more: str) -> str:
     """``done in 0:58 · loss 1.98 · waited 4 % of the time``, with ``more`` after the loss."""
     verb = "done in" if summary.status == "done" else f"{summary.status} after"
     parts = [f"{verb} {figures.duration(summary.seconds)}"]
     if summary.loss is not None:
         parts.append(f"loss {figures.loss(summary.loss)}")
-    parts += more
+    parts += [*others(summary.values), *more]
     if summary.steps:
         if summary.samples or not summary.seconds:
             parts.append(f"{figures.rate(summary.samples_per_s)} samples/s")

@@ -22,6 +22,13 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def number(value: float | None) -> str:
+    """Whatever a script has logged: a whole number as such, others as a loss."""
+    if value is not None and math.isfinite(value) and value == int(value):
+        return f"{value:,.0f}" if abs(value) < 1e7 else f"{value:.2e}"
+    return loss(value)
+
+
 def loss(value: float | None) -> str:
     """Three significant digits, in the shape of a loss: ``1.98``, ``0.0312``, ``12,400``, ``3.10e-06``."""
     if value is None:

@@ -7,10 +7,11 @@ earlier looks. Times are the records' own.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from paceline.config import Job
-from paceline.events import Epoch, Metric
+from paceline.events import Epoch, Metric, is_behind
 
 WINDOW_S = 8.0  # rates are means over the last so many seconds
 WARM_UP_ROUNDS = 5  # memory is touched for the first time, code is compiled
@@ -28,6 +29,7 @@ class Standing:
     samples_per_s: float
     bytes_sent: int
     left_s: float | None
+    values: Mapping[str, float | None] = field(default_factory=dict)  # what else was logged, as it was last
 
     @property
     def share(self) -> float | None:
@@ -45,12 +47,19 @@ class Progress:
         self._loss, self._weight = 0.0, 0.0
         self._first_s, self._steady_samples = 0.0, 0
         self._rounds, self._round_s, self._overhead_s = 0, 0.0, 0.0
+        self._values: dict[str, float | None] = {}
         self._looks: deque[tuple[float, int, int]] = deque()  # (time, samples, steps) at earlier looks
 
     def epoch_begins(self, record: Epoch) -> None:
         self._epoch, self._epoch_steps, self._done = record.epoch, record.steps, 0
 
     def add(self, metric: Metric) -> None:
+        self._values |= metric.values
+        if metric.loss is not None:
+            self._loss = KEEP_LOSS * self._loss + (1 - KEEP_LOSS) * metric.loss
+            self._weight = KEEP_LOSS * self._weight + (1 - KEEP_LOSS)
+        if is_behind(metric):
+            return
         self._done += metric.step - self._step  # more than one at pace local
         self._time_s, self._step = metric.time_s, metric.step
         self._samples += metric.samples
@@ -62,9 +71,6 @@ class Progress:
             self._steady_samples += metric.samples
         self._overhead_s += metric.waiting_s + metric.exchanging_s
         self._round_s += metric.computing_s + metric.waiting_s + metric.exchanging_s
-        if metric.loss is not None:
-            self._loss = KEEP_LOSS * self._loss + (1 - KEEP_LOSS) * metric.loss
-            self._weight = KEEP_LOSS * self._weight + (1 - KEEP_LOSS)
         if not self._looks:
             self._looks.append((self._time_s, self._samples, self._step))
 
@@ -80,7 +86,7 @@ class Progress:
         while len(self._looks) > 2 and self._time_s - self._looks[1][0] > WINDOW_S:
             self._looks.popleft()
         loss = self._loss / self._weight if self._weight else None
-        return Standing(label, done, total, loss, samples_per_s, self._bytes, left)
+        return Standing(label, done, total, loss, samples_per_s, self._bytes, left, self._values)
 
     @property
     def steady_samples_per_s(self) -> float | None:

@@ -52,6 +52,15 @@ class Logged(Message, frozen=True, tag=4):
     values: dict[str, float]
 
 
+class LoggedBehind(Message, frozen=True, tag=17):
+    """...my script logged these behind epoch ``epoch`` (from 1), of so many samples of mine. No answer."""
+
+    epoch: int
+    loss: float | None
+    samples: int
+    values: dict[str, float]
+
+
 class Pass(Message, frozen=True, tag=5):
     """...I begin pass ``number`` (from 0) over loader ``loader`` of ``steps`` batches. No answer."""
 
@@ -249,6 +258,7 @@ Any = (
     | Memory
     | Steps
     | Logged
+    | LoggedBehind
     | Pass
     | Ended
     | Failed

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from paceline.events import Metric
+from paceline.events import Metric, is_behind
 
 MOST_BINS = 1500  # a picture 1500 pixels wide shows no more
 
@@ -37,11 +37,14 @@ class Bin:
         self.computing_s += metric.computing_s
         self.waiting_s += metric.waiting_s
         self.exchanging_s += metric.exchanging_s
-        if metric.loss is not None and math.isfinite(metric.loss):
+        self.add_loss(metric.loss)
+
+    def add_loss(self, loss: float | None) -> None:
+        if loss is not None and math.isfinite(loss):
             self.losses += 1
-            self.loss_sum += metric.loss
-            self.low = min(self.low, metric.loss)
-            self.high = max(self.high, metric.loss)
+            self.loss_sum += loss
+            self.low = min(self.low, loss)
+            self.high = max(self.high, loss)
 
     @property
     def loss(self) -> float:
@@ -75,6 +78,9 @@ def read_series(path: Path, most: int = MOST_BINS) -> list[Bin]:
                     metric = decode(line)
                 except (msgspec.DecodeError, UnicodeDecodeError):
                     continue  # the writer was stopped, or is still at it
+                if bins and is_behind(metric):
+                    bins[-1].add_loss(metric.loss)
+                    continue
                 if not bins or bins[-1].rounds >= rounds_a_bin:
                     if len(bins) == 2 * most:
                         bins = [merge(*pair) for pair in zip(bins[::2], bins[1::2], strict=True)]

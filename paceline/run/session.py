@@ -137,7 +137,8 @@ class Run:
             self.worker.collectives.barrier()
 
     def log(self, loss: Any = None, **values: Any) -> None:
-        """Report this step's loss (a number or a tensor of one value), and other numbers, to the run.
+        """Report this step's loss (a number or a tensor of one value), and other numbers, to the run; behind the loop
+        over the training loader, the epoch's.
 
         The loss is averaged over workers by samples; of other values worker 0's are kept.
         """

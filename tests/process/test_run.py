@@ -264,3 +264,43 @@ def _mean(ended: Ended, epoch: int) -> float:
     """The loss by samples over one pass."""
     metrics = [metric for metric in ended.metrics if metric["epoch"] == epoch]
     return float(sum(m["loss"] * m["samples"] for m in metrics) / sum(m["samples"] for m in metrics))
+
+
+BEHIND = """
+import torch
+import paceline
+from torch.utils.data import DataLoader, TensorDataset
+
+run = paceline.init()
+weight = torch.nn.Parameter(torch.zeros(1))
+optimizer = torch.optim.SGD([weight], 1.0)
+data, test = (TensorDataset(torch.arange(float(count))) for count in (10, 5))
+optimizer, loader, tests = run.wrap(optimizer, DataLoader(data, 3), DataLoader(test, 3))
+for epoch in range(3):
+    for (batch,) in loader:
+        optimizer.zero_grad()
+        (weight * batch).mean().backward()
+        optimizer.step()
+    with torch.no_grad():
+        for (batch,) in tests:
+            run.log(loss=-1)  # of an evaluation: not training's
+    run.log(loss=10 * epoch + run.rank, accuracy=epoch + run.rank / 2)
+"""
+
+
+@pytest.mark.parametrize(("options", "last"), [((), 3), (("--epochs", "2"), 2), (("--pace", "async"), 3)])
+def test_what_is_logged_behind_an_epoch_is_the_epochs_and_the_last_is_the_runs(
+    options: tuple[str, ...], last: int, runner: Runner
+) -> None:
+    ended = runner.run(BEHIND, "--workers", "2", *options)
+    assert ended.code == 0, ended.err
+    behind = [metric for metric in ended.metrics if not metric["samples"]]
+    assert [metric["epoch"] for metric in behind] == [*range(1, last + 1)]
+    assert [metric["step"] for metric in behind] == [2 * epoch for epoch in range(1, last + 1)]
+    assert [metric["values"] for metric in behind] == [{"accuracy": float(epoch)} for epoch in range(last)]
+    if not options:  # worker 1 has the last batches, of three samples and of one
+        assert [metric["loss"] for metric in behind] == pytest.approx([10 * epoch + 0.4 for epoch in range(last)])
+    assert all(metric["loss"] is None for metric in ended.metrics if metric["samples"])
+    assert 10 * (last - 1) <= ended.summary["loss"] <= 10 * (last - 1) + 1
+    assert ended.summary["values"] == {"accuracy": last - 1.0}
+    assert sum(metric["samples"] for metric in ended.metrics) == ended.summary["samples"] == 10 * last

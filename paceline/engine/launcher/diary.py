@@ -114,7 +114,7 @@ def without_rows(entries: Iterable[Entry], saved: int) -> Iterator[Entry]:
         frames = b""
         for message in entry.messages:
             match message:
-                case messages.Logged() | messages.Kept():
+                case messages.Logged() | messages.LoggedBehind() | messages.Kept():
                     continue
                 case messages.Part(number=number) if number <= saved:
                     continue

@@ -227,6 +227,8 @@ class _Launcher:
                 self._coordinator.handle(Came(role, rank, message))
             case messages.Logged(step=step, values=values):
                 self._merger.log(step, values)
+            case messages.LoggedBehind(epoch=epoch, loss=loss, samples=samples, values=values):
+                self._merger.log_behind(epoch, rank, loss, samples, values)
             case messages.Scale():
                 self._scale(message)
             case messages.Joined():

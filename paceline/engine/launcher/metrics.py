@@ -76,11 +76,21 @@ class _Merged:
     tellers: set[int] = field(default_factory=set)
 
 
+@dataclass
+class _Behind:
+    """What was logged behind an epoch: losses with samples, by worker, and worker 0's other values."""
+
+    losses: dict[int, tuple[float, float]] = field(default_factory=dict)
+    values: dict[str, float | None] = field(default_factory=dict)
+
+
 _STATE: dict[str, Any] = {
     "_open": dict[int, _Merged],
     "_next": int,
     "_steps": int,
     "_values": dict[int, dict[str, float | None]],
+    "_behind": dict[int, _Behind],
+    "_time_s": float,
     "_gaps": bool,
     "_told": dict[int, int],
     "_shares_steps": bool,
@@ -99,6 +109,8 @@ class Merger:
         self._next = after + 1
         self._steps = steps
         self._values: dict[int, dict[str, float | None]] = {}
+        self._behind: dict[int, _Behind] = {}  # by epoch
+        self._time_s = 0.0  # of the last step that was told
         self._gaps = False
         self._told: dict[int, int] = {}  # by worker, the last key that it told of; it tells in their order
         self._shares_steps = False  # may one worker bring all of a step, as with a log?
@@ -138,6 +150,14 @@ class Merger:
     def log(self, step: int, values: dict[str, float]) -> None:
         self._values.setdefault(step, {}).update(values)
 
+    def log_behind(self, epoch: int, worker: int, loss: float | None, samples: float, values: dict[str, float]) -> None:
+        """Of what a worker logs as its loss behind one epoch the last counts; of other values worker 0's."""
+        behind = self._behind.setdefault(epoch, _Behind())
+        if loss is not None:
+            behind.losses[worker] = (loss, samples)
+        if worker == 0:
+            behind.values.update(values)
+
     def lost(self, worker: int) -> None:
         """A worker has died: what it had not told yet is not waited for."""
         self._gaps = True
@@ -159,18 +179,33 @@ class Merger:
             merged = self._open[key]
             if not everything and key >= behind and (key != self._next or merged.workers < merged.contributors):
                 return
+            yield from self._metrics_behind(before=merged.epoch)  # its workers have logged before they stepped again
             is_late = key < self._next  # a newcomer's, of a step that was told without it
             self._next = max(self._next, key + 1)
             yield self._metric(key, self._open.pop(key), is_late=is_late)
+        if everything:
+            yield from self._metrics_behind()
+
+    def _metrics_behind(self, before: int | None = None) -> Iterator[Metric]:
+        """A record for each epoch ``before`` this one behind which something was logged."""
+        for epoch in sorted(known for known in self._behind if before is None or known < before):
+            behind = self._behind.pop(epoch)
+            samples = sum(count for _, count in behind.losses.values())
+            total = sum(loss * count for loss, count in behind.losses.values())
+            if samples or behind.values:
+                loss = total / samples if samples else None
+                yield Metric(self._steps, epoch, self._time_s, loss, 0, 0.0, 0.0, 0.0, values=behind.values)
 
     def _metric(self, key: int, merged: _Merged, *, is_late: bool) -> Metric:
         loss_sum, loss_samples, samples, computing, waiting, exchanging, staleness, dropped, sent = merged.sums
         if not is_late:
             self._steps = max(self._steps + merged.steps, key)  # what nobody told (a killed worker) counts too
+        time_s = round(merged.time_s - self._started_s, 6)
+        self._time_s = max(self._time_s, time_s)
         return Metric(
             step=self._steps,
             epoch=merged.epoch,
-            time_s=round(merged.time_s - self._started_s, 6),
+            time_s=time_s,
             loss=loss_sum / loss_samples if loss_samples else None,
             samples=round(samples),
             computing_s=round(computing / merged.workers, 6),

@@ -62,6 +62,7 @@ class Recorder:
         self._totals = [0.0, 0.0, 0.0]
         self._samples = self._steps = self._epochs = self._bytes = 0
         self._last_s = self._staleness = 0.0
+        self._values: dict[str, float | None] = {}  # as they were last
         self._lines = self._dropped = 0
         before: list[float] = []  # the first and the last time in the run that is resumed
         for metric in _metrics_up_to(metrics, None):
@@ -162,6 +163,7 @@ class Recorder:
             exit_code=exit_code,
             staleness=round(self._staleness / self._lines, 3) if self._lines else 0.0,
             dropped=self._dropped,
+            values=self._values,
         )
         self.flush()
         self._metrics.close()
@@ -179,7 +181,8 @@ class Recorder:
 
     def _count(self, metric: events.Metric) -> None:
         self._steps = metric.step
-        self._lines += 1
+        self._lines += not events.is_behind(metric)
+        self._values |= metric.values
         self._staleness += metric.staleness
         self._dropped += metric.dropped
         self._samples += metric.samples

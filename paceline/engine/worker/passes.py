@@ -77,6 +77,7 @@ class Passes:
         self._open: set[int] = set()  # loaders of which this worker has a part in a pass in progress
         # Loaders whose pass the script left early, and the gradients at that time; until that is told.
         self._leaving: list[tuple[int, object]] = []
+        self._in_progress: set[int] = set()  # loaders in the midst of whose pass the script is
         self._left: set[int] = set()  # loaders whose last pass it was, and its end is not waited for yet
 
     def add_loader(self) -> int:
@@ -240,7 +241,10 @@ class Passes:
         progress.samples_before[loader] = progress.samples
         self._marks_before[loader] = self.marks()
         ghost = self._ending.over and loader in self._parking.trained_on
-        if not ghost:
+        self._in_progress.add(loader)
+        if ghost:
+            progress.behind = None
+        else:
             self._begin_for_real(loader, length, tell=resumes or not first)
         if self._is_training():  # an evaluation is part of what comes after a pass
             self._saving.at_border()
@@ -274,7 +278,13 @@ class Passes:
 
     # --- a pass ends ---
 
+    @property
+    def is_behind(self) -> bool:
+        """Is the script behind an epoch, and in no pass?"""
+        return self._progress.behind is not None and not self._in_progress
+
     def end(self, loader: int) -> None:
+        self._in_progress.discard(loader)
         self.tell_left()
         self._progress.put_down()
         if self._ending.departed or self._caught_up(loader):
@@ -290,6 +300,7 @@ class Passes:
         self._membership.answer()
 
     def leave(self, loader: int) -> None:
+        self._in_progress.discard(loader)
         self._progress.put_down()
         if self._ending.departed or self._caught_up(loader) or self._ending.is_interrupted:
             return
@@ -351,6 +362,8 @@ class Passes:
             return False
         (self._parking.empty.discard if drawn else self._parking.empty.add)(loader)
         samples = progress.samples - progress.samples_before[loader] if trained else 0
+        if trained:
+            progress.behind = (progress.epoch, samples)
         self._parking.finish(loader, max(steps, int(trained)), samples, leased=leased)
         return True
 

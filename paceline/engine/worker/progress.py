@@ -37,6 +37,7 @@ class Progress:
         self.steps = 0  # pace local: steps in the rounds behind this worker
         self.passes = 0  # that were trained on, by all
         self.epoch = 0
+        self.behind: tuple[int, int] | None = None  # the epoch that is over, and this worker's samples in it
         self.look = (0.0, 0.0)
         self.batch_stepped = self.batch_dropped = False
         self.row = Row()
@@ -81,6 +82,15 @@ class Progress:
         self._unstepped = _added(self._unstepped, (loss * self.batch_samples, self.batch_samples))
         if self.batch_stepped:
             self.take_in_losses()
+
+    def log_behind(self, loss: float | None, values: dict[str, float]) -> None:
+        """Of the epoch that is over."""
+        assert self.behind is not None
+        self.flush()
+        epoch, samples = self.behind
+        self._channel.send(messages.LoggedBehind(epoch, loss, max(samples, 1), values))
+        if loss is not None and self.batch_stepped:  # of training, for the stop rules
+            self.look = _added(self.look, (loss * self.batch_samples, self.batch_samples))
 
     def forget_losses(self) -> None:
         """What was logged since the last step is an evaluation's, not training's."""

@@ -362,9 +362,13 @@ class Worker:
         return self._ending.over
 
     def log(self, loss: float | None, values: dict[str, float]) -> None:
-        """Record a loss of the batch in hand, and other values of the step."""
+        """Record a loss of the batch in hand, and other values of the step; behind an epoch, of the epoch."""
         progress = self.progress
         if self._catching_up.is_muted or not self._catching_up.joined:
+            return
+        self.passes.tell_left()
+        if self.passes.is_behind and not progress.row.stepped:
+            progress.log_behind(loss, values if self.rank == 0 else {})
             return
         if (self.over and not progress.row.stepped) or (progress.batch_stepped and progress.batch_dropped):
             return

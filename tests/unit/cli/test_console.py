@@ -180,6 +180,8 @@ def test_ending_says_how_it_went() -> None:
     assert ending(end, "1.9x one process") == (
         "done in 0:58 · loss 1.98 · 1.9x one process · 3,900 samples/s · waited 4 % of the time"
     )
+    logged = msgspec.structs.replace(end, values={"lr": 0.5, "val_loss": 0.25, "epoch": 3.0, "best": None})
+    assert ending(logged).startswith("done in 0:58 · loss 1.98 · val_loss 0.250 · epoch 3 · best - · 3,900 samples/s")
     by_step = msgspec.structs.replace(end, samples=0, samples_per_s=0.0)  # nobody knows how many there were
     assert ending(by_step) == "done in 0:58 · loss 1.98 · 0.155 steps/s · waited 4 % of the time"
     end = Summary(

@@ -4,7 +4,7 @@ import pytest
 
 from paceline.cli.progress import WARM_UP_ROUNDS, Progress
 from paceline.config import Job
-from paceline.events import Epoch
+from paceline.events import Epoch, Metric
 from tests.unit.cli.played import metric
 
 
@@ -75,3 +75,15 @@ def test_steady_speed_leaves_out_the_warm_up() -> None:
         progress.add(metric(WARM_UP_ROUNDS + step, time_s=WARM_UP_ROUNDS * 10.0 + step / 10))
     assert progress.steady_samples_per_s == pytest.approx(320)
     assert progress.overhead == pytest.approx(0.2)
+
+
+def test_what_is_logged_behind_an_epoch_is_shown_and_is_no_round() -> None:
+    progress = Progress(Job("train"))
+    fed(progress, 1, 20)
+    before = progress.look()
+    progress.add(Metric(20, 1, 2.0, 1.0, 0, 0.0, 0.0, 0.0, values={"accuracy": 0.5}))
+    after = progress.look()
+    assert (after.done, after.values) == (before.done, {"accuracy": 0.5})
+    assert after.loss is not None
+    assert before.loss is not None
+    assert after.loss < before.loss

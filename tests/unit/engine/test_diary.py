@@ -25,6 +25,7 @@ RANKS = st.integers(0, 2)
 FROM_WORKERS = st.one_of(
     st.just(messages.Steps(b"rows")),
     st.just(messages.Logged(1, {"a": 1.0})),
+    st.just(messages.LoggedBehind(1, 0.5, 4, {"a": 1.0})),
     st.builds(messages.Wrap, st.integers(1, 3), st.just("copy"), st.just(b""), st.just(1), st.just("w")),
     st.just(messages.Finished()),
     st.just(messages.Failed("ScriptError", "worker 1 raised ValueError: no")),
@@ -54,7 +55,7 @@ def heard(coordinator: Coordinator, entries: list[Entry]) -> list[Effect]:
         for message in one.messages:
             if isinstance(message, messages.Exited):
                 effects += coordinator.handle(Died(message.role, message.rank, message.pid, message.status))
-            elif one.role == "worker" and not isinstance(message, messages.Logged):
+            elif one.role == "worker" and not isinstance(message, messages.Logged | messages.LoggedBehind):
                 effects += coordinator.handle(Came("worker", one.rank, message))
     return effects
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from paceline.engine.launcher.metrics import ROW, Merger, Row
-from paceline.events import Metric
+from paceline.events import Metric, is_behind
 
 
 def row(step: int, contributors: int = 1, **values: Any) -> bytes:
@@ -268,3 +268,37 @@ def test_another_merger_goes_on_where_one_was(told: list[tuple[int, int, int]], 
         assert metrics(first) == metrics(whole)
     assert metrics(first, everything=True) == metrics(whole, everything=True)
     assert first.dropped == whole.dropped
+
+
+# --- what is logged behind an epoch ---
+
+
+def test_what_is_logged_behind_an_epoch_is_told_before_the_next_ones_first_step() -> None:
+    merger = Merger(started_s=0.0)
+    for worker in (0, 1):
+        merger.add(row(1, 2, epoch=1, time_s=3.0), worker)
+    assert steps(merger) == [1]
+    merger.log_behind(1, 1, 3.0, 1.0, {"a": 9.0})
+    merger.log_behind(1, 0, 9.0, 3.0, {"a": 1.0})
+    merger.log_behind(1, 0, 1.0, 3.0, {"b": 2.0})
+    assert steps(merger) == []
+    for worker in (0, 1):
+        merger.add(row(2, 2, epoch=2, time_s=4.0), worker)
+    first, second = metrics(merger)
+    assert (first.step, first.epoch, first.time_s, first.samples) == (1, 1, 3.0, 0)
+    assert first.loss == (3.0 * 1 + 1.0 * 3) / 4  # of each worker the last, by samples
+    assert first.values == {"a": 1.0, "b": 2.0}  # worker 0's
+    assert is_behind(first)
+    assert (second.step, second.epoch, second.loss, second.values) == (2, 2, None, {})
+
+
+def test_what_is_logged_behind_the_last_epoch_is_told_at_the_end() -> None:
+    merger = Merger(started_s=0.0)
+    merger.add(row(1, 1, epoch=1), 0)
+    merger.log_behind(1, 0, None, 4.0, {"a": 1.0})
+    assert steps(merger) == [1]
+    again = Merger(started_s=0.0)
+    again.restore(merger.state())
+    (last,) = metrics(again, everything=True)
+    assert (last.step, last.epoch, last.loss, last.values) == (1, 1, None, {"a": 1.0})
+    assert metrics(again, everything=True) == []

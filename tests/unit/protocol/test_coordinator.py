@@ -209,7 +209,14 @@ def test_the_reason_of_the_end_is_kept_and_told() -> None:
 
 
 @pytest.mark.parametrize(
-    "message", [messages.Steps(b""), messages.Logged(1, {"a": 1.0}), messages.Pass(0, 0, 3), messages.Ready({})]
+    "message",
+    [
+        messages.Steps(b""),
+        messages.Logged(1, {"a": 1.0}),
+        messages.LoggedBehind(1, None, 1, {}),
+        messages.Pass(0, 0, 3),
+        messages.Ready({}),
+    ],
 )
 def test_what_is_not_its_business_has_no_effect(message: messages.Any) -> None:
     assert Coordinator(1, 0).handle(Came("worker", 0, message)) == []

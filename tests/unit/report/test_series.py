@@ -87,3 +87,12 @@ def test_final_loss_is_the_mean_over_the_last_twentieth(tmp_path: Path, most: in
     assert final_loss(read_series(written(tmp_path, [7.0, None]))) == 7.0
     flat = [2.0] * 1000
     assert final_loss(read_series(written(tmp_path, flat), most)) == 2.0
+
+
+def test_what_is_logged_behind_an_epoch_is_a_loss_of_its_last_step(tmp_path: Path) -> None:
+    path = written(tmp_path, [None, 3.0, None])
+    with path.open("ab") as lines:
+        lines.write(msgspec.json.encode(Metric(3, 1, 3.0, 1.0, 0, 0.0, 0.0, 0.0)) + b"\n")
+    bins = read_series(path)
+    assert [(bin.step, bin.rounds, bin.losses) for bin in bins] == [(1, 1, 0), (2, 1, 1), (3, 1, 1)]
+    assert final_loss(bins) == 1.0
