@@ -121,10 +121,11 @@ STATES = [
 
 
 def check(ended: Ended, role: str, rank: int, how: str, code: int = 5) -> None:
-    """The run has failed, and says in all places that this process was lost."""
+    """The run has failed, says in all places that this process was lost, and where its log is."""
     what = f"{role} {rank} (pid {ended.pid(role, rank)}) {how}"
     assert ended.code == code, ended.err
     assert f"error: {what}\n" in ended.err
+    assert f"logs/{role}-{rank}.log" in ended.error
     assert "Traceback" not in ended.err
     assert ended.answer["error"] == what
     assert (ended.answer["status"], ended.answer["exit_code"]) == ("failed", code)
@@ -135,15 +136,15 @@ def check(ended: Ended, role: str, rank: int, how: str, code: int = 5) -> None:
 
 
 LONG = pytest.mark.long
-SAME_SENTENCE = ["before init", "waiting in wrap", "parked", "after training"]
+SAME_SENTENCE = ["in backward", "before init", "waiting in wrap", "parked", "after training"]
 
 
-@pytest.mark.parametrize("state", ["in backward", *(pytest.param(state, marks=LONG) for state in SAME_SENTENCE)])
+@LONG
+@pytest.mark.parametrize("state", SAME_SENTENCE)
 def test_a_worker_killed_in_any_state_ends_the_run_with_a_sentence(state: str, runner: Runner) -> None:
     """Where none may take its place."""
     ended = runner.run(DYING, "--restarts", "0", args=[state, "1"])
     check(ended, "worker", 1, "was killed by SIGKILL")
-    assert "logs/worker-1.log" in ended.error
 
 
 @pytest.mark.parametrize("state", [pytest.param(s, marks=LONG) if s != "parked" else s for s in STATES])

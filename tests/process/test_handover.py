@@ -72,7 +72,7 @@ def test_worker_0s_newcomer_sets_the_rate_that_the_schedule_has_by_then(servers:
 
 
 @pytest.mark.parametrize(
-    "pace", ["quorum:1", "local:2", *(pytest.param(pace, marks=pytest.mark.long) for pace in ("async", "bounded:1"))]
+    "pace", ["local:2", *(pytest.param(pace, marks=pytest.mark.long) for pace in ("quorum:1", "async", "bounded:1"))]
 )
 def test_at_every_pace_a_newcomer_goes_on_where_another_is(pace: str, runner: Runner) -> None:
     ended = runner.run(SCRIPT, "--pace", pace, args=["1", pace])

@@ -51,7 +51,7 @@ main()
 @pytest.mark.parametrize(
     ("pace", "servers", "loaders"),
     [
-        ("async", 1, 0),
+        pytest.param("async", 1, 0, marks=pytest.mark.long),
         ("quorum:1", 0, 2),
         pytest.param("async", 0, 2, marks=pytest.mark.long),
         pytest.param("bounded:2", 0, 2, marks=pytest.mark.long),

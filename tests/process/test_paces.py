@@ -123,9 +123,8 @@ def test_dropped_pushes_are_told_and_their_samples_come_again(runner: Runner) ->
     falls(ended)
 
 
-@pytest.mark.parametrize(
-    ("pace", "servers", "more"), [("async:3", 1, 2), pytest.param("local:4", 0, 0, marks=pytest.mark.long)]
-)
+@pytest.mark.long  # tests/unit/engine/test_paces_end.py has it at every pace
+@pytest.mark.parametrize(("pace", "servers", "more"), [("async:3", 1, 2), ("local:4", 0, 0)])
 def test_steps_are_as_many_samples_at_every_pace(pace: str, servers: int, more: int, runner: Runner) -> None:
     """Nine steps of two workers are 18 batches. With three local steps in a push the last may be of up to two more."""
     options = ["--pace", pace, "--workers", "2", "--servers", str(servers), "--steps", "9", "--assign", "round_robin"]

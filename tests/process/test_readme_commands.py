@@ -77,6 +77,7 @@ LONG = {
     "paceline run --workers 2 --pace local:16 examples/digits.py",
     "paceline run --workers 3 --assign lease examples/digits.py",
     "paceline run --workers 2 --data served examples/digits.py",
+    "python fit.py",
 }
 PROGRAMS = {"paceline": ["-m", "paceline"], "python": [], "torchrun": ["-m", "torch.distributed.run"]}
 
