@@ -145,7 +145,7 @@ class WrapOptimizer(Said, frozen=True, tag=31):
 
     Of worker 0 the values have come before. Answer: the process and descriptor of home's memory, to map it (HOME), or
     nothing, and the newest values have come before; for a MIRROR with the optimizer's state. ``members``: who is on
-    this host (HOST), or who are owners, of whom this worker is one (OWNER, HOME).
+    this host, where what they bring is folded. ``crew``: whose is folded in shares by all hosts: all workers or none.
     """
 
     optimizer: str
@@ -155,6 +155,7 @@ class WrapOptimizer(Said, frozen=True, tag=31):
     spec: bytes
     memory: str = OWN
     members: Sequence[int] = ()
+    crew: Sequence[int] = ()
 
 
 class CopyFirst(Said, frozen=True, tag=32):

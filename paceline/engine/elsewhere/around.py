@@ -48,6 +48,11 @@ class Around:
         """Who is on this worker's host, lowest rank first."""
         return [other for other, host in enumerate(self.hosts) if host == self.hosts[rank]]
 
+    @property
+    def leads(self) -> list[int]:
+        """The first worker of each host."""
+        return [rank for rank, host in enumerate(self.hosts) if self.hosts.index(host) == rank]
+
     def choose(self, job: Job, rank: int, told: Any, *, is_newcomer: bool) -> str:
         """Where this worker's parameters are to lie. ``told``: the answer to ``remote.Who``."""
         # A newcomer's gradients of ghost batches are nobody's business, so its memory is its own.
@@ -61,15 +66,15 @@ class Around:
         if job.workers == 2:
             return remote.MIRROR
         if self.may_own(job, told):
-            return remote.OWNER
+            return remote.HOST if len(self.members(rank)) > 1 else remote.OWNER
         here, others = self.hosts[rank], set(self.hosts) - {self.hosts[rank]}
         is_one_of_two = others == {told["host"]} and here != told["host"] and len(self.hosts) == job.workers
         return remote.HOST if is_one_of_two and self.notes is not None else remote.OWN
 
     def may_own(self, job: Job, told: Any) -> bool:
-        """May each worker, alone on its host, fold a share of all gradients (owners.py)? All say the same."""
-        are_alone = len(set(self.hosts)) == len(self.hosts) == job.workers > 2 and self.hosts[0] == told["host"]
-        return are_alone and isinstance(job.pace, Sync) and not job.servers and self.notes is not None
+        """May each of three hosts or more fold a share of all gradients (owners.py)? All say the same."""
+        are_known = len(self.hosts) == job.workers and len(self.leads) > 2 and self.hosts[0] == told["host"]
+        return are_known and isinstance(job.pace, Sync) and not job.servers and self.notes is not None
 
     def tell(self, name: str, value: str) -> None:
         """To all others."""

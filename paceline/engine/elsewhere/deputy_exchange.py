@@ -7,7 +7,6 @@ link <-- the newest values that the worker has not, or what its mirror is to ste
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -48,17 +47,17 @@ def wrap(
             fix="install the same versions of torch and of the optimizer's module on all hosts",
         )
     line.maps_home = line.maps_home or is_home
-    made = DeputyExchange(exchange, index, request.memory, request.members, worker.context, line)
+    made = DeputyExchange(exchange, index, request, worker.context, line)
     return made, (os.getpid(), collectives.kept) if is_home else None
 
 
 class DeputyExchange:
-    """``at_home`` is exchange ``index``. ``memory``: where the worker's parameters lie; ``members``: the workers of its
-    host, where they share a mirror, or all, where they are owners."""
+    """``at_home`` is exchange ``index``, which was made as was ``asked``."""
 
     def __init__(
-        self, at_home: Exchange, index: int, memory: str, members: Sequence[int], context: Context, line: DeputyLine
+        self, at_home: Exchange, index: int, asked: remote.WrapOptimizer, context: Context, line: DeputyLine
     ) -> None:
+        memory, members, crew = asked.memory, asked.members or [context.rank], asked.crew
         self.at_home, self.index, self._memory = at_home, index, memory
         self._line, self._link, self._mail = line, line.link, line.mail
         self._table, self._slot = at_home.spec.table, at_home.memory.slots[context.rank]
@@ -69,18 +68,18 @@ class DeputyExchange:
         self._gradients = self._expect()
         self._forward: Forward | None = None
         self._sent_bytes = 0
-        host = HostPush(at_home.memory, context, members or [context.rank], self._fetch_fold, self._fetch_own)
+        host = HostPush(at_home.memory, context, members, self._fetch_fold, self._fetch_own)
         self._owners: OwnersPush | None = None
-        if members and memory != remote.HOST:
-            host = self._owners = OwnersPush(at_home.memory, context, members, self._fetch_folds, self._fetch_own)
-        self._host = host if members else None
-        self._is_lead = context.rank in members[:1]
+        if crew:
+            host = self._owners = OwnersPush(at_home.memory, context, crew, members, self._fetch_folds, self._fetch_own)
+        self._host = host if asked.members else None
+        self._is_lead, self._shares = context.rank == members[0], memory == remote.HOST  # a mirror with others
         if self._host is None:
             host.leave()
         if memory in (remote.MIRROR, remote.HOST, remote.OWNER):
-            others = [worker for worker in range(context.job.workers) if worker not in (members or [context.rank])]
-            sends = memory == remote.MIRROR or (memory == remote.HOST and self._is_lead)
-            self._forward = Forward(at_home, index, others, members, line.link if sends else None, self._close)
+            others = [worker for worker in range(context.job.workers) if worker not in members]
+            link = line.link if self._is_lead and not crew else None
+            self._forward = Forward(at_home, index, others, crew or asked.members, link, self._close)
         self._set_way()
 
     def _set_way(self) -> None:
@@ -149,7 +148,7 @@ class DeputyExchange:
         if host is None:
             return None
         number, loads = at_home.number, at_home.memory.loads[0]
-        if self._owners is not None:
+        if self._owners is not None and not self._shares:
             # What is folded next needs the state too; while somebody is missing nothing is.
             comes = self._told < 0 or self._owners.were_all_in(number)
             if self._memory != remote.HOME:
@@ -304,8 +303,7 @@ class DeputyExchange:
     def _close(self, told: remote.Follow) -> None:
         """A round is closed: a mirror of one worker steps it while home does. One that several share waits for all of
         them, and whoever waits there asks home, which has to be free to answer."""
-        shares = self._host is not None and self._owners is None
-        if not shares and self._told == told.number - 1:
+        if not self._shares and self._told == told.number - 1:
             self._told = told.number
             with suppress(LinkEnded):  # who answers the worker finds it out
                 self._link.send(remote.Close(self.index, told))

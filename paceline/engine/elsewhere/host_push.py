@@ -25,6 +25,7 @@ class HostPush:
     ) -> None:
         self._memory, self._board, self._lock, self._rank = memory, context.board, context.lock, context.rank
         self._members, self._lead = tuple(members), members[0]
+        self._first = self._lead  # of those who share a mirror
         self._fetch_fold, self._fetch_own = fetch_fold, fetch_own
         self.offers = False  # is the next gradient on the worker's host, for the fold?
         self._at_home: tuple[int, list[float]] | None = None  # of the lead: the round and weights of the fold there
@@ -46,19 +47,19 @@ class HostPush:
         words, newest = self._memory.brought, hosts.version(number, loads)
         while self._board.wait(self._may_claim):
             with self._lock:
-                if hosts.has_version(words[self._lead], newest):
+                if hosts.has_version(words[self._first], newest):
                     return False
-                if hosts.is_there(words[self._lead]) is True:
-                    words[self._lead] = hosts.sent(newest, self._rank)
+                if hosts.is_there(words[self._first]) is True:
+                    words[self._first] = hosts.sent(newest, self._rank)
                     return True
         return False  # the mirror is left
 
     def _may_claim(self) -> bool | Waiting:
-        return hosts.is_there(self._memory.brought[self._lead]) if self.is_one else False
+        return hosts.is_there(self._memory.brought[self._first]) if self.is_one else False
 
     def arrived(self, number: int, loads: int) -> None:
         """What was claimed is there."""
-        self._memory.brought[self._lead] = hosts.arrived(hosts.version(number, loads))
+        self._memory.brought[self._first] = hosts.arrived(hosts.version(number, loads))
         self._board.ring(self._rank)
 
     def bring(self, number: int, weight: float) -> None:
@@ -130,8 +131,8 @@ class HostPush:
         memory, lead = self._memory, self._lead
         for member in self._members:
             memory.slots[member].write_lies_in(number, lead)
-        if norm is None:
-            memory.brought[lead] = hosts.arrived(hosts.version(number, memory.loads[0]))  # the host steps it by itself
+            if norm is None:  # hosts step it by themselves
+                memory.brought[member] = hosts.arrived(hosts.version(number, memory.loads[0]))
         words, least = self._words(number, norm)
         words[lead] = least
 

@@ -117,10 +117,7 @@ class HostMirror(Mirror):
         """This worker's share of it; returns when all is stepped. Raises Broken."""
         memory, number = self.memory, told.number
         if self.is_lead:
-            self._note(told)
-            for worker, *_ in told.sources:
-                is_here = worker in self.members
-                memory.slots[worker].write_lies_in(number, None if is_here else self._others)
+            self._take_in(told)
             memory.tell_word(memory.pushed, self._lead, number)
         self._await(memory.pushed, self._lead, number)  # what came over the first one's link is there
         self._step(told, optimizer, self.members.index(self._rank), len(self.members))
@@ -129,6 +126,13 @@ class HostMirror(Mirror):
             self._await(memory.stepped, member, number)
         if self.is_lead:
             memory.tell_word(memory.brought, self._lead, hosts.version(number, told.loads))
+
+    def _take_in(self, told: remote.Follow) -> None:
+        """Of the first one: what is to be stepped is here."""
+        self._note(told)
+        for worker, *_ in told.sources:
+            is_here = worker in self.members
+            self.memory.slots[worker].write_lies_in(told.number, None if is_here else self._others)
 
     def fill(self, told: remote.Brought) -> None:
         """Home's values are here, if they were sent to this worker; else wait for them. Raises Broken."""

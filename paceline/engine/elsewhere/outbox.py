@@ -15,7 +15,7 @@ from contextlib import suppress
 
 import torch
 
-from paceline.engine.elsewhere.early import buckets
+from paceline.engine.elsewhere.early import Bucket, buckets
 from paceline.engine.elsewhere.mail import send_range
 from paceline.params.fold import WIDE, fold_into
 from paceline.params.table import Table, same_bits, vector_dtype
@@ -77,7 +77,7 @@ class Outbox:
             if not weights:
                 return
             self._shares = {worker: weight / total for worker, weight in weights.items()}
-            self._update(0, len(self._buckets))
+            self._update(number, 0, len(self._buckets))
             if len(self._workers) == 1:
                 self._also()
 
@@ -87,22 +87,33 @@ class Outbox:
             for vector, sent in self._sent.items():
                 sent.copy_(gradient[vector])
 
-    def _update(self, first: int, count: int) -> None:
-        """Send buckets ``[first, count)``, of them those that are others than what was sent last."""
-        slots, shares = self._memory.slots, list(self._shares.values())
-        for bucket in self._buckets[first:count]:
+    def _update(self, number: int, first: int, count: int) -> None:
+        """Send buckets ``[first, count)`` of this round, of them those that are others than what was sent last."""
+        shares = list(self._shares.values())
+        for place, bucket in list(enumerate(self._buckets))[first:count]:
             part, vector = slice(bucket.start, bucket.stop), bucket.vector
-            gradients = [slots[worker].gradient[vector][part] for worker in self._shares]
+            gradients = [self._gradient(worker)[vector][part] for worker in self._shares]
             now, sent = gradients[0], self._sent[vector]
             if len(gradients) > 1:
                 folded = self._folded[vector][: len(now)]
                 fold_into(folded, gradients, shares)
                 now = folded.to(sent.dtype)
-            if same_bits(sent[part], now):
+            if same_bits(sent[part], now) and not self._is_due(number, place):
                 continue
             sent[part] = now
-            name = f"{self._name}/{vector}"
-            self.sent_bytes += send_range(self._link, name, sent, bucket.start, bucket.stop)
+            self._send(number, place, bucket)
+
+    def _is_due(self, number: int, place: int) -> bool:
+        """Is it to be sent though it is as it was?"""
+        return False
+
+    def _send(self, number: int, place: int, bucket: Bucket) -> None:
+        vector = bucket.vector
+        name = f"{self._name}/{vector}"
+        self.sent_bytes += send_range(self._link, name, self._sent[vector], bucket.start, bucket.stop)
+
+    def _gradient(self, worker: int) -> Mapping[str, torch.Tensor]:
+        return self._memory.slots[worker].gradient
 
     def _send_early(self) -> None:
         memory, workers, done = self._memory, self._workers, (0, 0)
@@ -116,7 +127,7 @@ class Outbox:
                 with self._busy, suppress(LinkEnded):
                     if number > self._finished:  # else the slots may soon have the next gradients
                         is_all = is_alone and count > len(self._buckets)
-                        self._update(0 if is_all else first, count)
+                        self._update(number, 0 if is_all else first, count)
                         if is_all:
                             self._also()
                 done = (number, count)

@@ -1,6 +1,7 @@
-"""A worker's part in folding what all hosts bring, each a share (protocol/owners.py): what of it goes where, and when.
+"""A host's part in folding what all hosts bring, each a share (protocol/owners.py): what of it goes where, and when.
 
-    backward -> own slot --parts--> inboxes of the owners -> fold (a thread of its own) --folds--> "folds" of all hosts
+    backward -> own slot, or the fold of a host's workers (host_fold.py) --parts--> inboxes of the owners
+    inboxes -> fold (a thread of its own) --folds--> "folds" of all hosts
 
 Gradients are sent from the slot, and folds from where they are made, without a copy: neither is written again before a
 round later, which nobody comes to that has not got all of this one. Where a round was not pushed as one that does not
@@ -15,16 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import optim
 
 from paceline.engine.elsewhere.early import Bucket
 from paceline.engine.elsewhere.mail import as_bytes
-from paceline.engine.elsewhere.mirror import Broken, Mirror
 from paceline.engine.elsewhere.peers import Peers
 from paceline.params.fold import fold_into
 from paceline.params.table import vector_dtype
-from paceline.protocol import owners, remote
-from paceline.transport.slots import ExchangeMemory, Spec
+from paceline.protocol import owners
 
 SHARE_BYTES = 2**19  # of one owner in one cell, at most
 _LOOK_S = 0.5
@@ -43,8 +41,8 @@ class Cell:
 
 
 class Owners:
-    """Of exchange ``index``. Owners are all workers; the ``folds`` of all are brought into these vectors. ``buckets``:
-    what gradients are told by. ``is_lost``: is home, or are links to others?"""
+    """Of exchange ``index``. Owners are ``members``, the first workers of all hosts; the ``folds`` of all are brought
+    into these vectors. ``buckets``: what gradients are told by. ``is_lost``: is home, or are links to others?"""
 
     def __init__(
         self,
@@ -55,7 +53,7 @@ class Owners:
         is_lost: Callable[[], bool],
     ) -> None:
         self._index, self._peers, self._rank, self._is_lost = index, peers, peers.rank, is_lost
-        self.members = range(len(peers.others) + 1)
+        self.members = sorted([self._rank, *peers.others])
         self._cells, self._cells_of = _cut(buckets, len(self.members))
         self._folds, self._own = folds, folds  # its own gradients are not known before ``use``
         shares = [self._share(cell, self._rank) for cell in range(len(self._cells))]
@@ -81,7 +79,7 @@ class Owners:
         peers.add(index, self)
 
     def use(self, own: Vectors) -> None:
-        """The gradients are written there."""
+        """The gradients are written there: this worker's, or the fold of its host's."""
         self._own = own
         self._thread.start()
 
@@ -224,7 +222,7 @@ class Owners:
 
     def _share(self, cell: int, owner: int) -> tuple[int, int]:
         where = self._cells[cell]
-        return owners.share(where.start, where.stop, owner, len(self.members))
+        return owners.share(where.start, where.stop, self.members.index(owner), len(self.members))
 
     def _send(self, other: int, message: owners.Said, vector: torch.Tensor, part: tuple[int, int]) -> None:
         start, stop = part
@@ -235,25 +233,6 @@ class Owners:
         for other in self._peers.others:
             self._peers.send(other, message)
         self.heard(self._rank, message)
-
-
-class OwnerMirror(Mirror):
-    """A mirror that is stepped with what the ``owners`` have folded."""
-
-    def __init__(self, spec: Spec, index: int, rank: int, memory: ExchangeMemory, owners: Owners) -> None:
-        super().__init__(spec, index, rank, memory)
-        self._owners = owners
-
-    def follow(self, told: remote.Follow, optimizer: optim.Optimizer) -> None:
-        """Step this round. Raises Broken if it is not all here, nor will be."""
-        if not self._owners.await_whole(told.number):
-            self._owners.has_missed = True
-            raise Broken
-        self._note(told)
-        for worker, *_ in told.sources:
-            self.memory.slots[worker].write_lies_in(told.number, FOLDS)
-        self._step(told, optimizer, 0, 1)
-        self._owners.begin(told.number + 1, is_on=True)
 
 
 def _cut(buckets: Sequence[Bucket], count: int) -> tuple[list[Cell], list[list[int]]]:

@@ -1,7 +1,7 @@
 """A deputy's side of the push of all owners: what they have folded, or each its own (protocol/hosts.py, owners.py).
 
-As of a host's workers, but every deputy has its worker fold a share, and home's worker, the first of them, lays what
-all have folded into its slot.
+As of a host's workers, but of those of all hosts. The first of each host folds a share, and home's lays what all have
+folded into its slot.
 """
 
 from __future__ import annotations
@@ -15,18 +15,20 @@ from paceline.transport.slots import ExchangeMemory
 
 
 class OwnersPush(HostPush):
-    """``fetch_folds(number, weights)``: have this worker fold its share; does it have what all have folded?"""
+    """Of the worker of ``context``, one of the ``crew`` and of ``members``, its host's. ``fetch_folds(number,
+    weights)``, of the first of them: have it fold its share; does it have what all have folded?"""
 
     def __init__(
         self,
         memory: ExchangeMemory,
         context: Context,
+        crew: Sequence[int],
         members: Sequence[int],
         fetch_folds: Callable[[int, list[float]], bool],
         fetch_own: Callable[[], None],
     ) -> None:
-        super().__init__(memory, context, members, lambda number, weights: None, fetch_own)
-        self._fetch_folds = fetch_folds
+        super().__init__(memory, context, crew, lambda number, weights: None, fetch_own)
+        self._fetch_folds, self._first = fetch_folds, members[0]
 
     def were_all_in(self, number: int) -> bool:
         """Did all of them contribute to this round, the last?"""
@@ -35,7 +37,7 @@ class OwnersPush(HostPush):
     def _is_brought_as_one(self, number: int, norm: int | None) -> bool:
         is_lead = self._rank == self._lead
         is_there = bool(self._board.wait(lambda: self._have_come(number, norm)))
-        if is_there:
+        if is_there and self._rank == self._first:
             is_there = self._have_folds(number, norm)
         if is_there and not is_lead:
             self._board.wait(lambda: self._ask(number, norm))

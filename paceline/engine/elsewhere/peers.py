@@ -1,4 +1,4 @@
-"""Links between the workers of different hosts, each with each: what they fold goes there and not through home.
+"""Links between the first workers of all hosts, each with each: what they fold goes there and not through home.
 
 Each listens at a port of its own, and tells where in torch's store; of two the one of the higher rank connects. A link
 that has ended is not made again: without all of them nothing is folded, and what workers bring goes home.
@@ -55,12 +55,13 @@ class Peers:
 
     @property
     def others(self) -> list[int]:
-        """From the next rank on, so that not all begin with the same."""
-        count = len(self._around.hosts)
-        return [(self.rank + step) % count for step in range(1, count)]
+        """From the next one on, so that not all begin with the same."""
+        leads = self._around.leads
+        after = leads.index(self.rank) + 1
+        return leads[after:] + leads[: after - 1]
 
     def meet(self) -> bool:
-        """Until there is a link to each other worker; False: not to all of them, or one computes otherwise."""
+        """Until there is a link to each other; False: not to all of them, or one computes otherwise."""
         self._around.tell(f"peer/{self.rank}", f"{self._host} {self._listener.port} {arithmetic()}")
         until_s = time.monotonic() + _MEET_S
         try:

@@ -121,7 +121,8 @@ class RemoteWorker:
         exchange = RemoteExchange(optimizer, names, with_rows, self.job, len(self._exchanges), share=share)
         kind = self._host.lay_out(exchange, self._kind)
         request = self._to_wrap(optimizer, exchange.spec, with_rows, kind)
-        request = msgspec.structs.replace(request, members=self._host.members(exchange, kind))
+        members, crew = self._host.members(exchange, kind)
+        request = msgspec.structs.replace(request, members=members, crew=crew)
         self._exchanges.append(exchange)
         place = self._ask(request)
         if kind == remote.HOME:

@@ -13,10 +13,10 @@ from torch import nn, optim
 from paceline.config import Job, Local, Sync
 from paceline.engine.elsewhere.around import Around
 from paceline.engine.elsewhere.early import Bucket, Early, buckets
+from paceline.engine.elsewhere.host_fold import HostFold
 from paceline.engine.elsewhere.mail import Mail
 from paceline.engine.elsewhere.mirror import HostMirror, Mirror
-from paceline.engine.elsewhere.owners import FOLDS, OwnerMirror, Owners, Vectors
-from paceline.engine.elsewhere.peers import Peers
+from paceline.engine.elsewhere.owners import Owners, Vectors
 from paceline.engine.exchange.exchange import make_inner
 from paceline.engine.exchange.inner import Inner
 from paceline.engine.exchange.replica import Replica
@@ -56,7 +56,10 @@ class RemoteExchange:
         self.is_adopted = False
         self.is_home = False  # do the parameters lie in home's memory?
         self.host: HostMirror | None = None  # or in a mirror that the workers of this host share
-        self.owners: Owners | None = None  # where this worker folds a share of what all bring
+        self.is_in_crew = False  # is what it brings folded in shares? With what its host's other workers bring:
+        self.owners: Owners | None = None  # of this worker, if it is the first of its host
+        self.fold: HostFold | None = None  # and if there are others
+        self._make_fold: Callable[[ExchangeMemory, Vectors | None], HostFold] | None = None
         self._apart: Vectors | None = None  # at home, then: its own gradients, whose place in the slot folds take
         self.is_finite = True  # what was gathered last
         self.is_measured = False  # was a norm asked of it, for the step that is to come?
@@ -71,6 +74,7 @@ class RemoteExchange:
 
     def lay_out(self, mail: Mail, kind: str, rank: int) -> None:
         """Make memory, but where it is others', and tell where what comes belongs."""
+        self.is_home = kind == remote.HOME
         if kind == remote.MIRROR:
             self._look_into(Mirror(self.spec, self.index, rank), mail, rank)
         elif kind == remote.OWN:
@@ -81,32 +85,46 @@ class RemoteExchange:
                 mail.expect(f"parameters/{self.index}/{vector}", memory.params[vector])
             self._use(memory, own, 0)
 
-    def own(self, mail: Mail, kind: str, rank: int, peers: Peers, is_lost: Callable[[], bool]) -> None:
-        """Have a share of what all bring: in a mirror, or where home's memory is to be taken into use (HOME)."""
-        table = self.spec.table
-        cells = buckets(table)
-        if kind == remote.HOME:
-            folds, self._apart = _vectors(table), _vectors(table)
-            self.owners = Owners(self.index, peers, cells, folds, is_lost)
+    def own(
+        self,
+        mail: Mail,
+        rank: int,
+        owners: Owners,
+        mirror: Mirror | None,
+        make_fold: Callable[[ExchangeMemory, Vectors | None], HostFold] | None,
+    ) -> None:
+        """Have a share of what all bring: in this mirror, or where home's memory is to be taken into use.
+        ``make_fold``: of what this host's workers bring in that memory, where there are several; this one's may be
+        apart."""
+        self.owners, self._make_fold = owners, make_fold
+        if mirror is None:
+            self._apart = make_vectors(self.spec.table)
             return
-        memory = ExchangeMemory(mmap.mmap(-1, size_bytes(self.spec)), self.spec)
-        self.owners = Owners(self.index, peers, cells, memory.slots[FOLDS].gradient, is_lost)
-        self._look_into(OwnerMirror(self.spec, self.index, rank, memory, self.owners), mail, rank)
+        self.host = mirror if isinstance(mirror, HostMirror) else None
+        self._look_into(mirror, mail, rank)
 
     @property
     def owns(self) -> Owners | None:
         """Is the gradient that comes to be folded by owners? By these."""
         return self.owners if self.owners is not None and self.owners.is_on else None
 
+    @property
+    def is_shared_out(self) -> bool:
+        """Is the gradient that comes to be folded in shares, by this worker or the first of its host?"""
+        return self.is_in_crew and (self.owners is None or self.owners.is_on)
+
     def disown(self) -> None:
         """This worker has no share any more."""
+        self.is_in_crew = False
+        if self.fold is not None:
+            self.fold.stop()
+            self.fold = None
         if self.owners is not None:
             self.owners.stop()
             self.owners = None
 
     def attach(self, place: tuple[int, int], rank: int) -> None:
         """Take home's memory into use: that of a descriptor of a process of this host."""
-        self.is_home = True
         self._use(ExchangeMemory(borrow(*place), self.spec), self.spec, rank)
 
     def attach_mirror(self, mail: Mail, memory: ExchangeMemory, rank: int, around: Around) -> None:
@@ -137,7 +155,8 @@ class RemoteExchange:
         self.replica = Replica(self.optimizer, spec, memory, rank, views=self._views, apart=self._apart)
         self.inner = make_inner(self.replica, self._pace)
         if self.owners is not None:
-            self.owners.use(self.replica.gradient)
+            self.fold = None if self._make_fold is None else self._make_fold(memory, self._apart)
+            self.owners.use(self.replica.gradient if self.fold is None else self.fold.vectors)
         if self.early is not None:
             self.early.use(self.replica)
 
@@ -172,6 +191,11 @@ class RemoteExchange:
         if not self.steps_by_itself and self.inner is None:
             self.optimizer.state.clear()
             self.optimizer.register_state_dict_pre_hook(lambda _: show_state())
+
+    def pull(self) -> None:
+        """The newest values are where they come; home's memory, on the way to its first use, has no others."""
+        if self._memory is not None:
+            self.replica.pull()
 
     def take_newest(self, mail: Mail, tables: Sequence[int]) -> None:
         """They have come; of these tables the rows that have changed."""
@@ -288,7 +312,8 @@ class RemoteExchange:
             self.optimizer.state[self.parameters[index]] = values
 
 
-def _vectors(table: Table) -> Vectors:
+def make_vectors(table: Table) -> Vectors:
+    """Room for all dense gradients."""
     return {vector: torch.zeros(size, dtype=vector_dtype(vector)) for vector, size in table.dense_sizes.items()}
 
 

@@ -30,11 +30,16 @@ class RemoteGradients:
         """Have them where home, or this host, looks for them: what is not there yet. Which parameters have one, their
         rows, and whether they are offered, as in ``remote.Step``."""
         rest = one.gather()
-        offers = (one.host is not None or one.owns is not None) and one.is_finite
-        if one.owns is not None:
-            offers = offers and not (one.is_measured and rest)  # the fold of it is not made twice
-            self._give_owners(one, rest, offers=offers)
-        elif offers or one.is_home:
+        offers = self._may_offer(one) and one.is_finite
+        if one.is_shared_out and one.is_measured and rest:
+            offers = False  # the fold of it is not made twice
+        if offers and one.owns is not None and one.fold is None:
+            one.owns.give(one.buckets.index(bucket) for bucket in rest)
+        elif offers:
+            one.tell_all_ready(self._rank)
+        elif one.owns is not None:
+            self._send_apart(one, one.owns)
+        elif one.is_home:
             one.lay_own()
             one.tell_all_ready(self._rank)
         elif one.host is not None:
@@ -43,13 +48,9 @@ class RemoteGradients:
             self._put(one, rest)
         return bytes(one.replica.slot.mask), one.rows(), offers
 
-    def _give_owners(self, one: RemoteExchange, rest: Sequence[Bucket], *, offers: bool) -> None:
-        """Have them where the owners look for them, or home if they are not offered."""
-        assert one.owns is not None
-        if offers:
-            one.owns.give(one.buckets.index(bucket) for bucket in rest)
-        else:
-            self._send_apart(one, one.owns)
+    @staticmethod
+    def _may_offer(one: RemoteExchange) -> bool:
+        return one.host is not None or one.is_shared_out
 
     def _send_apart(self, one: RemoteExchange, owners: Owners) -> None:
         """In no fold of theirs, as it is in the slot."""
@@ -69,8 +70,8 @@ class RemoteGradients:
         one.clip()
         factor = one.factor()
         if factor is not None:
-            offers = one.host is not None or one.owns is not None
-            return remote.Step(one.index, False, bytes(one.replica.slot.mask), {}, settings, offers, factor)
+            mask, offers = bytes(one.replica.slot.mask), self._may_offer(one)
+            return remote.Step(one.index, False, mask, {}, settings, offers, factor)
         mask, rows, offers = self._give(one)
         return remote.Step(one.index, False, mask, rows, settings, offers)
 
@@ -96,13 +97,14 @@ class RemoteGradients:
         """This worker's gradient, in no fold, as it is in the slot."""
         if one.owns is not None:
             self._send_apart(one, one.owns)
-        else:
+        elif not one.is_home:
             self._put_own(one)
 
     def stepped(self, one: RemoteExchange) -> None:
         """The mirror of this host has the newest values: what its workers bring next may go."""
-        if one.index in self._outboxes:
-            self._outboxes[one.index].allow(max(one.memory.stepped) + 1)
+        outbox = one.fold or self._outboxes.get(one.index)
+        if outbox is not None:
+            outbox.allow(max(one.memory.stepped) + 1)
 
     def leave(self, one: RemoteExchange) -> None:
         """This worker's gradients go alone from now on."""
@@ -121,7 +123,7 @@ class RemoteGradients:
     def send_early(self, one: RemoteExchange) -> None:
         """From now on also in the midst of backward, bucket by bucket."""
         one.send_early(self._tell_early)
-        if one.owners is not None:
+        if one.owners is not None and one.fold is None:
             one.replica.before_rewriting = lambda: self._await_owners(one)
         elif not one.lies_with_others:
             one.replica.before_rewriting = self._await_home
@@ -152,7 +154,7 @@ class RemoteGradients:
 
     def _tell_early(self, one: RemoteExchange, place: int) -> None:
         """A bucket of gradients is in the slot."""
-        if one.owns is not None:
+        if one.owns is not None and one.fold is None:
             one.owns.tell([place])
             return
         if one.lies_with_others:

@@ -4,21 +4,30 @@ as an owner of a share of what all hosts bring. Making or finding it, and leavin
 from __future__ import annotations
 
 import logging
+import mmap
 import os
 from collections.abc import Callable
 from typing import Any
 
 from paceline.config import Job
 from paceline.engine.elsewhere.around import Around, can_be_folded, can_be_owned
+from paceline.engine.elsewhere.early import buckets
+from paceline.engine.elsewhere.host_fold import HostFold
 from paceline.engine.elsewhere.line import Line
-from paceline.engine.elsewhere.mirror import Broken, HostMirror
+from paceline.engine.elsewhere.mirror import Broken, HostMirror, Mirror
+from paceline.engine.elsewhere.owner_mirror import OwnerHostMirror, OwnerMirror
+from paceline.engine.elsewhere.owners import FOLDS, Owners, Vectors
 from paceline.engine.elsewhere.peers import NOT_ONE, Peers
-from paceline.engine.elsewhere.remote_exchange import RemoteExchange
+from paceline.engine.elsewhere.remote_exchange import RemoteExchange, make_vectors
 from paceline.engine.elsewhere.remote_gradients import RemoteGradients
 from paceline.errors import HostError
 from paceline.protocol import remote
 from paceline.transport.ends import LinkEnded
 from paceline.transport.link import Link
+from paceline.transport.slots import ExchangeMemory, size_bytes
+
+_HEAR_S = 45.0
+YES, NO = "yes", "no"
 
 logger = logging.getLogger(__name__)
 
@@ -33,34 +42,52 @@ class RemoteHost:
         self._rank, self._around, self._gradients, self._line, self._ask = rank, around, gradients, line, ask
         self._mail = line.mail
         self._peers: Peers | None = None  # where this worker may be an owner
+        self._is_in_crew = False  # may what it brings be folded in shares, by it or by the first of its host?
         self._owning: list[RemoteExchange] = []
         self._told_bytes = 0  # of what it has sent to other owners
 
     def choose(self, job: Job, told: Any, link: Link, *, is_newcomer: bool) -> str:
         """Where this worker's parameters are to lie; see ``Around.choose``. Owners are linked with each other now."""
+        self._link = link
         kind = self._around.choose(job, self._rank, told, is_newcomer=is_newcomer)
         if is_newcomer or not self._around.may_own(job, told):
             return kind
-        if kind != (remote.OWNER if self._rank else remote.HOME):
-            self._around.tell(f"peer/{self._rank}", NOT_ONE)
-            return kind
+        lead, *others = self._around.members(self._rank)
+        can = kind != remote.OWN
+        if self._rank == lead:
+            can = can and all(self._hears(f"member/{other}") for other in others)
+            self._peers = self._meet(link) if can else None
+            if self._peers is None:
+                self._around.tell(f"peer/{self._rank}", NOT_ONE)
+                logger.warning("worker %d does not reach all others: what is brought goes home", self._rank)
+            self._is_in_crew = self._peers is not None
+            self._around.tell(f"crew/{self._rank}", YES if self._is_in_crew else NO)
+        else:
+            self._around.tell(f"member/{self._rank}", YES if can else NO)
+            self._is_in_crew = can and self._hears(f"crew/{lead}")
+        return kind if self._is_in_crew or kind == remote.HOME else remote.OWN
+
+    def _hears(self, name: str) -> bool:
+        """Does another worker of this host say yes?"""
+        try:
+            return self._around.ask(name, _HEAR_S) == YES
+        except TimeoutError:
+            return False
+
+    def _meet(self, link: Link) -> Peers | None:
         try:
             peers = Peers(self._rank, self._around, link)
         except (HostError, LinkEnded):
-            self._around.tell(f"peer/{self._rank}", NOT_ONE)
-        else:
-            if peers.meet():
-                self._peers = peers
-            else:
-                peers.stop()
-                logger.warning("worker %d does not reach all others: what is brought goes home", self._rank)
-        return kind if self._peers is not None or kind == remote.HOME else remote.OWN
+            return None
+        if not peers.meet():
+            peers.stop()
+            return None
+        return peers
 
-    def members(self, one: RemoteExchange, kind: str) -> list[int]:
-        """With whom this worker brings what it brings, itself among them."""
-        if kind == remote.HOST:
-            return self._around.members(self._rank)
-        return [] if one.owners is None else list(one.owners.members)
+    def members(self, one: RemoteExchange, kind: str) -> tuple[list[int], list[int]]:
+        """Of its host, with whom it brings what it brings; and of all hosts, where that is folded in shares."""
+        here = self._around.members(self._rank) if kind == remote.HOST or one.is_in_crew else []
+        return here, list(range(len(self._around.hosts))) if one.is_in_crew else []
 
     def stop(self) -> None:
         """Nothing is folded any more."""
@@ -71,47 +98,75 @@ class RemoteHost:
 
     def lay_out(self, one: RemoteExchange, kind: str) -> str:
         """Make the memory in which the parameters are to lie, where that is not others'; where it is."""
-        is_owner = self._peers is not None and can_be_owned(one.spec)
-        if (kind == remote.HOST and not can_be_folded(one.spec)) or (kind == remote.OWNER and not is_owner):
+        one.is_in_crew = self._is_in_crew and can_be_owned(one.spec)
+        is_folded = one.is_in_crew if self._is_in_crew else can_be_folded(one.spec)
+        if kind in (remote.HOST, remote.OWNER) and not is_folded:
             kind = remote.OWN
-        peers = self._peers
-        if peers is not None and is_owner:
-            one.own(self._mail, kind, self._rank, peers, lambda: self._line.is_ending or not peers.are_all)
-            self._owning.append(one)
+        memory = None
         if kind == remote.HOST and self._rank == self._around.members(self._rank)[0]:
             descriptor = HostMirror.make(one.spec)
             self._around.tell_mirror(self._rank, one.index, descriptor)
-            self._attach(one, (os.getpid(), descriptor))
+            memory = HostMirror.open(one.spec, (os.getpid(), descriptor))
+        if one.is_in_crew and self._peers is not None:
+            self._own(one, kind, self._peers, memory)
+        elif memory is not None:
+            self._attach(one, memory)
             self._gradients.fold(one)
         one.lay_out(self._mail, kind, self._rank)
         return kind
 
-    def _attach(self, one: RemoteExchange, place: tuple[int, int]) -> None:
-        memory = HostMirror.open(one.spec, place)
+    def _own(self, one: RemoteExchange, kind: str, peers: Peers, memory: ExchangeMemory | None) -> None:
+        """Have a share of what all bring; in this mirror of the host's workers, or one that is made."""
+        spec, table, members = one.spec, one.spec.table, self._around.members(self._rank)
+        mirror: Mirror | None = None
+        if kind != remote.HOME:
+            memory = memory or ExchangeMemory(mmap.mmap(-1, size_bytes(spec)), spec)
+        folds = make_vectors(table) if memory is None else memory.slots[FOLDS].gradient
+
+        def is_lost() -> bool:
+            return self._line.is_ending or not peers.are_all
+
+        owners = Owners(one.index, peers, buckets(table), folds, is_lost)
+        if memory is not None and len(members) > 1:
+            mirror = host = OwnerHostMirror(spec, one.index, self._rank, memory, members, owners)
+            host.is_whole = lambda: bool(self._ask(remote.IsWhole(one.index)))
+        elif memory is not None:
+            mirror = OwnerMirror(spec, one.index, self._rank, memory, owners)
+
+        def fold(memory: ExchangeMemory, apart: Vectors | None) -> HostFold:
+            return HostFold(memory, table, members, self._link, max(memory.stepped) + 1, owners, apart)
+
+        one.own(self._mail, self._rank, owners, mirror, fold if len(members) > 1 else None)
+        self._owning.append(one)
+
+    def _attach(self, one: RemoteExchange, memory: ExchangeMemory) -> None:
         one.attach_mirror(self._mail, memory, self._rank, self._around)
         assert one.host is not None
         one.host.is_whole = lambda: bool(self._ask(remote.IsWhole(one.index)))
 
     def bring(self, one: RemoteExchange, told: remote.Brought) -> None:
         """Home's newest values come to the mirror."""
-        if one.owners is not None:
-            if one.mirror is not None:
-                one.memory.loads[0] = told.loads
-                one.replica.pull()
-            one.owners.begin(told.number + 1, is_on=told.comes)
+        if one.is_home or (one.owners is not None and one.host is None):
+            self._begin(one, told, is_on=told.comes)
             return
         try:
             if one.host is None:
                 place = self._around.find_mirror(self._around.members(self._rank)[0], one.index)
                 if place is None:
                     raise Broken
-                self._attach(one, place)
+                self._attach(one, HostMirror.open(one.spec, place))
             assert one.host is not None
             one.host.fill(told)
         except (Broken, OSError, HostError):
             self.leave(one)
             return
-        one.replica.pull()
+        self._begin(one, told, is_on=True)
+
+    def _begin(self, one: RemoteExchange, told: remote.Brought, *, is_on: bool) -> None:
+        """With these values."""
+        one.pull()
+        if one.owners is not None:
+            one.owners.begin(told.number + 1, is_on=is_on)
         self._gradients.stepped(one)
 
     def follow(self, one: RemoteExchange, told: remote.Follow) -> bool:
@@ -148,11 +203,19 @@ class RemoteHost:
             self._gradients.send_own(one)
         elif one.owners is None:
             self._gradients.send_fold(asked, one)
-        elif one.owners.finish(asked.number, asked.weights):
+        elif self._finish(one, one.owners, asked):
             if one.is_home:
                 one.owners.lay_folds(one.replica.slot.gradient)
             return self._count_bytes()
         return None
+
+    def _finish(self, one: RemoteExchange, owners: Owners, asked: remote.SendFold) -> bool:
+        """Have the folds of all, with the weights of all."""
+        hosts = {lead: self._around.members(lead) for lead in owners.members}
+        if one.fold is not None:
+            one.fold.finish(asked.number, {member: asked.weights[member] for member in hosts[self._rank]})
+            owners.give(())
+        return owners.finish(asked.number, [sum(asked.weights[m] for m in hosts[lead]) for lead in owners.members])
 
     def _count_bytes(self) -> int:
         assert self._peers is not None
