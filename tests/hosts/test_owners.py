@@ -130,6 +130,22 @@ def test_who_dies_is_missed_by_nobody_and_every_sample_counts_once(
 
 @pytest.mark.long
 @pytest.mark.parametrize("several", [3], indirect=True)
+@pytest.mark.parametrize("places", [(0, 1, 1, 2), (0, 0, 1, 2)])
+@pytest.mark.parametrize("dies", [-1, 0, 1, 2, 3])
+def test_so_it_is_with_several_workers_on_one_of_them(
+    runner: Runner, several: tuple[Host, ...], places: tuple[int, ...], dies: int
+) -> None:
+    runner.write("counting.py", COUNTING)
+    runner.write("dies.py", DIES)
+    all_ = start(runner, tuple(several[place] for place in places), "dies.py", str(dies), "a", "5")
+    ended = [running.end() for running in reversed(all_)][::-1]
+    codes = [-signal.SIGKILL if rank == dies else 0 for rank in range(4)]
+    assert [end.code for end in ended] == codes, "".join(end.err for end in ended)
+    assert json.loads((runner.folder / "counts.json").read_text()) == [6.0] * 64
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("several", [3], indirect=True)
 def test_two_that_do_not_reach_each_other_any_more_send_what_they_bring_home(
     runner: Runner, several: tuple[Host, ...]
 ) -> None:

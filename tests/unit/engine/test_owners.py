@@ -21,7 +21,12 @@ from tests.unit.engine.test_hosts import seen as seen
 from tests.unit.engine.test_remote import EPOCHS, MAKES, SAMPLES, count, drawn, several, train
 
 PLACES = {"3": ("", "b", "c"), "4": ("", "b", "c", "d")}
-ONE_OF_THEM = [pytest.param(PLACES["3"], id="3"), pytest.param(PLACES["4"], id="4", marks=pytest.mark.long)]
+# Hosts with several workers, which are folded there first.
+SEVERAL = {"2+2+1": ("", "b", "c", "b", ""), "1+2+1": ("", "b", "b", "c"), "2+2+2": ("", "", "b", "b", "c", "c")}
+ONE_OF_THEM = [
+    pytest.param(places, id=name, marks=[] if name in ("3", "2+2+1") else pytest.mark.long)
+    for name, places in (PLACES | SEVERAL).items()
+]
 
 
 @pytest.mark.parametrize("places", PLACES.values(), ids=PLACES)
@@ -32,6 +37,15 @@ def test_hosts_that_fold_in_shares_train_as_one(
     apart, one = both(lambda run: train(run, make), places)
     assert apart == pytest.approx(one, rel=1e-12, abs=1e-12)
     assert (seen.as_one, seen.left) == (EPOCHS * -(-SAMPLES // 4 // len(places)), 0)
+
+
+@pytest.mark.parametrize("places", SEVERAL.values(), ids=SEVERAL)
+def test_what_several_workers_of_a_host_bring_is_folded_there_first(places: tuple[str, ...], seen: Seen) -> None:
+    apart, one = both(lambda run: train(run, MAKES["adam"]), places)
+    assert apart == pytest.approx(one, rel=1e-12, abs=1e-12)
+    # Of 12 batches five workers have two, and two of them a third, alone; nor is the round after that one.
+    rounds = EPOCHS * (SAMPLES // 4 // len(places)) - (EPOCHS - 1 if len(places) == 5 else 0)
+    assert (seen.as_one, seen.left) == (rounds, 0)
 
 
 @pytest.mark.parametrize("places", ONE_OF_THEM)
