@@ -7,6 +7,7 @@ and is else the default. Flags and environment are text and are converted here a
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,6 +126,7 @@ OPTIONS = tuple(field.name for field in dataclasses.fields(JobFlags))
 _COMMON = ("port", "interface", "threads", "data", "seed", "steps", "epochs", "patience")
 OPTIONS_OF_OURS_ALONE = tuple(option for option in OPTIONS if option not in _COMMON)
 FOR_ELSEWHERE = ("ray_address", "interface", "port", "insecure", "return_timeout")
+_OTHER_VARIABLES = ("resume", "job_key", "job_key_file")  # that are not options
 SWITCHES = tuple(field.name for field in dataclasses.fields(ShowFlags))
 
 
@@ -185,6 +187,13 @@ def resolve(
     assert script is None or isinstance(script, str)
     assert isinstance(args, tuple)
     return Settings(values, sources, script, args)
+
+
+def unknown_variables(environment: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Those that begin as ours do and are none, each with that which it is like, or ""."""
+    known = [variable(name) for name in (*OPTIONS, *SWITCHES, "config", *_OTHER_VARIABLES)]
+    strange = sorted(name for name in environment if name.startswith(variable("")) and name not in known)
+    return [(name, next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.8)), "")) for name in strange]
 
 
 def switched(flags: ShowFlags, environment: Mapping[str, str]) -> ShowFlags:

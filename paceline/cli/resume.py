@@ -39,7 +39,7 @@ def resume_run(wanted: str | None, flags: JobFlags, show: ShowFlags, folder: Pat
     loaded = _checkpoint(found)
     if show.dry_run:
         return answers.dry_run(job, program, settings, show)
-    before = partial(tell, loaded)
+    before = partial(tell, loaded, is_done=found.status == "done")
     if job.engine == "ray":
         return train_by_ray(job, program, show, loaded, before=before)
     return train(job, program, show, partial(engine, resume=loaded), before=before)
@@ -69,9 +69,11 @@ def directory_of(loaded: Loaded) -> Path:
     return loaded.path.parent.parent
 
 
-def tell(loaded: Loaded, console: Console) -> None:
+def tell(loaded: Loaded, console: Console, *, is_done: bool = False) -> None:
     for warning in loaded.warnings:
         console.say(f"warning: {warning}; the one before it is used")
+    if is_done:
+        console.say("note: the run is done; it is trained anew from its checkpoint on, and further with --epochs N")
     console.say(f"goes on behind step {loaded.step}, saved {loaded.time}")
 
 
@@ -79,7 +81,13 @@ def _checkpoint(found: RunFiles) -> Loaded:
     info = found.info
     if info is not None and info.status in GOING_ON and is_alive(info):
         raise UsageError(f"run {found.name!r} is still going on", fix="end it with Ctrl-C first: it saves a checkpoint")
-    return Checkpoints(found.directory).load()
+    checkpoints = Checkpoints(found.directory)
+    if found.status == "done" and not checkpoints.paths():
+        raise UsageError(
+            f"run {found.name!r} is done and has left no checkpoint: there is nothing to go on with",
+            fix=f"paceline runs show {found.name}; to train on behind a run, give it --checkpoint-every N",
+        )
+    return checkpoints.load()
 
 
 def _newest(folder: Path) -> RunFiles:

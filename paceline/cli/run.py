@@ -21,6 +21,7 @@ from paceline.cli.options import (
     ShowFlags,
     flag,
     resolve,
+    unknown_variables,
 )
 from paceline.config import Job
 from paceline.engine.program import Script
@@ -150,6 +151,9 @@ def train(
     console.say(header(job))
     if note := _note_of_strays(program):
         console.say(note)
+    for variable, meant in unknown_variables(os.environ):
+        said = f"did you mean {meant}?" if meant else "paceline run --help tells what there is"
+        console.say(f"note: {variable} is set in the environment and is no option of paceline's; {said}")
     failure: PacelineError | None = None
     more = Ending()
     try:
@@ -161,7 +165,7 @@ def train(
         failure = _pointed_out(error, program)
     finally:
         console.settle()
-    plot = _tell(console, more)
+    plot = _tell(console, more, job)
     if show.json:
         console.end_line()
         keys = {"plot": plot, **dict(more.keys)}
@@ -173,7 +177,7 @@ def train(
     return 0
 
 
-def _tell(console: Console, more: Ending) -> str | None:
+def _tell(console: Console, more: Ending, job: Job) -> str | None:
     """The last lines: how it went, the picture, what to do next. Returns the picture's path."""
     from paceline.cli.console import ending
     from paceline.report.plots import loss_plot
@@ -188,8 +192,21 @@ def _tell(console: Console, more: Ending) -> str | None:
         console.say(f"  plot    {plot}")
     if console.summary.status != "done":
         console.say(f"  logs    {figures.shown(directory / 'logs')}")
-    console.say(f"  next    {more.following or f'paceline runs show {directory.name}'}")
+    console.say(f"  next    {more.following or _next(directory, console.summary, job)}")
     return plot
+
+
+def _next(directory: Path, summary: Summary, job: Job) -> str:
+    """What one would type now."""
+    from paceline.engine.checkpoint.checkpoints import Checkpoints
+
+    # As the commands find it: by its name in the usual folder, else by its path.
+    run = directory.name if directory.parent == Job.runs else figures.shown(directory)
+    if summary.status == "done" or not Checkpoints(directory).paths():
+        return f"paceline runs show {run}"
+    if job.engine == "torchrun":
+        return f"PACELINE_RESUME={run} torchrun ..., as it was started"
+    return f"paceline resume {run}"
 
 
 def _note_of_strays(program: Script) -> str:

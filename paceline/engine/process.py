@@ -24,6 +24,7 @@ import torch
 from paceline.engine import context as contexts
 from paceline.engine.context import Context
 from paceline.engine.elsewhere.deputizing import deputize
+from paceline.engine.name import name_process
 from paceline.engine.setup import Setup, decode_job
 from paceline.engine.worker.worker import Worker
 from paceline.errors import PacelineError
@@ -44,6 +45,8 @@ def main(role: str, rank: int, setup: bytes, descriptors: tuple[int, ...], paren
         _die_with(parent)
         _own_streams(descriptors[2])
         known = msgspec.msgpack.decode(setup, type=Setup)
+        letter = "s" if role == "server" else "w" if known.door is None else "d"  # a worker's deputy
+        name_process(f"paceline:{letter}{rank}", [known.script, *known.args] if known.script else [])
         if role == "worker" and known.door is None:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a script, and what it starts, can be ended by it
         torch.set_num_threads(known.threads)

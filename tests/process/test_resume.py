@@ -30,6 +30,7 @@ def interrupted(runner: Runner, script: str, *options: str, args: list[str], pla
     assert ended.code == 130, ended.err
     (saved,) = [event["text"] for event in ended.events if event.get("kind") == "checkpoint"]
     assert "is saved in" in saved
+    assert f"  next    paceline resume {ended.directory.name}" in ended.err.splitlines()
     return ended
 
 

@@ -304,3 +304,26 @@ def test_what_is_logged_behind_an_epoch_is_the_epochs_and_the_last_is_the_runs(
     assert 10 * (last - 1) <= ended.summary["loss"] <= 10 * (last - 1) + 1
     assert ended.summary["values"] == {"accuracy": last - 1.0}
     assert sum(metric["samples"] for metric in ended.metrics) == ended.summary["samples"] == 10 * last
+
+
+NAMES = """
+from pathlib import Path
+
+import paceline
+
+run = paceline.init()
+run.barrier()
+of = [int(word) for word in Path("/proc/self/stat").read_text().rpartition(")")[2].split()[1:2]]
+for process in ["self", *map(str, of)]:
+    name, line = (Path("/proc", process, file).read_bytes() for file in ("comm", "cmdline"))
+    print("name", name.decode().strip(), line.rstrip(b"\\0").split(b"\\0"))
+"""
+
+
+def test_processes_are_called_by_what_they_are(runner: Runner) -> None:
+    ended = runner.run(NAMES, "--workers", "2")
+    assert ended.code == 0, ended.err
+    for rank in (0, 1):
+        mine, zygote = (ended.directory / "logs" / f"worker-{rank}.log").read_text().splitlines()
+        assert mine == f"name paceline:w{rank} [b'paceline:w{rank}', b'train.py']"
+        assert zygote == "name paceline:zygote [b'paceline:zygote']"

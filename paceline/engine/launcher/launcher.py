@@ -39,6 +39,7 @@ from paceline.engine.launcher.processes import Processes
 from paceline.engine.launcher.telling import Telling
 from paceline.engine.launcher.watch import Whose
 from paceline.engine.launcher.wishes import Wishes
+from paceline.engine.name import name_process
 from paceline.engine.setup import Setup, decode_job
 from paceline.protocol import messages
 from paceline.protocol.coordinator import Coordinator, how_ended
@@ -58,6 +59,7 @@ _INTERRUPTED = messages.Failed("Interrupted", "stopped by Ctrl-C")
 def main(descriptor: int) -> None:
     """Launch what the front behind ``descriptor`` says, to its end; end when the front does."""
     _end_with_parent()
+    name_process("paceline:launch")
     for number in (signal.SIGINT, signal.SIGTERM):  # the front decides what they mean
         signal.signal(number, signal.SIG_IGN)
     front = Channel(socket.socket(fileno=descriptor))

@@ -14,6 +14,7 @@ import signal
 import sys
 
 from paceline.engine import allocator
+from paceline.engine.name import name_process
 from paceline.protocol import messages
 from paceline.transport.channel import Channel, Closed
 
@@ -22,6 +23,7 @@ def main(descriptor: int) -> None:
     """Serve the launcher behind ``descriptor`` until it closes its end; then kill what is left."""
     import socket
 
+    name_process("paceline:zygote")
     allocator.forget(os.environ)
     for number in (signal.SIGINT, signal.SIGTERM):  # the front decides what they mean
         signal.signal(number, signal.SIG_IGN)

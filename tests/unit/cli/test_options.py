@@ -6,7 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paceline.cli.options import OPTIONS, TRUTHS, JobFlags, ShowFlags, job_field, resolve, switched, variable
+from paceline.cli.options import (
+    OPTIONS,
+    TRUTHS,
+    JobFlags,
+    ShowFlags,
+    job_field,
+    resolve,
+    switched,
+    unknown_variables,
+    variable,
+)
 from paceline.config import Bounded, Job
 from paceline.errors import UsageError
 
@@ -140,3 +150,15 @@ def test_switches_can_be_set_in_the_environment() -> None:
     assert switched(ShowFlags(), {"PACELINE_JSON": "off"}) == ShowFlags()
     with pytest.raises(UsageError, match="PACELINE_JSON is 'maybe'"):
         switched(ShowFlags(), {"PACELINE_JSON": "maybe"})
+
+
+def test_variables_that_are_nearly_ours_are_told() -> None:
+    ours = ["PACELINE_EPOCHS", "PACELINE_RUN_DIR", "PACELINE_JSON", "PACELINE_RESUME", "PACELINE_JOB_KEY_FILE"]
+    others = ["PATH", "MY_PACELINE_X", "PACELINER"]
+    assert unknown_variables(dict.fromkeys([*ours, *others], "1")) == []
+    wrong = ["PACELINE_WORKER", "PACELINE_EPOCS", "PACELINE_COLOUR"]
+    assert unknown_variables(dict.fromkeys(wrong, "")) == [
+        ("PACELINE_COLOUR", ""),
+        ("PACELINE_EPOCS", "PACELINE_EPOCHS"),
+        ("PACELINE_WORKER", "PACELINE_WORKERS"),
+    ]

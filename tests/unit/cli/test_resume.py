@@ -99,3 +99,15 @@ def test_where_none_can_be_read_the_newest_ones_fault_is_told(folder: Path) -> N
 def test_an_empty_folder_has_no_run(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no runs in"):
         resume_run(None, JobFlags(), QUIET, tmp_path, None)  # type: ignore[arg-type]
+
+
+def test_a_run_that_is_done_and_has_no_checkpoint_is_told_so(folder: Path) -> None:
+    name = "20260139-0900-train-sync"
+    (folder / name).mkdir()
+    (folder / name / "config.toml").write_text('script = "train.py"\n')
+    info = {"run": name, "status": "done", "argv": [], "seed": 0, "pace": "sync", "workers": 2, "servers": 0}
+    (folder / name / "run.json").write_text(json.dumps(info))
+    with pytest.raises(UsageError) as caught:
+        resume_run(name, JobFlags(), QUIET, folder, lambda *_, **__: pytest.fail("it was started"))
+    assert caught.value.what == f"run '{name}' is done and has left no checkpoint: there is nothing to go on with"
+    assert f"paceline runs show {name}" in caught.value.fix
