@@ -27,6 +27,7 @@ from paceline.engine.elsewhere.remote import RemoteWorker
 from paceline.engine.elsewhere.remote_exchange import RemoteExchange
 from paceline.engine.exchange.exchange import Exchange
 from paceline.engine.worker import scaling, weights
+from paceline.engine.worker.left_out import LeftOut
 from paceline.engine.worker.worker import Worker
 from paceline.errors import ConfigError, UsageError
 from paceline.params.rows import parameters_with_rows
@@ -41,6 +42,9 @@ class Run:
         """``elsewhere``: this is a worker of a run whose home is another process."""
         self._context: Context | RemoteWorker | None = context or elsewhere
         self.worker: Worker | RemoteWorker | None = Worker(context) if context is not None else elsewhere
+        self._left_out = LeftOut()
+        if isinstance(self.worker, Worker):
+            self.worker.left_out = self._left_out
         self._models: list[nn.Module] = []
         self._wrapped: set[int] = set()
         self._copied: set[int] = set()
@@ -50,17 +54,23 @@ class Run:
     @property
     def rank(self) -> int:
         """This worker's number, 0 to ``num_workers - 1``."""
-        return self.worker.rank if self.worker else 0
+        self._left_out.asked_rank = True
+        return self._rank
 
     @property
     def num_workers(self) -> int:
         """How many workers the run is to have; ``paceline scale`` changes it."""
+        self._left_out.asked_rank = True
         return self.worker.num_workers if self.worker else 1
+
+    @property
+    def _rank(self) -> int:
+        return self.worker.rank if self.worker else 0
 
     @property
     def is_main(self) -> bool:
         """Is this worker 0, the one that prints and saves? Not while it catches up in the place of one that died."""
-        return self.rank == 0 and not (self.worker and self.worker.is_behind)
+        return self._rank == 0 and not (self.worker and self.worker.is_behind)
 
     @property
     def step(self) -> int:
@@ -103,9 +113,9 @@ class Run:
         for item in objects:
             if isinstance(item, nn.Module):
                 self._wrap_model(item)
-        if self.rank and not self._own_stream:
+        if self._rank and not self._own_stream:
             # Models have been built alike; from here on dropout must differ between workers.
-            torch.manual_seed(torch.initial_seed() + self.rank)
+            torch.manual_seed(torch.initial_seed() + self._rank)
             self._own_stream = True
         for item in objects:
             if isinstance(item, LRScheduler):
@@ -181,6 +191,7 @@ class Run:
             self.worker.average_buffers(buffers)
         worker = self.worker
         weights.watch(model, worker.zeroing)
+        self._left_out.wrapped(model)
         model.register_load_state_dict_post_hook(lambda *_: worker.loaded(model.parameters()))
 
     def _wrap_loader(self, item: Any, count: Callable[[Any], int] | None) -> Any:

@@ -33,6 +33,7 @@ from paceline.engine.worker.ending import Ending
 from paceline.engine.worker.keeping import Keeper
 from paceline.engine.worker.leases import Leases
 from paceline.engine.worker.leases import size_bytes as leases_bytes
+from paceline.engine.worker.left_out import LeftOut
 from paceline.engine.worker.membership import Membership
 from paceline.engine.worker.parking import Parking
 from paceline.engine.worker.passes import Passes
@@ -96,6 +97,7 @@ class Worker:
         place = (0, 1) if job.data == "own" else (context.rank, job.workers)
         assert job.assign is not None
         self._part = Part(*place, "round_robin" if job.assign == "lease" else job.assign, job.seed, context.trained)
+        self.left_out: LeftOut | None = None  # of the script that runs in this process
         self.zeroing = Zeroing(self._exchanges, self.dropped)
         self.passes.drawing = self.zeroing.drawing
         self._samples_at_step = 0  # of the first exchange
@@ -388,6 +390,9 @@ class Worker:
     def finish(self) -> None:
         """The script has come to its end: say so to everybody."""
         self.passes.tell_left()
+        if self.left_out is not None and self.rank == 0 and self.has_joined and self.num_workers > 1:
+            for text in self.left_out.found(self._exchanges, self.passes.count, self.progress):
+                self._channel.send(messages.Alarm(f"note: {text}"))
         self.saving.at_border()
         if not self.progress.in_rounds:
             self._close_periods()  # local steps behind the end of the last pass; others may go on with them
