@@ -72,7 +72,7 @@ class Peers:
                     return False
                 if other < self.rank:
                     self._links[other] = connect(self._end, (host, int(port)), until_s - time.monotonic())
-            while not self.are_all and time.monotonic() < until_s:
+            while not (self.are_all or self._has_ended) and time.monotonic() < until_s:
                 time.sleep(_LOOK_S)
         except (HostError, TimeoutError, ValueError):
             return False
@@ -81,7 +81,12 @@ class Peers:
     @property
     def are_all(self) -> bool:
         """Is there a link to each?"""
-        return len(self._links) == len(self.others) and all(link.ended is None for link in self._links.values())
+        return len(self._links) == len(self.others) and not self._has_ended
+
+    @property
+    def _has_ended(self) -> bool:
+        """Has a link, which is not made again?"""
+        return any(link.ended is not None for link in list(self._links.values()))
 
     @property
     def has_lost_one(self) -> bool:
@@ -111,7 +116,7 @@ class Peers:
         """Nothing is sent any more; what was sent arrives, if that is possible."""
         self._listener.close()
         until_s = time.monotonic() + _LEAVE_S
-        for link in self._links.values():
+        for link in list(self._links.values()):  # where they have not all come, one may come meanwhile
             link.close(max(until_s - time.monotonic(), 0.1))
 
     # --- by the links' threads ---

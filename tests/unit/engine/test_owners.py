@@ -224,8 +224,22 @@ def test_who_comes_to_its_end_first_is_not_missed(monkeypatch: pytest.MonkeyPatc
 
 
 def test_where_one_is_not_reached_it_is_a_star_from_the_beginning(monkeypatch: pytest.MonkeyPatch, seen: Seen) -> None:
-    meet = peers.Peers.meet
+    """Also where it has left again before the others look: they wait for no link that has ended."""
+    meet, stop, are_all, has_left = peers.Peers.meet, peers.Peers.stop, peers.Peers.are_all, threading.Event()
+
+    def stopped(self: Any) -> None:
+        stop(self)
+        if self.rank == 1:
+            has_left.set()
+
+    def looked(self: Any) -> bool:
+        assert self.rank == 1 or has_left.wait(20)
+        return bool(are_all.fget(self))
+
     monkeypatch.setattr(peers.Peers, "meet", lambda self: meet(self) and self.rank != 1)
+    monkeypatch.setattr(peers.Peers, "stop", stopped)
+    monkeypatch.setattr(peers.Peers, "are_all", property(looked))
+    monkeypatch.setattr(peers, "_MEET_S", 1000.0)
     apart, one = both(lambda run: train(run, MAKES["adam"]), PLACES["3"])
     assert apart == pytest.approx(one, rel=1e-12, abs=1e-12)
     assert seen.as_one == 0
