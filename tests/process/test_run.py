@@ -288,7 +288,10 @@ for epoch in range(3):
 """
 
 
-@pytest.mark.parametrize(("options", "last"), [((), 3), (("--epochs", "2"), 2), (("--pace", "async"), 3)])
+@pytest.mark.parametrize(
+    ("options", "last"),
+    [((), 3), pytest.param(("--epochs", "2"), 2, marks=pytest.mark.long), (("--pace", "async"), 3)],
+)
 def test_what_is_logged_behind_an_epoch_is_the_epochs_and_the_last_is_the_runs(
     options: tuple[str, ...], last: int, runner: Runner
 ) -> None:
