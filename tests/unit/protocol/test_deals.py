@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paceline.protocol.deals import ALL, Deal, Dealt, deal_over, more_of_pass, place_at_tail
+from paceline.protocol.deals import ALL, Deal, Dealt, deal_over, may_settle, more_of_pass, place_at_tail
 from paceline.protocol.rounds import AWAY, EMPTY, LEFT, Closed, Waiting, close_round, next_to_act, parked_at
 from tests.unit.protocol.test_rounds import Lists, board
 
@@ -59,6 +59,34 @@ def test_who_is_at_a_tail_of_the_pass_before_is_still_in_that() -> None:
     where.parked[0], where.finished[0] = place_at_tail(0, 0, is_empty=False), [0, 1, 0]
     assert deal_over(0, 2, None, where) == Waiting(0, "worker 0 has not finished its part of the data")
     assert deal_over(0, 1, None, where) is False
+
+
+def test_what_is_lost_of_one_pass_is_not_of_another() -> None:
+    where = at_tail("001")
+    where.finished[0] = [1, 0, 0]
+    where.parked[0], where.parked[1] = place_at_tail(0, 2, is_empty=False), place_at_tail(0, 5, is_empty=False)
+    where.deals, where.lost = [5, 2, 0, 0], [0, 1, 1, 1]
+    assert deal_over(0, 1, None, where) is False
+    where.finished[0] = [1, 1, 0]
+    where.parked[1] = place_at_tail(0, 2, is_empty=False)
+    assert deal_over(0, 2, None, where) is True
+    where.deals[0] = 6
+    assert more_of_pass(1, where) is True  # as it is due
+    where.lost[1] = 0
+    assert more_of_pass(1, where) is False
+    where.deals[1] = 3
+    assert more_of_pass(1, where) is True
+
+
+def test_a_pass_is_settled_when_the_one_two_before_it_is_over() -> None:
+    where = board("001", "000", loader0="021")
+    assert [may_settle(0, number, where) for number in range(4)] == [True, True, False, False]
+    where.finished[0] = [1, 2, 0]
+    assert [may_settle(0, number, where) for number in range(4)] == [True, True, True, False]
+    where.gone[0] = AWAY
+    assert not may_settle(0, 3, where)
+    where.gone[0] = LEFT
+    assert may_settle(0, 3, where)
 
 
 def test_who_stands_at_a_tail_goes_on_when_its_pass_is_said_to_be_drained() -> None:
