@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from paceline.protocol.crew import crew_size
-from paceline.protocol.rounds import LEFT, Waiting
+from paceline.protocol.rounds import LEFT, NEVER, Waiting
 from paceline.transport import futex, segment
 from paceline.transport.accounts import WORDS as ACCOUNTS_WORDS
 from paceline.transport.accounts import Accounts
@@ -253,6 +253,10 @@ class Board:
         ``deaths``: how many there have been with this one; a launcher that takes over may tell of it again.
         """
         self.deaths[worker] = self.deaths[worker] + 1 if deaths is None else deaths
+        if (
+            for_good
+        ):  # others are given their memory without it: who still waits for that is free to go, and not excused
+            self.passes(COLLECTIVES)[worker] = NEVER
         self.given_up[worker] = self.given_up[worker] or for_good
         self._words[6] += 1
         self.ring(worker)  # the dead do not

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
-from paceline.config import Bounded, Local, Quorum
+from paceline.config import Async, Bounded, Local, Quorum
 from paceline.data.ledger import RING
 from paceline.protocol.deals import Deal
 from paceline.protocol.log import Entry
@@ -34,8 +34,10 @@ class Claims:
         self._killed: set[int] = set()
         self._reading: dict[int, list[Batch]] = {}  # batches that a worker's script has had, since its last step
         self.read_batches: list[Batch] = []
+        self._read_by: dict[int, list[Batch]] = {}  # since there was a process with this rank
         self.in_hand: list[Batch] = []  # of those whose script was over, and no step was taken
         self._with_killed: list[tuple[int, Batch]] = []  # workers, and what they had in hand
+        self._in_periods: list[tuple[int, Batch]] = []  # and what they had taken local steps with
         self.given_up: set[int] = set()
         # Where they are not leased: who has shared a pass, and been given up before or within it.
         self._sharers: dict[int, set[int]] = {}
@@ -208,6 +210,11 @@ class Claims:
         self.met["another deal"] += bool(deal.before)
         self.met["a third deal"] += len(deal.before) > 1
 
+    @property
+    def _has_periods(self) -> bool:
+        pace = self._plan.pace
+        return isinstance(pace, Local) or (isinstance(pace, Async) and pace.every > 1)
+
     def gives_up(self, rank: int) -> None:
         """Nobody takes the place of worker ``rank``, which has been killed."""
         self.given_up.add(rank)
@@ -219,6 +226,7 @@ class Claims:
         assert rank not in self._leaving, f"worker {rank} has not left"
         self.read_batches.append(batch)
         self._reading.setdefault(rank, []).append(batch)
+        self._read_by.setdefault(rank, []).append(batch)
 
     def compute(self, rank: int) -> None:
         """Worker ``rank`` computes on its copy of the parameters, which takes a few turns of its own."""
@@ -253,6 +261,8 @@ class Claims:
             if number > pushed:
                 told.pop(rank, None)  # the round begins anew without it
         self._with_killed += [(rank, batch) for batch in self._reading.pop(rank, [])]
+        counted, read = set(self.counted), self._read_by.pop(rank, [])
+        self._in_periods += [(rank, batch) for batch in read if self._has_periods and batch not in counted]
         self.leave(rank)
 
     def leave(self, rank: int) -> None:
@@ -282,7 +292,8 @@ class Claims:
         if not plan.leased:
             # What was read behind the last step of a finished pass, or deal, is gone.
             return {batch for _, batch in self._with_killed if any(max(one.accumulate) > 1 for one in plan.scripts)}
-        return {batch for rank, batch in self._with_killed if plan.ring < RING or rank in self.given_up}
+        gone = (*self._with_killed, *self._in_periods)
+        return {batch for rank, batch in gone if plan.ring < RING or rank in self.given_up}
 
     def _check_ledger(self, counted: Counter[Batch]) -> None:
         words = self._host.ledgers[0].stored

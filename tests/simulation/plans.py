@@ -76,6 +76,9 @@ class Plan:
             return whole and max(script.accumulate) == 1
         counts = [owners.count(rank) for owners in self.owners]
         first = next((number for number, count in enumerate(counts) if count), None)
+        if self.kill_every is not None and self.gives_up:
+            # Of what is dealt anew it may get less than a step's, before it has taken one.
+            return max(script.accumulate[: None if first is None else first + 1]) == 1
         return first is None or counts[first] >= script.accumulate[first]
 
 

@@ -60,6 +60,7 @@ def test_what_is_claimed_holds_under_any_schedule(first: int) -> None:
         ("rounds", 600110),
         ("rounds", 800706),
         ("rounds", 801262),
+        ("rounds", 922148),
     ],
 )
 def test_what_once_failed_holds(world: str, seed: int) -> None:

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paceline.protocol.rounds import Waiting
+from paceline.protocol.rounds import AWAY, Closed, Waiting, close_round
 from paceline.transport import segment
-from paceline.transport.board import AWAITS_ITS_WORKER, MAX_LOADERS, Aborted, Board
+from paceline.transport.board import AWAITS_ITS_WORKER, COLLECTIVES, MAX_LOADERS, Aborted, Board
 
 PATIENCE_S = 30.0  # never taken: how long a test that hangs does so
 
@@ -54,6 +54,19 @@ def test_no_cell_is_another(workers: int, servers: int) -> None:
     assert other.published == 3
     assert not other.abort
     assert not other.interrupt
+
+
+def test_who_is_given_up_excuses_nobody_who_waits_in_a_collective() -> None:
+    """Worker 0 is through it, and has pushed; worker 1 has still to be woken; worker 2 dies before it comes there."""
+    (board,) = make(3, 0)
+    board.passes(COLLECTIVES)[0] = board.passes(COLLECTIVES)[1] = 1
+    board.parked[1] = COLLECTIVES + 1
+    board.tell_death(2, for_good=False)
+    board.presence[2] = AWAY
+    board.journal.commit()
+    assert close_round(1, [1, 0, 0], board, [0, 0, 0]) == Closed((0,))  # nobody is through it
+    board.tell_death(2, for_good=True)
+    assert close_round(1, [1, 0, 0], board, [0, 0, 0]) == Waiting(1, "worker 1 has not pushed round 1")
 
 
 def test_who_waits_for_its_worker_elsewhere_waits_for_nobody_here() -> None:
@@ -220,7 +233,7 @@ def test_what_the_question_raises_comes_through() -> None:
 
 ANSWER = """
 import sys
-from paceline.protocol.rounds import Waiting
+from paceline.protocol.rounds import AWAY, Closed, Waiting, close_round
 from paceline.transport import segment
 from paceline.transport.board import Board
 board = Board(segment.attach(int(sys.argv[1])))
