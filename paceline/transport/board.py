@@ -253,9 +253,8 @@ class Board:
         ``deaths``: how many there have been with this one; a launcher that takes over may tell of it again.
         """
         self.deaths[worker] = self.deaths[worker] + 1 if deaths is None else deaths
-        if (
-            for_good
-        ):  # others are given their memory without it: who still waits for that is free to go, and not excused
+        if for_good:
+            # Others are given their memory without it: who still waits for that is free to go, and not excused.
             self.passes(COLLECTIVES)[worker] = NEVER
         self.given_up[worker] = self.given_up[worker] or for_good
         self._words[6] += 1
