@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from paceline.protocol.crew import crew_size
-from paceline.protocol.rounds import LEFT, NEVER, Waiting
+from paceline.protocol.rounds import LEFT, NEVER, NOT_PARKED, Waiting
 from paceline.transport import futex, segment
 from paceline.transport.accounts import WORDS as ACCOUNTS_WORDS
 from paceline.transport.accounts import Accounts
@@ -254,7 +254,10 @@ class Board:
         """
         self.deaths[worker] = self.deaths[worker] + 1 if deaths is None else deaths
         if for_good:
-            # Others are given their memory without it: who still waits for that is free to go, and not excused.
+            # Others are given their memory without it: who still waits for that is free to go, and not excused. Nor is
+            # the dead one, which nobody has buried yet.
+            if self.parked[worker] == COLLECTIVES + 1:
+                self.parked[worker] = NOT_PARKED
             self.passes(COLLECTIVES)[worker] = NEVER
         self.given_up[worker] = self.given_up[worker] or for_good
         self._words[6] += 1

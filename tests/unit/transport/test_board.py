@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paceline.protocol.rounds import AWAY, Closed, Waiting, close_round
+from paceline.protocol.rounds import AWAY, Closed, Waiting, close_round, is_out
 from paceline.transport import segment
 from paceline.transport.board import AWAITS_ITS_WORKER, COLLECTIVES, MAX_LOADERS, Aborted, Board
 
@@ -67,6 +67,14 @@ def test_who_is_given_up_excuses_nobody_who_waits_in_a_collective() -> None:
     assert close_round(1, [1, 0, 0], board, [0, 0, 0]) == Closed((0,))  # nobody is through it
     board.tell_death(2, for_good=True)
     assert close_round(1, [1, 0, 0], board, [0, 0, 0]) == Waiting(1, "worker 1 has not pushed round 1")
+
+
+def test_who_is_given_up_in_a_collective_is_not_excused_before_it_is_buried() -> None:
+    (board,) = make(2, 0)
+    board.passes(COLLECTIVES)[1], board.parked[1] = 1, COLLECTIVES + 1
+    assert is_out(1, board)  # worker 0 has not come there
+    board.tell_death(1, for_good=True)
+    assert not is_out(1, board)
 
 
 def test_who_waits_for_its_worker_elsewhere_waits_for_nobody_here() -> None:
@@ -233,7 +241,7 @@ def test_what_the_question_raises_comes_through() -> None:
 
 ANSWER = """
 import sys
-from paceline.protocol.rounds import AWAY, Closed, Waiting, close_round
+from paceline.protocol.rounds import AWAY, Closed, Waiting, close_round, is_out
 from paceline.transport import segment
 from paceline.transport.board import Board
 board = Board(segment.attach(int(sys.argv[1])))
