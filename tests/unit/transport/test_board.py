@@ -241,7 +241,7 @@ def test_what_the_question_raises_comes_through() -> None:
 
 ANSWER = """
 import sys
-from paceline.protocol.rounds import AWAY, Closed, Waiting, close_round, is_out
+from paceline.protocol.rounds import AWAY, Closed, Waiting, close_round
 from paceline.transport import segment
 from paceline.transport.board import Board
 board = Board(segment.attach(int(sys.argv[1])))
