@@ -18,8 +18,8 @@ from paceline.transport.slots import ExchangeMemory
 
 
 class HostFold(Outbox):
-    """Of ``workers``, one host's, whose gradients are in their slots; ``apart``: that of worker ``lead`` is there.
-    Without ``link``, which is home's, nothing goes any more."""
+    """Of ``workers``, one host's, whose gradients are in their slots; ``apart``: that of the first of them is there.
+    When ``link``, which is home's, has ended nothing goes any more."""
 
     def __init__(
         self,

@@ -90,7 +90,8 @@ class Outbox:
     def _update(self, number: int, first: int, count: int) -> None:
         """Send buckets ``[first, count)`` of this round, of them those that are others than what was sent last."""
         shares = list(self._shares.values())
-        for place, bucket in list(enumerate(self._buckets))[first:count]:
+        for place in range(first, min(count, len(self._buckets))):
+            bucket = self._buckets[place]
             part, vector = slice(bucket.start, bucket.stop), bucket.vector
             gradients = [self._gradient(worker)[vector][part] for worker in self._shares]
             now, sent = gradients[0], self._sent[vector]

@@ -44,6 +44,9 @@ class Peers:
     def __init__(self, rank: int, around: Around, home: Link) -> None:
         """From now on others can come; ``meet`` waits for them. Raises HostError, LinkEnded."""
         self.rank, self._around = rank, around
+        leads = around.leads
+        after = leads.index(rank) + 1
+        self.others = leads[after:] + leads[: after - 1]  # from the next one on, so that not all begin with the same
         self._links: dict[int, Link] = {}
         self._heard: dict[int, Hears] = {}
         self.sent_bytes = 0
@@ -52,13 +55,6 @@ class Peers:
         )
         self._host = home.own_address
         self._listener = Listener(self._end, self._host)
-
-    @property
-    def others(self) -> list[int]:
-        """From the next one on, so that not all begin with the same."""
-        leads = self._around.leads
-        after = leads.index(self.rank) + 1
-        return leads[after:] + leads[: after - 1]
 
     def meet(self) -> bool:
         """Until there is a link to each other; False: not to all of them, or one computes otherwise."""

@@ -42,6 +42,7 @@ class RemoteHost:
         self._rank, self._around, self._gradients, self._line, self._ask = rank, around, gradients, line, ask
         self._mail = line.mail
         self._peers: Peers | None = None  # where this worker may be an owner
+        self._hosts = {lead: around.members(lead) for lead in around.leads}
         self._is_in_crew = False  # may what it brings be folded in shares, by it or by the first of its host?
         self._owning: list[RemoteExchange] = []
         self._told_bytes = 0  # of what it has sent to other owners
@@ -129,7 +130,7 @@ class RemoteHost:
         owners = Owners(one.index, peers, buckets(table), folds, is_lost)
         if memory is not None and len(members) > 1:
             mirror = host = OwnerHostMirror(spec, one.index, self._rank, memory, members, owners)
-            host.is_whole = lambda: bool(self._ask(remote.IsWhole(one.index)))
+            host.is_whole = lambda: self._is_whole(one)
         elif memory is not None:
             mirror = OwnerMirror(spec, one.index, self._rank, memory, owners)
 
@@ -142,7 +143,11 @@ class RemoteHost:
     def _attach(self, one: RemoteExchange, memory: ExchangeMemory) -> None:
         one.attach_mirror(self._mail, memory, self._rank, self._around)
         assert one.host is not None
-        one.host.is_whole = lambda: bool(self._ask(remote.IsWhole(one.index)))
+        one.host.is_whole = lambda: self._is_whole(one)
+
+    def _is_whole(self, one: RemoteExchange) -> bool:
+        """Asks home: do all of this host still share the mirror?"""
+        return bool(self._ask(remote.IsWhole(one.index)))
 
     def bring(self, one: RemoteExchange, told: remote.Brought) -> None:
         """Home's newest values come to the mirror."""
@@ -211,11 +216,12 @@ class RemoteHost:
 
     def _finish(self, one: RemoteExchange, owners: Owners, asked: remote.SendFold) -> bool:
         """Have the folds of all, with the weights of all."""
-        hosts = {lead: self._around.members(lead) for lead in owners.members}
         if one.fold is not None:
-            one.fold.finish(asked.number, {member: asked.weights[member] for member in hosts[self._rank]})
+            one.fold.finish(asked.number, {member: asked.weights[member] for member in self._hosts[self._rank]})
             owners.give(())
-        return owners.finish(asked.number, [sum(asked.weights[m] for m in hosts[lead]) for lead in owners.members])
+        return owners.finish(
+            asked.number, [sum(asked.weights[m] for m in self._hosts[lead]) for lead in owners.members]
+        )
 
     def _count_bytes(self) -> int:
         assert self._peers is not None
