@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -346,6 +347,7 @@ def main(tokens: Sequence[str] | None = None) -> NoReturn:
     except BrokenPipeError:  # `paceline runs list | head`: whoever read has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is said; where Python ends, Ctrl-C is a traceback of its own
     sys.exit(code)
 
 

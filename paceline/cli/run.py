@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -165,16 +168,29 @@ def train(
         failure = _pointed_out(error, program)
     finally:
         console.settle()
-    plot = _tell(console, more, job)
-    if show.json:
-        console.end_line()
-        keys = {"plot": plot, **dict(more.keys)}
-        answers.print_json(answers.result(job, console.summary, failure, keys))
-    if failure is not None:
-        console.end_line()
-        report(failure, sys.stderr)
-        return failure.exit_code
-    return 0
+    with _undisturbed():
+        plot = _tell(console, more, job)
+        if show.json:
+            console.end_line()
+            keys = {"plot": plot, **dict(more.keys)}
+            answers.print_json(answers.result(job, console.summary, failure, keys))
+        if failure is not None:
+            console.end_line()
+            report(failure, sys.stderr)
+    return failure.exit_code if failure is not None else 0
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ctrl-C comes too late: the run is over, and what is left is to say how it went."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _tell(console: Console, more: Ending, job: Job) -> str | None:

@@ -114,3 +114,35 @@ def test_two_during_the_start_end_it_before_the_script_begins(runner: Runner) ->
     ended = running.end()
     check(ended)
     assert len(ended.out.splitlines()) == 1
+
+
+# Ctrl-C while the picture is drawn, and while Python ends.
+LATE = """
+import atexit
+import os
+import signal
+import sys
+
+if "paceline" in sys.orig_argv and "run" in sys.orig_argv:
+    def interrupt(*event):
+        if not event or event[0] == "import" and event[1][0] == "matplotlib":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    sys.addaudithook(lambda *event: interrupt(*event))
+    atexit.register(interrupt)
+    print("will be interrupted", file=sys.stderr, flush=True)
+"""
+SHORT = ENDLESS.replace("while True:", "for _ in range(2):").replace(
+    "optimizer.step()\n", "optimizer.step()\n            run.log(loss=1.0)\n"
+)
+
+
+def test_when_the_run_is_over_it_is_too_late(runner: Runner) -> None:
+    runner.write("sitecustomize.py", LATE)
+    ended = runner.start_run(SHORT, PYTHONPATH=f"{ROOT}:{runner.folder}").end()
+    assert "will be interrupted" in ended.err
+    assert ended.code == 0, ended.err
+    assert "Traceback" not in ended.err
+    assert "done" in ended.err
+    assert (ended.folder / str(ended.answer["plot"])).exists()
+    assert (ended.answer["status"], ended.summary["status"]) == ("done", "done")

@@ -122,15 +122,15 @@ class _Front:
 
     def run(self) -> events.Summary:
         """The whole life of the run."""
-        try:
-            with self._hearing():
+        with self._hearing():  # to the end: what comes when all is over is no reason to lose how it went
+            try:
                 self._zygote, channel = _start("zygote", None, self._zygote_environment())
                 self._keep(messages.Hold("channel", "zygote"), channel.detach())
                 self._launch_until_over()
-        finally:
-            for _, fd in self._held.values():
-                os.close(fd)
-            _await_end(self._zygote)
+            finally:
+                for _, fd in self._held.values():
+                    os.close(fd)
+                _await_end(self._zygote)
         (self._directory / diary.NAME).unlink(missing_ok=True)
         assert self._outcome is not None
         if self._outcome.failure is not None:
