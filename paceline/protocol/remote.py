@@ -270,7 +270,10 @@ class ShowState(Said, frozen=True, tag=46):
 
 
 class Finish(Said, frozen=True, tag=47):
-    """...my script has come to its end. Nothing."""
+    """...my script has come to its end; has it asked for its rank, and what trained here alone? Nothing."""
+
+    asked_rank: bool
+    left_out: list[str]
 
 
 class Broke(Said, frozen=True, tag=48):

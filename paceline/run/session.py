@@ -43,7 +43,7 @@ class Run:
         self._context: Context | RemoteWorker | None = context or elsewhere
         self.worker: Worker | RemoteWorker | None = Worker(context) if context is not None else elsewhere
         self._left_out = LeftOut()
-        if isinstance(self.worker, Worker):
+        if self.worker is not None:
             self.worker.left_out = self._left_out
         self._models: list[nn.Module] = []
         self._wrapped: set[int] = set()

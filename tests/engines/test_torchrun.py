@@ -14,6 +14,7 @@ import pytest
 from tests.process import standing
 from tests.process.kills import COUNTING
 from tests.process.runner import Ended, Runner, Running
+from tests.process.test_left_out import SCRIPT as LEAVING_OUT
 from tests.process.training import TRAINING, numbers
 
 pytestmark = pytest.mark.timeout(300)  # five processes import torch, one after the other
@@ -136,6 +137,17 @@ def test_two_workers_of_torchrun_are_one_process_on_the_whole_batch(runner: Runn
     assert (ended.summary["status"], ended.summary["workers"], ended.summary["steps"]) == ("done", 2, 24)
     # On one host what travels is the parameters to begin with; gradients are written where home reads them.
     assert ended.summary["bytes_sent"] == sum(map(len, one)) * 8
+
+
+def test_what_is_left_out_is_told(runner: Runner) -> None:
+    runner.write("train.py", LEAVING_OUT)
+    ended = torchrun(runner, "train.py", "optimizer,all").end()
+    assert ended.code == 0, ended.err
+    (told,) = [event["text"] for event in ended.events if event.get("kind") == "alarm"]
+    assert told.startswith("note: no loader was given to run.wrap")
+    ended = torchrun(runner, "train.py", "loader", PACELINE_RUN_DIR="others").end()
+    assert ended.code == 0, ended.err
+    assert "note: weight and 1 more of a wrapped model were trained by an optimizer that is not" in ended.out
 
 
 def test_workers_that_torchrun_starts_again_go_on_where_they_were(runner: Runner) -> None:

@@ -24,6 +24,7 @@ from paceline.engine.elsewhere.deputy_store import DeputyStore
 from paceline.engine.elsewhere.mail import send
 from paceline.engine.elsewhere.mirror import arithmetic
 from paceline.engine.setup import encode_job
+from paceline.engine.worker.left_out import LeftOut
 from paceline.engine.worker.worker import Worker
 from paceline.errors import ConfigError, PacelineError
 from paceline.params.table import Table, zeros
@@ -153,7 +154,8 @@ class Deputy:
                 self._load(request)
             case remote.ShowState(exchange=index):
                 return self._exchange(index).show_state()
-            case remote.Finish():
+            case remote.Finish(asked_rank=asked_rank, left_out=told):
+                worker.left_out = LeftOut(asked_rank=asked_rank, told=told)
                 worker.finish()
                 self._finished = True
             case remote.Counts():

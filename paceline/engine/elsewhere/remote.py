@@ -38,6 +38,7 @@ from paceline.engine.exchange.spec import describe
 from paceline.engine.setup import decode_job
 from paceline.engine.worker import clipping
 from paceline.engine.worker.keeping import Keeper
+from paceline.engine.worker.left_out import LeftOut
 from paceline.engine.worker.weights import Zeroing
 from paceline.errors import ConfigError, HostError, PacelineError
 from paceline.params import optimizers
@@ -63,6 +64,7 @@ class RemoteWorker:
         self._notes: list[remote.Note] = []
         self._exchanges: list[RemoteExchange] = []
         self._buffers: list[list[torch.Tensor]] = []
+        self.left_out = LeftOut(asked_rank=True)  # of the script that runs in this process
         self.is_over = False  # has it said that it has finished, or failed?
         self.passes = RemotePasses(self)
         self.zeroing = Zeroing(self._exchanges, lambda exchange, in_hand: self.note(remote.Dropped(exchange, in_hand)))
@@ -266,7 +268,7 @@ class RemoteWorker:
         """The script has come to its end."""
         if not self.is_over:
             self._line.is_leaving = True
-            self._ask(remote.Finish())
+            self._ask(remote.Finish(self.left_out.asked_rank, self.left_out.of_models(self._exchanges)))
             self._leave()
 
     def broke(self, failure: messages.Failed) -> None:
