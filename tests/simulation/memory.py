@@ -195,7 +195,8 @@ class SimulatedBoard(Board):
         self.shares = Shares(self.deals, self.lost, shares, outs, host.workers)
         self._heard = 0
         self._asleep = offsets["asleep"] + self.members
-        self.in_hand, self.longest_ns = column("in_hand").private(), column("longest_ns").private()
+        # For the launcher's watch alone, which is not played; when they are written depends on a clock.
+        self.in_hand, self.longest_ns = [0] * host.workers, [0] * host.workers
         self.parked, self.ended = column("parked"), column("ended")
         self.parked.on_write = host.on_park
         start = offsets["passes"]

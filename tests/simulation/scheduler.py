@@ -8,9 +8,12 @@ it is until the schedule is over, when its thread is ended, and nothing that it 
 
 from __future__ import annotations
 
+import os
 import random
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 TURNS = 150_000  # far more than any schedule needs: one that takes them all goes round in circles
 _NAPS, _NAP = 0.02, 400  # how often who had a turn gets none for a while; how many turns, on average
@@ -238,3 +241,16 @@ class Scheduler:
         if self._lock_holder is task and self.failure is None:
             self.failure = AssertionError(f"{task} has ended with the lock")
         self._pass_on()
+
+
+@contextmanager
+def on_one_core() -> Iterator[None]:
+    """Threads that are started meanwhile stay on the core that this one is on. They take turns, and a turn is handed
+    over twice as fast within one core."""
+    before = os.sched_getaffinity(0)
+    fields = Path("/proc/thread-self/stat").read_text().rpartition(")")[2].split()
+    os.sched_setaffinity(0, {int(fields[36])})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)

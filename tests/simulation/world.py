@@ -36,7 +36,7 @@ from paceline.transport.channel import Channel
 from tests.simulation import known, plans
 from tests.simulation.claims import Batch, Claims
 from tests.simulation.memory import Host, SimulatedBoard, SimulatedLock
-from tests.simulation.scheduler import Scheduler, Task
+from tests.simulation.scheduler import Scheduler, Task, on_one_core
 from tests.simulation.worker import Life, in_place, job_of, serve
 
 _INBOX = "inbox"
@@ -105,7 +105,7 @@ class World:
         scheduler.on_kill, scheduler.on_idle = self._kill, self._look_again
         mine, its = Channel.pair()  # the launcher's way to the servers
         try:
-            with in_place(self.host, self.claims, plan.ring):
+            with on_one_core(), in_place(self.host, self.claims, plan.ring):
                 if self._before is None:
                     self._start(its)
                 scheduler.start("launcher", lambda: self._launch(mine, its))
