@@ -6,10 +6,8 @@ asked once an epoch, with random numbers seeded alike.
 
 from __future__ import annotations
 
-import random
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import islice
 from typing import Any, TypeGuard
 
@@ -20,6 +18,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sequential
 from paceline.data.assign import epoch_seed
 from paceline.data.part import Part
 from paceline.data.passes import Leases
+from paceline.data.seeds import seeded
 
 
 class Plan:
@@ -172,7 +171,7 @@ class Plan:
     def _draw(self, sampler: Any, epoch: int) -> list[Any]:
         """What a sampler of the user's gives in this epoch; asked once, since it may have a state of its own."""
         if epoch not in self._orders:
-            with _seeded(epoch_seed(self._part.seed, epoch)):
+            with seeded(epoch_seed(self._part.seed, epoch)):
                 drawn = list(sampler)
             for old in [known for known in self._orders if known < epoch - 1]:
                 del self._orders[old]
@@ -194,18 +193,3 @@ def _batch(order: Any, sampler: BatchSampler, ordinal: int) -> Any:
 def _is_plain_shuffle(sampler: RandomSampler) -> bool:
     """A shuffle with no generator of the user's: then the run's seed decides."""
     return not sampler.replacement and sampler.generator is None and sampler.num_samples == len(sampler.data_source)
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Samplers of any kind draw the same on every worker in here; the script's own random numbers stay."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)

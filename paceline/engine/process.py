@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 import msgspec
 import torch
 
+from paceline.data.seeds import seed_all
 from paceline.engine import context as contexts
 from paceline.engine.context import Context
 from paceline.engine.elsewhere.deputizing import deputize
@@ -82,7 +83,7 @@ def main(role: str, rank: int, setup: bytes, descriptors: tuple[int, ...], paren
 
 
 def _work(context: Context, known: Setup, payload: int | None) -> None:
-    torch.manual_seed(context.job.seed)  # a script that seeds nothing still starts alike on all workers
+    seed_all(context.job.seed)  # a script that seeds nothing still starts alike on all workers
     try:
         if known.door is not None:
             assert payload is not None

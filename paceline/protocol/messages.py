@@ -174,6 +174,13 @@ class Alarm(Message, frozen=True, tag=15):
     text: str
 
 
+class Reads(Message, frozen=True, tag=43):
+    """...a loader of mine reads data of this ``fingerprint`` (data/fingerprint.py). No answer."""
+
+    loader: int
+    fingerprint: int
+
+
 class Hold(Message, frozen=True, tag=30):
     """...launcher to front: keep this (one descriptor) for whoever launches after me, in place of what had its name
     ``(what, role, rank, number)``; front to launcher: this is what I keep. No answer."""
@@ -270,6 +277,7 @@ Any = (
     | Ready
     | Part
     | Alarm
+    | Reads
     | Hold
     | Begin
     | Show

@@ -171,7 +171,9 @@ class WrapBuffers(Said, frozen=True, tag=33):
 
 
 class WrapLoader(Said, frozen=True, tag=34):
-    """...this is a loader. Its number."""
+    """...this is a loader, of data with this fingerprint. Its number."""
+
+    fingerprint: int
 
 
 class Barrier(Said, frozen=True, tag=35):

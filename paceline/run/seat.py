@@ -18,6 +18,7 @@ from typing import NoReturn
 import msgspec
 import torch
 
+from paceline.data.seeds import seed_all
 from paceline.engine.elsewhere.remote import RemoteWorker
 from paceline.engine.program import Errand
 from paceline.errors import ConfigError, PacelineError, ScriptError
@@ -46,7 +47,7 @@ def main(parent: int) -> NoReturn:
     _Prints(worker).begin()  # ends before that life does
     session.take_place(worker)
     torch.set_num_threads(errand.threads)
-    torch.manual_seed(worker.job.seed)  # a script that seeds nothing still starts alike on all workers
+    seed_all(worker.job.seed)  # a script that seeds nothing still starts alike on all workers
     sys.argv = [errand.script, *errand.args]
     sys.path.insert(0, str(Path(errand.script).resolve().parent))
     try:

@@ -21,6 +21,7 @@ from torch import nn, optim
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from paceline.config import Job, Pace, Sync
+from paceline.data.seeds import part_ways
 from paceline.engine import context as contexts
 from paceline.engine.context import Context
 from paceline.engine.elsewhere.remote import RemoteWorker
@@ -113,9 +114,8 @@ class Run:
         for item in objects:
             if isinstance(item, nn.Module):
                 self._wrap_model(item)
-        if self._rank and not self._own_stream:
-            # Models have been built alike; from here on dropout must differ between workers.
-            torch.manual_seed(torch.initial_seed() + self._rank)
+        if not self._own_stream:
+            part_ways(self._rank)  # models have been built alike; from here on dropout must differ between workers
             self._own_stream = True
         for item in objects:
             if isinstance(item, LRScheduler):

@@ -63,3 +63,39 @@ def test_one_worker_has_left_nothing_out(runner: Runner) -> None:
     ended = runner.run(SCRIPT, "--workers", "1", args=["optimizer,all"])
     assert ended.code == 0, ended.err
     assert not [event for event in ended.events if event.get("kind") == "alarm"]
+
+
+# Data of each worker's own making: of torch's numbers, of numpy's, and split by Python's.
+UNSEEDED = """
+import random
+import sys
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Subset, TensorDataset
+
+import paceline
+
+if "apart" in sys.argv:
+    random.seed()
+numbers = list(range(64))
+random.shuffle(numbers)
+data = TensorDataset(torch.randn(64, 2), torch.from_numpy(np.random.randn(64)))
+model = torch.nn.Linear(2, 1)
+optimizer = torch.optim.SGD(model.parameters(), 0.1)
+run = paceline.init()
+model, optimizer, loader = run.wrap(model, optimizer, DataLoader(Subset(data, numbers[:48]), batch_size=4))
+for inputs, wanted in loader:
+    optimizer.zero_grad()
+    (model(inputs)[:, 0] - wanted).pow(2).mean().backward()
+    optimizer.step()
+"""
+
+
+@pytest.mark.parametrize("args", [[], ["apart"]])
+def test_workers_whose_data_differ_are_told_of(args: list[str], runner: Runner) -> None:
+    ended = runner.run(UNSEEDED, "--workers", "3", args=args)
+    assert ended.code == 0, ended.err
+    told = [event["text"] for event in ended.events if event.get("kind") == "alarm"]
+    assert len(told) == len(args)
+    assert all("do not have the same data" in text and text in ended.err for text in told)

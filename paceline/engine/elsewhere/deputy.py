@@ -120,8 +120,8 @@ class Deputy:
                 self._copy_first(msgspec.msgpack.decode(data, type=Table))
             case remote.WrapBuffers(table=data):
                 self._buffers.wrap(msgspec.msgpack.decode(data, type=Table))
-            case remote.WrapLoader():
-                return worker.add_loader()
+            case remote.WrapLoader(fingerprint=mark):
+                return worker.add_loader(mark)
             case remote.Barrier():
                 worker.collectives.barrier()
             case remote.Begin():

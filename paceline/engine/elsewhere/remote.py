@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from paceline import errors
 from paceline.config import Async, Job, Sync
+from paceline.data.fingerprint import fingerprint
 from paceline.data.loader import Count, share
 from paceline.data.part import Part
 from paceline.data.trained import Trained
@@ -176,7 +177,7 @@ class RemoteWorker:
 
     def share_loader(self, loader: Any, count: Count | None) -> Any:
         """As ``Worker.share_loader``."""
-        index = self._ask(remote.WrapLoader())
+        index = self._ask(remote.WrapLoader(fingerprint(loader)))
         self.passes.add(index, draws_ahead=_draws_ahead(loader))
         return share(loader, index, self._part, self.passes, count)
 

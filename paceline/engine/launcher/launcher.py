@@ -36,6 +36,7 @@ from paceline.engine.launcher.lookout import Lookout
 from paceline.engine.launcher.memories import Memories
 from paceline.engine.launcher.metrics import seconds_a_step
 from paceline.engine.launcher.processes import Processes
+from paceline.engine.launcher.readings import Readings
 from paceline.engine.launcher.telling import Telling
 from paceline.engine.launcher.watch import Whose
 from paceline.engine.launcher.wishes import Wishes
@@ -96,6 +97,7 @@ class _Launcher:
         self._coordinator, self._wishes = coordinator, Wishes(job, coordinator)
         self._control = Control(directory)
         self._saver = Saver(Checkpoints(directory, job.keep), job.workers, telling.note_now)
+        self._readings = Readings()
         self._interrupts = 0
         self._dropped = 0
         # Of checkpoints that are not written yet, as the front has them.
@@ -216,6 +218,9 @@ class _Launcher:
                     os.close(fd)
             case messages.Alarm(text=text):
                 self._telling.note("alarm", text)
+            case messages.Reads():
+                if text := self._readings.take(rank, message):
+                    self._telling.note("alarm", text)
             case messages.Ready(versions=versions):
                 self._info.versions = versions
                 self._processes.fork_first(self._job.servers, self._job.workers)

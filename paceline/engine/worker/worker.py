@@ -16,6 +16,7 @@ import torch
 from torch import nn, optim
 
 from paceline.config import Async, Local, Sync
+from paceline.data.fingerprint import fingerprint
 from paceline.data.loader import Count, share
 from paceline.data.part import Part
 from paceline.data.trained import Trained
@@ -189,7 +190,7 @@ class Worker:
 
     def share_loader(self, loader: Any, count: Count | None) -> Any:
         """This worker's version of a loader. A collective where batches are leased or sent."""
-        index = self.add_loader()
+        index = self.add_loader(fingerprint(loader))
         if self.context.job.data != "served" or self.context.job.workers == 1:
             return share(loader, index, self._part, self.passes, count)
         if self.rank:
@@ -204,9 +205,11 @@ class Worker:
         reader.accept({w: leases.of(w) if leases else None for w in range(1, self.context.job.workers)})
         return reader.in_turn(share(loader, index, self._part, self.passes, count, reader.orders))
 
-    def add_loader(self) -> int:
-        """The number of one more; a collective where its batches are leased."""
+    def add_loader(self, mark: int) -> int:
+        """The number of one more, with its fingerprint; a collective where its batches are leased."""
         index = self.passes.add_loader()
+        if self.context.job.data == "shared":
+            self._channel.send(messages.Reads(index, mark))
         if self.context.job.assign == "lease":
             self._share_leases(index)
         return index
