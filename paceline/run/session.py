@@ -27,8 +27,9 @@ from paceline.engine.context import Context
 from paceline.engine.elsewhere.remote import RemoteWorker
 from paceline.engine.elsewhere.remote_exchange import RemoteExchange
 from paceline.engine.exchange.exchange import Exchange
-from paceline.engine.worker import scaling, weights
+from paceline.engine.worker import scaling
 from paceline.engine.worker.left_out import LeftOut
+from paceline.engine.worker.watching import watch
 from paceline.engine.worker.worker import Worker
 from paceline.errors import ConfigError, UsageError
 from paceline.params.rows import parameters_with_rows
@@ -189,10 +190,8 @@ class Run:
         assert self._context is not None
         if buffers and self._context.job.places > 1:
             self.worker.average_buffers(buffers)
-        worker = self.worker
-        weights.watch(model, worker.zeroing)
+        watch(model, self.worker)
         self._left_out.wrapped(model)
-        model.register_load_state_dict_post_hook(lambda *_: worker.loaded(model.parameters()))
 
     def _wrap_loader(self, item: Any, count: Callable[[Any], int] | None) -> Any:
         assert self.worker is not None

@@ -7,7 +7,6 @@ dropped, or be to come: that is known when the next batch is read, by whether a 
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -84,22 +83,3 @@ class Zeroing:
             exchange, marks = self._marks.popitem()
             if gradient_marks(self._exchanges[exchange].parameters) == marks:
                 self._tell(exchange, True)
-
-
-_models: weakref.WeakKeyDictionary[nn.Module, list[Zeroing]] = weakref.WeakKeyDictionary()
-_usual_zero_grad = nn.Module.zero_grad
-
-
-def watch(model: nn.Module, zeroing: Zeroing) -> None:
-    """From now on ``zeroing`` hears of this model's ``zero_grad``. An attribute of the model would be copied and saved
-    with it."""
-    told = _models.setdefault(model, [])
-    if zeroing not in told:
-        told.append(zeroing)
-    nn.Module.zero_grad = _zero_grad  # type: ignore[method-assign, assignment]
-
-
-def _zero_grad(model: nn.Module, set_to_none: bool = True) -> None:
-    _usual_zero_grad(model, set_to_none)
-    for zeroing in _models.get(model, ()):
-        zeroing.zeroed_in(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from typing import Any
 
 import pytest
@@ -155,6 +156,38 @@ def test_what_is_loaded_after_wrap_counts_for_all(pace: Pace, servers: int) -> N
     for values, forgotten in run_job(body, workers=2, servers=servers, pace=pace, assign="round_robin"):
         assert values == [0.25]
         assert forgotten == 0
+
+
+@every_pace
+def test_copies_of_a_model_are_the_scripts_own(pace: Pace) -> None:
+    """Of its moving average, say, or of the best so far; in memory, and in a file with nothing of the run in it."""
+
+    def body(run: Any) -> tuple[float, float, bytes]:
+        model = nn.Linear(4, 1, bias=False)
+        optimizer: Any = optim.SGD(model.parameters(), lr=0.0)
+        model, optimizer, loader = run.wrap(model, optimizer, DataLoader(TensorDataset(X, Y), batch_size=4))
+        fit(model, optimizer, loader)
+        best = copy.deepcopy(model)
+        average = optim.swa_utils.AveragedModel(model)
+        file = io.BytesIO()
+        torch.save(model, file)  # noqa: TID251  as scripts do
+        file.seek(0)
+        for other in (best, average.module, torch.load(file, weights_only=False)):  # noqa: TID251
+            other.load_state_dict({"weight": torch.full((1, 4), run.rank + 1.0)})
+            other.zero_grad()
+        run.barrier()
+        was = model.weight.detach().sum().item()
+        run.barrier()
+        nn.ModuleDict({"part": model}).load_state_dict({"part.weight": torch.full((1, 4), 0.25)})
+        fit(model, optimizer, loader)
+        return was, model.weight.sum().item(), file.getvalue()
+
+    found = run_job(body, workers=2, pace=pace, assign="round_robin")
+    assert len({was for was, *_ in found}) == 1
+    assert abs(found[0][0]) < 2.0  # what a linear layer begins with; the copies have 4 and 8
+    for _, now, file in found:
+        assert now == 1.0
+        assert b"paceline" not in file
 
 
 @servers_or_none
