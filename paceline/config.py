@@ -164,7 +164,7 @@ class Job:
     cluster), or torchrun. Where it is not the launcher, workers elsewhere come over links: to the address of
     ``interface`` (a name, an address or a network; None: the one that the others know), from ``port`` on, one a worker
     (0: any that are free), by TLS unless ``insecure``. ``return_timeout`` is how many seconds a worker elsewhere that
-    was lost may take to come again.
+    was lost may take to come again. ``servers_apart``: no worker is on the host that home and the servers are on.
     ``checkpoint_every`` is in steps (None: only at Ctrl-C); the ``keep`` newest checkpoints stay.
     ``threads`` is per process (None: cores // workers, at least 1).
     ``steps`` counts rounds, or pushes of all workers divided by their number at the start, so that every pace sees as
@@ -186,6 +186,7 @@ class Job:
     interface: str | None = None
     port: int = 0
     insecure: bool = False
+    servers_apart: bool = False
     return_timeout: float = 60.0
     staleness_damping: bool = False
     compensate: float | None = None
@@ -235,6 +236,10 @@ class Job:
             return self.max_workers
         return self.workers if self.data == "served" else min(max(2 * self.workers, 8), MAX_WORKERS)
 
+    def threads_at_home(self, cores: int, workers: int) -> int:
+        """Of each process there, which shares so many cores; there are so many ``workers`` by now."""
+        return self.threads or max(1, cores // (self.servers if self.servers_apart else workers))
+
     @property
     def server_places(self) -> int:
         """How many servers there may ever be."""
@@ -279,6 +284,13 @@ class Job:
         _among("engine", self.engine, ENGINES)
         _within("port", self.port, 0, 2**16 - 1)
         _seconds("return-timeout", self.return_timeout)
+        if self.servers_apart and not self.servers:
+            raise UsageError("servers-apart is set, and there are no servers", fix="--servers 1 (PACELINE_SERVERS)")
+        if self.servers_apart and self.engine == "local":
+            raise UsageError(
+                "servers-apart is for runs on several hosts; all of this one is on this machine",
+                fix="--engine ray, or torchrun on several hosts; or PACELINE_SERVERS_APART=0",
+            )
         if self.engine == "local":
             return
         if self.data == "served":

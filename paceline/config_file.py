@@ -122,6 +122,7 @@ _KINDS: dict[str, tuple[str, Callable[[object], object]]] = {
     "ray_address": ("a string", _text),
     "interface": ("a string", _text),
     "insecure": ("true or false", _switch),
+    "servers_apart": ("true or false", _switch),
     "return_timeout": ("a number", _number),
     "compensate": ("a number", _number),
     "clip": ("a number", _number),

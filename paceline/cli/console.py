@@ -155,7 +155,7 @@ def header(job: Job) -> str:
         processes = f"{workers} and {servers} on" if servers else f"{workers} on"
     else:
         processes = f"{workers} started by {'Ray' if job.engine == 'ray' else job.engine}, "
-        processes += f"{servers} and home on" if servers else "home on"
+        processes += f"{servers} and home {'alone ' * job.servers_apart}on" if servers else "home on"
     return f"paceline {version} · {processes} this machine ({machine()}) · pace {job.pace} · engine {job.engine}"
 
 

@@ -67,14 +67,16 @@ def export(
 
 
 def slurm(job: Job, command: Sequence[str], told: Sequence[str], nodes: int) -> str:
-    """A batch script: torchrun on every node. ``told``: the options that somebody has set."""
+    """A batch script: torchrun on every node; with ``--servers-apart`` on one more, the first, as a single process.
+    ``told``: the options that somebody has set."""
     workers = job.workers // nodes
+    processes = f"$((SLURM_NODEID ? {workers} : 1))" if job.servers_apart else str(workers)
     options = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in _environment(job, told).items())
     return f"""#!/bin/bash
 #SBATCH --job-name={_name(job.name)}
-#SBATCH --nodes={nodes}
+#SBATCH --nodes={nodes + job.servers_apart}
 #SBATCH --ntasks-per-node=1
-#SBATCH --cpus-per-task={workers * (job.threads or 1)}
+#SBATCH --cpus-per-task={_cpus(job, nodes)}
 #SBATCH --output=%x-%j.log
 # Yours to add: --time, --partition, --account, --mem, --gpus-per-node.
 #
@@ -87,7 +89,7 @@ first=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export FIRST_NODE=${{first%%$'\\n'*}}
 
 srun --kill-on-bad-exit=1 bash -c 'exec torchrun --nnodes "$SLURM_NNODES" --node-rank "$SLURM_NODEID" \\
-  --nproc-per-node {workers} --max-restarts {job.restarts} --master-addr "$FIRST_NODE" --master-port {_PORT} "$@"' \\
+  --nproc-per-node {processes} --max-restarts {job.restarts} --master-addr "$FIRST_NODE" --master-port {_PORT} "$@"' \\
   torchrun {shlex.join(command)}
 """
 
@@ -99,7 +101,8 @@ export {FILE_VARIABLE}="${{{FILE_VARIABLE}:-$PWD/{_KEY}}}"
 
 
 def train_job(job: Job, command: Sequence[str], told: Sequence[str], nodes: int, image: str) -> str:
-    """A TrainJob of Kubeflow's Trainer, whose runtime tells torchrun where all are."""
+    """A TrainJob of Kubeflow's Trainer, whose runtime tells torchrun where all are. All nodes are alike there: with
+    ``--servers-apart`` there is one more, whose processes wait beside the servers."""
     name, workers = _name(job.name), job.workers // nodes
     environment = [{"name": key, "value": value} for key, value in _environment(job, told).items()]
     return _manifest(
@@ -113,10 +116,10 @@ def train_job(job: Job, command: Sequence[str], told: Sequence[str], nodes: int,
                 "trainer": {
                     "image": image,
                     "command": ["torchrun", "--max-restarts", str(job.restarts), *command],
-                    "numNodes": nodes,
+                    "numNodes": nodes + job.servers_apart,
                     "numProcPerNode": workers,
                     "env": [*environment, *_key_variable(job)],
-                    "resourcesPerNode": {"requests": {"cpu": str(workers * (job.threads or 1))}},
+                    "resourcesPerNode": {"requests": {"cpu": str(_cpus(job, nodes))}},
                 },
             },
         },
@@ -172,6 +175,12 @@ def ray_job(job: Job, command: Sequence[str], told: Sequence[str], nodes: int, i
             },
         },
     )
+
+
+def _cpus(job: Job, nodes: int) -> int:
+    """Of each node."""
+    for_workers = job.workers // nodes * (job.threads or 1)
+    return max(for_workers, job.servers * (job.threads or 1)) if job.servers_apart else for_workers
 
 
 def _sources(sources: Mapping[str, str]) -> list[tuple[str, str]]:

@@ -104,6 +104,10 @@ class JobFlags:
     insecure: Annotated[
         bool, Parameter(help="ray: links in plain text, nobody checked", negative="", show_default=False, group=HOSTS)
     ] = False
+    servers_apart: Annotated[
+        bool,
+        Parameter(help="ray: no worker on this machine, servers only", negative="", show_default=False, group=HOSTS),
+    ] = False
     return_timeout: Annotated[
         str | None, _option("S", "ray: wait so long for a lost worker to come again [default: 60]", HOSTS)
     ] = None
@@ -223,7 +227,7 @@ def _converted(option: str, text: str, source: str) -> object:
 
 
 _WHOLE: tuple[Callable[[str], object], str] = (int, "a whole number")
-TRUTHS = ("staleness_damping", "insecure")
+TRUTHS = ("staleness_damping", "insecure", "servers_apart")
 _KINDS: dict[str, tuple[Callable[[str], object], str]] = {
     "data": (str, "a word"),
     "engine": (str, "a word"),

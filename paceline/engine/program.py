@@ -16,6 +16,7 @@ class Script:
 
 
 WAITS, CAME, GONE = "waits", "came", "gone"
+STARTED = "started"  # what home writes, before the run's directory
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,14 @@ class Order:
 
     script: str
     args: list[str]
-    workers: int
+    workers: int  # processes that will come; with --servers-apart those
+    beside: int  # of them on home's host do not train
     options: dict[str, Any]  # of Job, as given to paceline.init
     restarts: bool  # will somebody start a process again that has died?
     host: str  # where deputies listen; may be told otherwise by the options
     job: str
     starter: int
-    report: int
+    report: int  # a descriptor: host and ports are written there, see cli/home.py, and what deputies say
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""A worker in a process that home has not forked: the way to its deputy, and its life until the process ends."""
+"""A worker in a process that home has not forked: the way to its deputy, and its life until the process ends. And the
+life of one that is no worker, as the host is home's and the servers' alone."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import threading
 import time
 import traceback
 from types import FrameType, TracebackType
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from paceline.engine.elsewhere.around import Around
 from paceline.engine.elsewhere.line import STOPPED, Line, NotLetIn
@@ -78,10 +79,37 @@ class Home(Protocol):
         """Its exit code, when the run has ended."""
 
 
+def attend(home: Home, *, may_come_again: bool) -> NoReturn:
+    """Wait for the end of a run in which this process is no worker, and exit as the run does."""
+    Life(_Bystander(home), home, may_come_again=may_come_again).begin()
+    sys.exit(home.wait())
+
+
+class _Bystander:
+    """In a worker's stead: a process that has home and has nothing else to say of itself."""
+
+    rank = -1
+
+    def __init__(self, home: Home) -> None:
+        self._home = home
+
+    def terminated(self) -> None:
+        self._home.interrupt()
+
+    def abandon(self) -> None:
+        pass
+
+    def broke(self, failure: messages.Failed) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+
 class Life:
     """From init to the process's end: its signals, its last words, its exit code."""
 
-    def __init__(self, worker: RemoteWorker, home: Home | None, *, may_come_again: bool = True) -> None:
+    def __init__(self, worker: RemoteWorker | _Bystander, home: Home | None, *, may_come_again: bool = True) -> None:
         """``may_come_again``: its process may be ended to be started once more."""
         self._worker, self._home, self._may_come_again = worker, home, may_come_again
         self._interrupts, self._is_terminated, self._pid = 0, False, os.getpid()

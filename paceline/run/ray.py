@@ -4,9 +4,9 @@
        ^                                                                                            | starts
        +------------------------------- link: gradients, parameters, what is printed ---------- the script (run/seat.py)
 
-Ray finds the nodes, starts processes there and tells of their ends; nothing of the training passes through it. A
-worker that is lost is replaced by a new actor as soon as its next deputy waits for it; where no node has room, the
-others go on without it if they may (``--min-workers``), and it comes again when a node does.
+Ray finds the nodes (room.py), starts processes there and tells of their ends; nothing of the training passes through
+it. A worker that is lost is replaced by a new actor as soon as its next deputy waits for it; where no node has room,
+the others go on without it if they may (``--min-workers``), and it comes again when a node does.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from paceline.errors import ConfigError, HostError, PacelineError, WorkersLost
 from paceline.events import Record, RunInfo, Started, Summary
 from paceline.protocol import messages
 from paceline.run.doors import hold_ports, key_in_file, own_address, told, warn_insecure
+from paceline.run.room import Room, cpus
 from paceline.transport.interfaces import Advertised
 from paceline.transport.keys import JobKey, job_key
 
@@ -66,9 +67,11 @@ class Cluster:
         for sock in self._held:
             self._opened.callback(sock.close)
         say(told(address.address, address.reason, self._held, insecure=job.insecure))
-        cpus, needed = ray.cluster_resources().get("CPU", 0.0), job.workers * _cpus(job)
-        if cpus < needed:
-            say(f"Ray's cluster has {cpus:g} CPUs, and {needed} are asked for: waiting until it has grown")
+        self._room = Room(ray, job)
+        has, needed = self._room.cpus, job.workers * cpus(job)
+        if has < needed:
+            where = " beside home's" if job.servers_apart else ""
+            say(f"Ray's cluster has {has:g} CPUs{where}, and {needed} are asked for: waiting until it has grown")
         if job.insecure:
             warn_insecure()
 
@@ -79,7 +82,7 @@ class Cluster:
         ports = tuple(sock.getsockname()[1] for sock in self._held)
         name = os.urandom(8).hex()
         elsewhere = Elsewhere(program.path, program.args, self._host, ports, name, os.getpid(), writable, job.insecure)
-        seats = _Seats(self._ray, job, elsewhere, readable, Path(made).read_text().strip() if made else "")
+        seats = _Seats(self._ray, self._room, job, elsewhere, readable, Path(made).read_text().strip() if made else "")
 
         def seen(record: Record) -> None:
             if isinstance(record, Started):
@@ -121,12 +124,7 @@ def _connect(ray: Any, job: Job) -> None:
                 f"there is no Ray cluster at {named}: {str(error).strip().splitlines()[0]}",
                 fix="ray status, on its head node; without --ray-address and RAY_ADDRESS Ray looks for one itself",
             ) from None
-        ray.init(num_cpus=max(len(os.sched_getaffinity(0)), job.workers * _cpus(job)), **quiet)
-
-
-def _cpus(job: Job) -> int:
-    """How many of Ray's CPUs a worker has."""
-    return job.threads or 1
+        ray.init(num_cpus=max(len(os.sched_getaffinity(0)), job.workers * cpus(job)), **quiet)
 
 
 def _address(ray: Any, job: Job) -> Advertised:
@@ -180,14 +178,13 @@ class _Taken:
 class _Seats(threading.Thread):
     """Has an actor for every worker that is waited for. A thread of the driver's."""
 
-    def __init__(self, ray: Any, job: Job, elsewhere: Elsewhere, report: int, key: str) -> None:
+    def __init__(self, ray: Any, room: Room, job: Job, elsewhere: Elsewhere, report: int, key: str) -> None:
         """``report``: a descriptor, which the deputies write to; ``key``: in hex, if workers are to be given one."""
         super().__init__(name="paceline-seats", daemon=True)
-        self._ray, self._job, self._elsewhere, self._key = ray, job, elsewhere, key
-        self._actor = ray.remote(num_cpus=_cpus(job), max_restarts=0)(Seat)
+        self._ray, self._room, self._job, self._elsewhere, self._key = ray, room, job, elsewhere, key
+        self._actor = ray.remote(num_cpus=cpus(job), max_restarts=0)(Seat)
         self._report, self._unread = report, b""
         self._taken: dict[int, _Taken] = {}
-        self._groups: dict[int, tuple[Any, int]] = {}  # by rank: a placement group, and which of its bundles
         self._stopping = threading.Event()
         self._nodes: set[str] = set()
         self._has_room = True  # may there be room for one more?
@@ -197,7 +194,7 @@ class _Seats(threading.Thread):
 
     def run(self) -> None:
         try:
-            self._reserve(range(self._job.workers))
+            self._room.reserve(range(self._job.workers))
             while not self._stopping.is_set():
                 self._hear()
                 self._look_at_ends()
@@ -215,8 +212,7 @@ class _Seats(threading.Thread):
         os.close(self._report)
         for taken in self._taken.values():
             self._kill(taken)
-        for group in {id(group): group for group, _ in self._groups.values()}.values():
-            self._ray.util.remove_placement_group(group)
+        self._room.release()
 
     # --- who is waited for ---
 
@@ -245,13 +241,7 @@ class _Seats(threading.Thread):
 
     def _seat(self, rank: int, tries: int = 1) -> None:
         """Have an actor started, as soon as there is room."""
-        if rank not in self._groups:
-            self._reserve(range(rank, rank + 1))
-        group, bundle = self._groups[rank]
-        strategy = self._ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(
-            placement_group=group, placement_group_bundle_index=bundle
-        )
-        actor = self._actor.options(scheduling_strategy=strategy, name=None).remote()
+        actor = self._actor.options(scheduling_strategy=self._room.strategy(rank), name=None).remote()
         there = self._elsewhere
         errand = Errand(
             rank,
@@ -260,7 +250,7 @@ class _Seats(threading.Thread):
             there.ports[rank],
             str(there.path),
             there.args,
-            _cpus(self._job),
+            cpus(self._job),
             there.insecure,
             self._key,
         )
@@ -277,11 +267,6 @@ class _Seats(threading.Thread):
     def _kill(self, taken: _Taken) -> None:
         with contextlib.suppress(Exception):  # Ray has several for an actor that is not there any more
             self._ray.kill(taken.actor)
-
-    def _reserve(self, ranks: range) -> None:
-        """Room for these workers, close together."""
-        group = self._ray.util.placement_group([{"CPU": _cpus(self._job)}] * len(ranks), strategy="PACK")
-        self._groups |= {rank: (group, place) for place, rank in enumerate(ranks)}
 
     # --- who has ended ---
 
@@ -328,7 +313,7 @@ class _Seats(threading.Thread):
     # --- nodes that come ---
 
     def _look_at_nodes(self) -> None:
-        nodes = {node["NodeID"] for node in self._ray.nodes() if node["Alive"]}
+        nodes = self._room.nodes
         self._has_room = self._has_room or bool(nodes - self._nodes)
         self._nodes = nodes
         if not self._has_room or self.directory is None:
@@ -337,16 +322,8 @@ class _Seats(threading.Thread):
         missing = self._gone | set(range(wanted, self._job.max_workers or wanted))
         if not missing:
             self._has_room = False
-        elif self._fits(min(missing)):
+        elif self._room.fits(min(missing)):
             self._ask_for(max(min(missing) + 1, wanted))
-
-    def _fits(self, rank: int) -> bool:
-        """Is there room for one more, where it is to be?"""
-        if rank not in self._groups:
-            return bool(self._ray.available_resources().get("CPU", 0.0) >= _cpus(self._job))
-        group, bundle = self._groups[rank]
-        placed = self._ray.util.placement_group_table(group)["bundles_to_node_id"]
-        return placed.get(bundle) in self._nodes
 
     def _ask_for(self, workers: int) -> None:
         """So many, of the launcher: deputies of those that are missing will say that they wait. It may refuse."""

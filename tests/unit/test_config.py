@@ -185,6 +185,11 @@ def test_the_outer_step_takes_numbers(value: Any) -> None:
             {"engine": "ray", "data": "served"},
             "data is served, and workers are started by ray: batches are not sent to other hosts yet",
         ),
+        ({"engine": "ray", "servers_apart": True}, "servers-apart is set, and there are no servers"),
+        (
+            {"servers": 1, "servers_apart": True},
+            "servers-apart is for runs on several hosts; all of this one is on this machine",
+        ),
     ],
 )
 def test_each_field_is_answered_with_its_range(options: dict[str, Any], says: str) -> None:

@@ -35,6 +35,7 @@ def job(of: dict[str, Any], workers: int, **options: Any) -> Job:
         options["max_servers"] = max(options["max_servers"], options["servers"]) if options["servers"] else None
     if options["engine"] != "local":
         options |= {"data": "shared", "checkpoint_every": None}
+    options["servers_apart"] &= bool(options["servers"]) and options["engine"] != "local"
     return Job(**of, workers=max(workers, needed), **options)
 
 
@@ -65,6 +66,7 @@ jobs = st.builds(
     interface=st.none() | st.text(),
     port=st.integers(0, 2**16 - 1),
     insecure=st.booleans(),
+    servers_apart=st.booleans(),
     return_timeout=st.floats(1e-300, 1e300),
 )
 
@@ -112,6 +114,7 @@ def test_none_is_left_out_and_the_rest_is_plain_toml() -> None:
         'engine = "local"',
         "port = 0",
         "insecure = false",
+        "servers_apart = false",
         "return_timeout = 60.0",
         "staleness_damping = false",
         "restarts = 3",

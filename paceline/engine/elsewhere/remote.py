@@ -158,7 +158,8 @@ class RemoteWorker:
 
     def _send_early(self, exchanges: Sequence[RemoteExchange]) -> None:
         """Gradients of ghost batches are nobody's business; those from here on are."""
-        if self._around.are_apart and not self._is_newcomer and isinstance(self.job.pace, Sync):
+        from_afar = self._around.are_apart or self.job.servers_apart
+        if from_afar and not self._is_newcomer and isinstance(self.job.pace, Sync):
             for exchange in exchanges:
                 self._gradients.send_early(exchange)
 

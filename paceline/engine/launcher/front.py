@@ -86,7 +86,7 @@ class _Front:
         resume: Loaded | None,
     ) -> None:
         self._job, self._directory, self._watch, self._argv = job, directory, watch, argv
-        threads = job.threads or max(1, len(os.sched_getaffinity(0)) // job.workers)
+        threads = job.threads_at_home(len(os.sched_getaffinity(0)), job.workers)
         self._setup = _describe(job, program, directory, threads, resume)
         self._threads = threads
         self._decoder = msgspec.msgpack.Decoder(list[events.Record])

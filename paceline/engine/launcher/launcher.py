@@ -318,7 +318,7 @@ class _Launcher:
         for text in self._wishes.answer(wish).told:
             self._telling.note("scale", text)
         if wish.workers is not None:
-            threads = self._job.threads or max(1, len(os.sched_getaffinity(0)) // wish.workers)
+            threads = self._job.threads_at_home(len(os.sched_getaffinity(0)), wish.workers)
             setup = msgspec.msgpack.decode(self._processes.setup, type=Setup)
             self._processes.setup = msgspec.msgpack.encode(msgspec.structs.replace(setup, threads=threads))
             if not self._channels.silent:

@@ -170,6 +170,8 @@ def test_header_does_not_say_that_workers_are_here_where_others_start_them() -> 
     by_ray = header(Job("train", servers=2, engine="ray"))
     assert " · 2 workers started by Ray, 2 servers and home on this machine (" in by_ray
     assert by_ray.endswith(" · pace sync · engine ray")
+    apart = header(Job("train", servers=2, engine="ray", servers_apart=True))
+    assert " · 2 workers started by Ray, 2 servers and home alone on this machine (" in apart
 
 
 def test_ending_says_how_it_went() -> None:

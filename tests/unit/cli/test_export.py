@@ -78,6 +78,18 @@ def test_a_batch_script_starts_torchrun_on_every_node(folder: Path, capsys: pyte
     assert (folder / "keys").read_text() == f"key {folder / 'job.key'}\n"
 
 
+def test_where_servers_are_apart_there_is_a_node_for_them(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--nodes", "2", "--workers", "6", "--servers", "2", "--servers-apart"]
+    script = exported(capsys, "slurm", *options, "train.py")
+    assert "#SBATCH --nodes=3\n" in script
+    for rank, (arguments, environment) in enumerate(submitted(folder, script)):
+        assert arguments[4:6] == ["--nproc-per-node", "3" if rank else "1"]
+        assert environment["PACELINE_SERVERS_APART"] == "1"
+    assert manifest(capsys, *options, "train.py")["spec"]["trainer"]["numNodes"] == 3
+    job = manifest(capsys, "--kind", "rayjob", *options, "train.py")
+    assert "--servers-apart" in shlex.split(job["spec"]["entrypoint"])
+
+
 def test_no_key_is_asked_for_where_links_are_to_be_insecure(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     script = exported(capsys, "slurm", "train.py", "--insecure", "--nodes", "2")
     assert [environment for _, environment in submitted(folder, script)] == [{"PACELINE_INSECURE": "1"}] * 2

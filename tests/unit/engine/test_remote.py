@@ -82,6 +82,18 @@ def test_workers_elsewhere_are_local_workers_to_the_bit(
     )
 
 
+@pytest.mark.parametrize("hosts", [("a", "a"), ("a", "b")], ids="".join)
+def test_workers_away_from_servers_send_gradients_while_backward_goes_on(hosts: tuple[str, str]) -> None:
+    """Also where all of them are on one host, which is not home's."""
+
+    def tells(run: Any) -> tuple[list[float], bool]:
+        return train(run, MAKES["adam"]), run.worker._exchanges[0].early is not None
+
+    apart = run_job(tells, elsewhere=True, hosts=hosts, servers=2, engine="torchrun", servers_apart=True)
+    here = run_job(lambda run: train(run, MAKES["adam"]), elsewhere=False, servers=2)
+    assert apart == [(values, True) for values in here]
+
+
 @pytest.mark.parametrize("hosts", PLACES.values(), ids=PLACES)
 @pytest.mark.parametrize("how", [{"norm": True}, {"clip": True}], ids=str)
 def test_so_they_are_with_batch_norm_and_with_clipping(how: dict[str, bool], hosts: tuple[str, ...]) -> None:
