@@ -273,8 +273,9 @@ def test_a_run_that_is_resumed_goes_on_to_the_bit(runner: Runner) -> None:
     (ended.directory / "numbers.json").unlink()
     for late in sorted((ended.directory / "checkpoints").iterdir())[3:]:
         shutil.rmtree(late)
-    home, other = by_hand(runner, *arguments, PACELINE_RESUME="last")
+    # By its name: ``last`` begins a new run where the newest is done.
+    home, other = by_hand(runner, *arguments, PACELINE_RESUME=ended.directory.name, PACELINE_JSON="1")
     told = home.end()
     assert (told.code, other.end().code) == (0, 0), told.err
-    assert "goes on behind step 15" in told.out
+    assert "goes on behind step 15" in told.err
     assert numbers(told) == expected
