@@ -81,6 +81,14 @@ def pushed_for(worker: int, offered: Column, pushed: Column, slots: Sequence[Slo
     return number if offered[worker] == offer(number) and is_pushed(worker, number, pushed, slots) else pushed[worker]
 
 
+def asked_for(worker: int, offered: Column, asked: Column, slots: Sequence[Slot]) -> int:
+    """The last norm that this worker, which has died, has asked for, or its host for it."""
+    norm = offered[worker] // 2
+    number = norm // NORMS
+    is_offer = norm % NORMS != 0 and offered[worker] == offer(number, norm)
+    return norm if is_offer and is_pushed(worker, number, asked, slots, norm) else asked[worker]
+
+
 def version(number: int, loads: int) -> int:
     """Of home's values after round ``number``, ``loads`` checkpoints having been loaded: rises with each. 0 is none."""
     return number + loads + 1

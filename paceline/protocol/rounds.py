@@ -26,11 +26,13 @@ The laws
 Why all who ask get the same contributors, each at its own time: r is seen closed only if at one moment everybody who
 has not pushed it was gone, or parked and not free to go on. From that moment until r is over nobody can free them: to
 open a barrier, to evaluate or to give back one must be neither parked nor waiting for r, and there is no such worker
-left. Who dies before r is over holds it open until the consequences are drawn, and by then r is over, or somebody alive
-is in it. Whom one that is LEFT frees is told before, while rounds still wait for that one: at a tail; at a barrier it
-is the same word. One that was away for good becomes LEFT between rounds only, and holds them open while that is looked
-at. A newcomer that has published since when it counts, and then sees that nobody has pushed that round, is seen by all
-who push it later; else it tries a later one, and has not pushed before.
+left. Who has died before it has come to r, to push it or to ask for a norm in it, holds it open until the consequences
+are drawn. Who dies in r gives nothing back before r is over: by somebody alive who is in it, or, where only the dead
+have come to it, without a step if none has pushed it. So all who ask for a norm get the same, too. Whom one that is
+LEFT frees is told before, while rounds still wait for that one: at a tail; at a barrier it is the same word. One that
+was away for good becomes LEFT between rounds only, and holds them open while that is looked at. A newcomer that has
+published since when it counts, and then sees that nobody has pushed that round, is seen by all who push it later; else
+it tries a later one, and has not pushed before.
 
 Where servers step, a round has a *crew*: as many of them, lowest first, as its lowest contributor has found on the
 board when it pushed. A server that has closed a round reads there whether it is in the crew; it is only if nobody has
@@ -121,10 +123,11 @@ class Waiting:
 
 
 def close_round(
-    number: int, pushed: Column, board: Board, since: Column, of_round: int | None = None
+    number: int, pushed: Column, board: Board, since: Column, asked: Column, of_round: int | None = None
 ) -> Closed | Waiting:
-    """Is round ``number`` closed, and with whom? ``pushed[w]`` is the last round worker w has pushed; ``since[w]`` the
-    first it counts in. ``of_round``: what is numbered is something else than rounds, in this round.
+    """Is round ``number`` closed, and with whom? ``pushed[w]`` is the last round worker w has pushed, ``since[w]`` the
+    first it counts in, ``asked[w]`` the last norm it has asked for. ``of_round``: what is numbered is something else
+    than rounds, in this round.
 
     Must be asked by somebody who holds the round open: a contributor, or a server that has seen one.
     """
@@ -135,7 +138,7 @@ def close_round(
         missing = [
             worker
             for worker in range(board.width)
-            if seen[worker] < number and (since[worker] <= first or _is_dying(worker, board, since))
+            if seen[worker] < number and (since[worker] <= first or _is_dying(worker, first, board, since, asked))
         ]
         places = _places(missing, board)
         for worker in missing:
@@ -146,9 +149,10 @@ def close_round(
             return Closed(contributors)
 
 
-def _is_dying(worker: int, board: Board, since: Column) -> bool:
-    """Has it died, and the consequences are just being drawn? Until they are, it holds the round open."""
-    return since[worker] == NEVER and board.gone[worker] == PRESENT
+def _is_dying(worker: int, number: int, board: Board, since: Column, asked: Column) -> bool:
+    """Has it died before it came to round ``number``, and the consequences are just being drawn? Until they are, it
+    holds the round open: others may be freed by them. They are not, before a round is over that it had come to."""
+    return since[worker] == NEVER and board.gone[worker] == PRESENT and asked[worker] // NORMS < number
 
 
 def _excused(worker: int, board: Board) -> bool:
@@ -334,7 +338,7 @@ class Abandoned:
 
 
 def is_over(
-    number: int, pushed: Column, stepped: Column, servers: Sequence[int], since: Column, board: Board
+    number: int, pushed: Column, stepped: Column, servers: Sequence[int], since: Column, asked: Column, board: Board
 ) -> bool | Abandoned | Waiting:
     """For who is not in round ``number``, the last that has begun: is it over, so that the parameters stand still?
 
@@ -342,13 +346,19 @@ def is_over(
     """
     while True:
         seen = list(pushed)
-        answer = _is_over(number, seen, stepped, servers, since, board)
+        answer = _is_over(number, seen, stepped, servers, since, asked, board)
         if list(pushed) == seen:  # nobody has pushed while the rest was looked at
             return answer
 
 
 def _is_over(
-    number: int, pushed: Sequence[int], stepped: Column, servers: Sequence[int], since: Column, board: Board
+    number: int,
+    pushed: Sequence[int],
+    stepped: Column,
+    servers: Sequence[int],
+    since: Column,
+    asked: Column,
+    board: Board,
 ) -> bool | Abandoned | Waiting:
     if max(pushed) > number:
         return True
@@ -364,7 +374,7 @@ def _is_over(
             return Waiting(alive[0], f"member {unfinished[0]} is not done with round {number}")
     elif max(stepped) >= number:
         return True  # it was closed empty
-    closed = close_round(number, pushed, board, since)
+    closed = close_round(number, pushed, board, since, asked)
     return Abandoned(closed.contributors) if isinstance(closed, Closed) else closed
 
 

@@ -126,13 +126,14 @@ class Claims:
         rank = next(rank for rank, slot in enumerate(self._host.slots) if slot.copy is copy)
         assert rank not in self._computing, f"the copy of worker {rank} changes while it computes on it"
 
-    def norm(self, rank: int, number: int, value: float) -> None:
-        """Worker ``rank`` has asked for the norm of a round. All are told the same, but who takes no part (1)."""
+    def norm(self, rank: int, value: float) -> None:
+        """Worker ``rank`` has asked for a norm. All who do in a round are told the same, but who takes no part (1)."""
         if value != 1.0:
+            number = self._host.exchange.raw("asked")[rank]
             told = self._norms.setdefault(number, {})
             told[rank] = value
             same = set(told.values()) == {value} or (self.kills and not known.NORMS_OF_THE_DEAD)
-            assert same, f"round {number} has different norms: {told}"
+            assert same, f"norm {number} is told differently: {told}"
 
     def _parks(self, rank: int, before: int, now: int) -> None:
         """Nobody passes the end of a pass before all who are not gone for good have finished it; who had nothing to
@@ -256,10 +257,6 @@ class Claims:
         self.met["killed before it joined"] += before > 0 and self._host.board.raw("gone")[rank] == AWAY
         self.met["killed in a step"] += f"worker {rank}" in self.stepping
         self.stepping.discard(f"worker {rank}")
-        pushed = self._host.exchange.raw("pushed")[rank]
-        for number, told in self._norms.items():
-            if number > pushed:
-                told.pop(rank, None)  # the round begins anew without it
         self._with_killed += [(rank, batch) for batch in self._reading.pop(rank, [])]
         counted, read = set(self.counted), self._read_by.pop(rank, [])
         self._in_periods += [(rank, batch) for batch in read if self._has_periods and batch not in counted]

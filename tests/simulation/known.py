@@ -27,7 +27,7 @@ FIRST_IS_GIVEN_UP_EARLY = True
 # A round that only the dead have asked a norm in is closed empty, member by member, the servers last.
 SERVERS_SEE_EMPTY_ROUNDS = True
 # One dies that has asked for the norm of a round and not pushed it; others may come to that round yet.
-NORMS_OF_THE_DEAD = False
+NORMS_OF_THE_DEAD = True
 # At pace bounded a newcomer takes up the clock of the slowest, and counts some time later.
 NEWCOMERS_JOIN_WITHIN_THE_BOUND = True
 # In a run that goes on from a checkpoint all that could have taken it up are dead before they have.

@@ -40,7 +40,7 @@ class Plan:
     evaluators: int  # how many workers evaluate; with 1 only worker 0 does
     to_evaluate: int  # batches, dealt in turn
     says_eval: bool  # does the script call model.eval()?
-    clips: bool
+    clips: int  # norms that are asked for with each step
     kill_every: float | None  # turns between kills, on average
     most_kills: int
     gives_up: float  # how often nobody takes the place of one that has died
@@ -124,7 +124,7 @@ def draw(random_: random.Random, world: str, more: random.Random) -> Plan:
         evaluators=random_.choice((1, workers)),
         to_evaluate=random_.randint(1, workers),
         says_eval=random_.random() < 0.5,
-        clips=isinstance(pace, Sync) and random_.random() < 0.25,
+        clips=_norms(random_) if isinstance(pace, Sync) else 0,
         kill_every=random_.choice((None, None, 100.0, 300.0, 1000.0)),
         most_kills=random_.choice((1, 2, 6)),
         gives_up=random_.choice((0.0, 0.0, 0.5)),
@@ -142,6 +142,11 @@ def draw(random_: random.Random, world: str, more: random.Random) -> Plan:
     )
     plan = _with_server_wishes(_with_wishes(plan, random_), random_)
     return _without_what_is_known(_with_steps_outside(_with_more(plan, more), more))
+
+
+def _norms(random_: random.Random) -> int:
+    luck = random_.random()
+    return 2 if luck < 0.08 else 1 if luck < 0.25 else 0
 
 
 def _with_steps_outside(plan: Plan, more: random.Random) -> Plan:
@@ -241,7 +246,7 @@ def _without_what_newcomers_cannot(plan: Plan) -> Plan:
         scripts = (replace(script, steps_after_break=(False,) * len(plan.batches)) for script in plan.scripts)
         plan = replace(plan, scripts=tuple(scripts))
     if plan.servers and not known.SERVERS_SEE_EMPTY_ROUNDS:
-        plan = replace(plan, clips=False)
+        plan = replace(plan, clips=0)
     if not plan.parts and plan.workers > 2 and not known.DEATHS_FREE_TAILS:
         plan = replace(plan, leased=False, streamed=False)
     return plan

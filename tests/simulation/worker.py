@@ -202,8 +202,8 @@ class Played:
         return False
 
     def _step(self) -> None:
-        if self._plan.clips:
-            self._claims.norm(self._rank, self._exchange.number + 1, self._worker.norm(self._exchange, b"\1", 1.0))
+        for _ in range(self._plan.clips):
+            self._claims.norm(self._rank, self._worker.norm(self._exchange, b"\1", 1.0))
         before = dict(self._exchange.memory.slots[self._rank].copy)
         self._worker.exchange(0)
         if self._worker.progress.batch_dropped and not self._worker._catching_up.is_muted:

@@ -271,15 +271,9 @@ class Exchange:
         self._meeting.finish_abandoned()
 
     def is_in_round(self, worker: int) -> bool:
-        """Under the run's lock: has this worker, which has died, pushed a round that is not over?"""
+        """Under the run's lock: was this worker, which has died, in a round that is not over?"""
         rounds = self.in_rounds
         return rounds is not None and rounds.is_in_round(worker)
-
-    def forget_norm(self, worker: int) -> None:
-        """Under the run's lock: nobody is to count on the norm that this worker, which has died, has asked for."""
-        rounds = self.in_rounds
-        if rounds is not None:
-            rounds.forget_norm(worker)
 
     def is_between_rounds(self) -> bool | Waiting:
         """Is nobody in a round? False also where only the dead are, and it is to be completed."""
@@ -287,7 +281,7 @@ class Exchange:
         return True if rounds is None else rounds.is_between_rounds()
 
     def no_dead_in_round(self) -> bool | Waiting:
-        """Are all rounds over that those who have died had pushed?"""
+        """Are all rounds over that those who have died were in?"""
         rounds = self.in_rounds
         return True if rounds is None else rounds.no_dead_in_round()
 

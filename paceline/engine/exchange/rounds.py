@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from paceline.engine.exchange.meeting import Push, Round
 from paceline.engine.exchange.stepper import Stepper
 from paceline.errors import ConfigError
-from paceline.protocol.hosts import pushed_for
+from paceline.protocol.hosts import asked_for, pushed_for
 from paceline.protocol.rounds import (
     NEVER,
     NORMS,
@@ -71,7 +71,7 @@ class Rounds:
             contributors = tuple(w for w in range(board.width) if memory.slots[w].pushed_in(number))
             closed = stepped = pushed  # all the time until the servers are done is waiting
         else:
-            contributors = board.wait(lambda: close_round(number, memory.pushed, board, memory.since)).contributors
+            contributors = board.wait(lambda: self._close(number)).contributors
             closed = time.monotonic()
             self.on_close(number, contributors)
             self._stepper.step(number, contributors, contributors.index(self._rank), len(contributors))
@@ -80,6 +80,10 @@ class Rounds:
             stepped = time.monotonic()
             self._await_steps(number, contributors)
         return Round(number, contributors, (closed - pushed) + (time.monotonic() - stepped))
+
+    def _close(self, number: int) -> Closed | Waiting:
+        memory = self._memory
+        return close_round(number, memory.pushed, self._board, memory.since, memory.asked)
 
     def _await_steps(self, number: int, contributors: tuple[int, ...]) -> None:
         """Wait until all shares are stepped; do what is left of them for those who have died."""
@@ -95,9 +99,10 @@ class Rounds:
         """Under the run's lock: this worker has died so many times, and counts in no round until it has joined."""
         memory = self._memory
         if memory.attached[worker] < deaths:
-            pushed = pushed_for(worker, memory.offered, memory.pushed, memory.slots)
-            if pushed > memory.pushed[worker]:
-                memory.pushed[worker] = pushed
+            for column, last in ((memory.asked, asked_for), (memory.pushed, pushed_for)):
+                number = last(worker, memory.offered, column, memory.slots)
+                if number > column[worker]:
+                    column[worker] = number
             memory.since[worker] = NEVER
 
     def finish_abandoned(self) -> None:
@@ -107,18 +112,13 @@ class Rounds:
             self._complete(self._begun(), answer.contributors)
 
     def is_in_round(self, worker: int) -> bool:
-        """Has this worker pushed a round that is not over?"""
-        number = self._memory.pushed[worker]
+        """Has this worker, which has died, pushed a round that is not over, or asked a norm in it?"""
+        number = self._come_to(worker)
         return number > 0 and self._is_over(number) is not True
 
-    def forget_norm(self, worker: int) -> None:
-        """Under the run's lock: this worker, which has died, may have had its norm of a round that it did not push. Who
-        comes to that round only now must not ask for it with the dead one, which may have begun to write its push."""
-        memory, asked = self._memory, self._memory.asked[worker]
-        round_ = asked // NORMS
-        alone = all(other // NORMS < round_ for w, other in enumerate(memory.asked) if memory.since[w] != NEVER)
-        if memory.pushed[worker] < round_ and memory.answered[worker] == asked and alone:
-            memory.asked[worker] = memory.pushed[worker] * NORMS
+    def _come_to(self, worker: int) -> int:
+        """The last round that this worker was in."""
+        return max(self._memory.pushed[worker], self._memory.asked[worker] // NORMS)
 
     def is_between_rounds(self) -> bool | Waiting:
         """Is the last round that has begun over? False where it is for others to complete: only the dead are in it."""
@@ -126,10 +126,11 @@ class Rounds:
         return False if isinstance(answer, Abandoned) else answer
 
     def no_dead_in_round(self) -> bool | Waiting:
-        """Are all rounds over that those who have died had pushed? True also where only they had: see ``complete``."""
-        for worker, pushed in enumerate(self._memory.pushed):
-            if pushed and self._memory.since[worker] == NEVER:
-                answer = self._is_over(pushed)
+        """Are all rounds over that those who have died were in? True also where only they were: see ``_complete``."""
+        for worker, since in enumerate(self._memory.since):
+            number = self._come_to(worker) if since == NEVER else 0
+            if number:
+                answer = self._is_over(number)
                 if isinstance(answer, Waiting):
                     return answer
         return True
@@ -175,7 +176,7 @@ class Rounds:
     def _is_over(self, number: int) -> bool | Abandoned | Waiting:
         memory, servers = self._memory, self._at_work(number)
         while True:
-            answer = is_over(number, memory.pushed, memory.stepped, servers, memory.since, self._board)
+            answer = is_over(number, memory.pushed, memory.stepped, servers, memory.since, memory.asked, self._board)
             before, servers = servers, self._at_work(number)
             if servers == before:
                 return answer
@@ -243,7 +244,7 @@ class Rounds:
         for worker, pushed in enumerate(memory.pushed):
             if pushed >= round_ and memory.asked[worker] < number:
                 raise not_asked(self._rank, worker, round_)
-        return close_round(number, memory.asked, self._board, memory.since, round_)
+        return close_round(number, memory.asked, self._board, memory.since, memory.asked, round_)
 
     def losses(self, number: int, contributors: tuple[int, ...]) -> tuple[float, float]:
         """Sums over the contributors of round ``number``, the last, of (loss x samples, samples)."""

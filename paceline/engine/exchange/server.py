@@ -132,7 +132,7 @@ def _next_round(board: Board, one: Served, rank: int) -> _Round | Waiting | None
         return None
     if board.published < one.published_as:
         return Waiting(board.common, "nobody has shared the model")
-    closed = close_round(number, memory.pushed, board, memory.since)
+    closed = close_round(number, memory.pushed, board, memory.since, memory.asked)
     if not isinstance(closed, Closed):
         return closed
     crew = memory.slots[closed.contributors[0]].crew(number)

@@ -53,7 +53,6 @@ class Settling:
         for worker in dead:
             board.ring(worker)  # the dead do not
             for exchange in self._exchanges if self._in_rounds else ():
-                exchange.forget_norm(worker)
                 self.settle_place(worker, exchange.place(worker))
             for leases in self._leases.values():
                 leases.bury(worker)
@@ -85,7 +84,7 @@ class Settling:
         return lost
 
     def _is_in_round(self, worker: int) -> bool:
-        """Has this worker, which has died, pushed a round that is not over?"""
+        """Was this worker, which has died, in a round that is not over?"""
         return any(exchange.is_in_round(worker) for exchange in self._exchanges)
 
     def settle_place(self, worker: int, place: tuple[int, int]) -> None:

@@ -107,11 +107,11 @@ def test_who_has_left_the_pass_must_be_parked_before_another_deal_is_made() -> N
 
 def test_rounds_excuse_who_is_at_a_tail_until_there_is_another_deal() -> None:
     where = at_tail("001")
-    assert close_round(3, [3, 2, 2], where, [1, 1, 1]) == Closed((0,))
+    assert close_round(3, [3, 2, 2], where, [1, 1, 1], [0, 0, 0]) == Closed((0,))
     where.deals[0] = 1
-    assert close_round(3, [3, 2, 2], where, [1, 1, 1]) == Waiting(1, "worker 1 has not pushed round 3")
+    assert close_round(3, [3, 2, 2], where, [1, 1, 1], [0, 0, 0]) == Waiting(1, "worker 1 has not pushed round 3")
     where.deals[0], where.drained[0] = 0, 1
-    assert isinstance(close_round(3, [3, 2, 2], where, [1, 1, 1]), Waiting)
+    assert isinstance(close_round(3, [3, 2, 2], where, [1, 1, 1], [0, 0, 0]), Waiting)
 
 
 def test_servers_wait_for_who_is_to_go_on_with_another_deal() -> None:

@@ -11,6 +11,7 @@ from paceline.protocol.hosts import (
     alone,
     are_together,
     arrived,
+    asked_for,
     comes_to,
     has_version,
     is_one,
@@ -109,6 +110,18 @@ def test_a_norm_that_was_asked_as_one_is_no_push() -> None:
     assert is_pushed(3, ROUND, asked, slots, norm)
     assert not is_pushed(3, ROUND, asked, slots, norm + 1)
     assert pushed_for(3, [0, 0, 0, offer(ROUND, norm)], [ROUND - 1] * 4, slots) == ROUND - 1
+
+
+def test_a_norm_that_a_host_asks_as_one_is_asked_by_all_of_its_workers() -> None:
+    """Also by worker 3, which dies before it says so itself."""
+    norm, before = ROUND * NORMS + 1, (ROUND - 1) * NORMS + 1
+    slots = [Header(ROUND), Header(ROUND), Header(ROUND, 2), Header(ROUND, 2)]
+    asked = [0, 0, norm, before]
+    assert asked_for(3, [0, 0, 0, offer(ROUND, norm)], asked, slots) == norm
+    assert asked_for(3, [0, 0, 0, offer(ROUND, norm + 1)], asked, slots) == before
+    assert asked_for(3, [0, 0, 0, alone(ROUND, norm)], asked, slots) == before
+    assert asked_for(3, [0, 0, 0, offer(ROUND)], asked, slots) == before
+    assert asked_for(3, [0, 0, 0, LEAVES], asked, slots) == before
 
 
 def test_no_offer_reads_as_what_one_brings_alone() -> None:

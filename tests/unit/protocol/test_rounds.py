@@ -13,6 +13,7 @@ from paceline.protocol.rounds import (
     AWAY,
     EMPTY,
     NEVER,
+    NORMS,
     TAIL,
     Abandoned,
     Closed,
@@ -32,6 +33,8 @@ from paceline.protocol.rounds import (
     reached,
     within_bound,
 )
+
+NONE = [0] * 4  # nobody has come later than the first round, or asked for a norm
 
 
 @dataclass
@@ -78,7 +81,7 @@ def board(gone: str, parked: str, **finished: str) -> Lists:
     ],
 )
 def test_a_round_closes_with_those_who_pushed_it(pushed: str, where: Lists, contributors: tuple[int, ...]) -> None:
-    assert close_round(3, [int(d) for d in pushed], where, [0] * len(where.gone)) == Closed(contributors)
+    assert close_round(3, [int(d) for d in pushed], where, NONE, NONE) == Closed(contributors)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +96,7 @@ def test_a_round_closes_with_those_who_pushed_it(pushed: str, where: Lists, cont
     ],
 )
 def test_a_round_waits_for_whoever_can_still_push_it(pushed: str, where: Lists, on: int) -> None:
-    answer = close_round(3, [int(d) for d in pushed], where, [0] * len(where.gone))
+    answer = close_round(3, [int(d) for d in pushed], where, NONE, NONE)
     assert answer == Waiting(on, f"worker {on} has not pushed round 3")
 
 
@@ -158,7 +161,7 @@ def test_a_worker_that_leaves_its_next_pass_while_it_is_looked_at_can_still_push
         where.finished[0][0] = 3
 
     where.parked = WhileRead(where.parked, at=0, then=go_on)
-    assert close_round(3, [2, 3], where, [0] * len(where.gone)) == Waiting(0, "worker 0 has not pushed round 3")
+    assert close_round(3, [2, 3], where, NONE, NONE) == Waiting(0, "worker 0 has not pushed round 3")
 
 
 def test_it_is_not_out_of_data_either() -> None:
@@ -184,18 +187,18 @@ def test_who_goes_on_while_another_is_looked_at_can_still_push() -> None:
             where.parked = [0, 0, 1 + TAIL]
 
     where.gone = WhileRead(where.gone, at=2, then=give_back_and_park)
-    assert close_round(3, [2, 3, 2], where, [0] * len(where.gone)) == Waiting(0, "worker 0 has not pushed round 3")
+    assert close_round(3, [2, 3, 2], where, NONE, NONE) == Waiting(0, "worker 0 has not pushed round 3")
 
 
 def test_who_had_nothing_to_read_is_excused_until_somebody_evaluates_there() -> None:
     where = board("000", "010", loader0="010")
     where.parked[1] += EMPTY
-    assert close_round(3, [3, 2, 3], where, [0] * len(where.gone)) == Closed((0, 2))
+    assert close_round(3, [3, 2, 3], where, NONE, NONE) == Closed((0, 2))
     assert held_at_end(1, where) == Waiting(where.common, "worker 0 has not finished its part of the data")
     where.evaluated = [0, 1]
-    assert close_round(3, [3, 2, 3], where, [0] * len(where.gone)) == Closed((0, 2))
+    assert close_round(3, [3, 2, 3], where, NONE, NONE) == Closed((0, 2))
     where.evaluated = [1, 0]
-    assert close_round(3, [3, 2, 3], where, [0] * len(where.gone)) == Waiting(1, "worker 1 has not pushed round 3")
+    assert close_round(3, [3, 2, 3], where, NONE, NONE) == Waiting(1, "worker 1 has not pushed round 3")
     assert held_at_end(1, where) is None
 
 
@@ -231,7 +234,7 @@ def test_an_evaluation_seen_while_a_round_is_looked_at_excuses_nobody() -> None:
         where.parked[2] = 2
 
     where.finished[0] = WhileRead(where.finished[0], at=1, then=evaluate_and_park)
-    assert close_round(3, [2, 3, 2], where, [0] * len(where.gone)) == Waiting(0, "worker 0 has not pushed round 3")
+    assert close_round(3, [2, 3, 2], where, NONE, NONE) == Waiting(0, "worker 0 has not pushed round 3")
 
 
 def test_a_worker_that_finishes_and_leaves_while_it_is_looked_at_counts_as_done() -> None:
@@ -277,14 +280,34 @@ def since(digits: str) -> list[int]:
 )
 def test_a_round_and_the_dead(pushed: str, begun: str, answer: Closed | Waiting) -> None:
     where = board("02" if begun == "0-" else "00", "00")
-    assert close_round(3, [int(d) for d in pushed], where, since(begun)) == answer
+    assert close_round(3, [int(d) for d in pushed], where, since(begun), NONE) == answer
 
 
 def test_who_is_dying_holds_the_round_until_the_consequences_are_drawn() -> None:
     where = board("00", "00")
-    assert close_round(3, [3, 2], where, since("0-")) == Waiting(1, "worker 1 has not pushed round 3")
+    assert close_round(3, [3, 2], where, since("0-"), NONE) == Waiting(1, "worker 1 has not pushed round 3")
     where.gone[1] = AWAY
-    assert close_round(3, [3, 2], where, since("0-")) == Closed((0,))
+    assert close_round(3, [3, 2], where, since("0-"), NONE) == Closed((0,))
+
+
+def test_who_dies_in_a_round_before_it_has_pushed_does_not_hold_it() -> None:
+    """It has asked for a norm there: the consequences of its death free nobody before that round is over. The next
+    round it holds open."""
+    where, asked = board("00", "00"), [3 * NORMS + 1, 3 * NORMS + 1]
+    assert close_round(3, [3, 2], where, since("0-"), asked) == Closed((0,))
+    assert close_round(4, [4, 2], where, since("0-"), asked) == Waiting(1, "worker 1 has not pushed round 4")
+    another = [3 * NORMS + 2, 3 * NORMS + 1]
+    assert close_round(another[0], another, where, since("0-"), another, 3) == Closed((0,))
+    later = [4 * NORMS + 1, 3 * NORMS + 1]
+    assert isinstance(close_round(later[0], later, where, since("0-"), later, 4), Waiting)
+
+
+def test_a_round_that_only_the_dead_have_asked_a_norm_in_is_over_before_their_batches_go_back() -> None:
+    """Worker 0 waits at the tail of its pass; worker 1 has its norm of round 3, alone, and dies."""
+    where, asked = board("00", "00", loader0="00"), [0, 3 * NORMS + 1]
+    where.parked[0] = 1 + TAIL
+    assert is_over(3, [2, 2], [2, 2], (), since("0-"), asked, where) == Abandoned(())
+    assert isinstance(is_over(3, [2, 2], [2, 2], (), since("0-"), NONE, where), Waiting)
 
 
 def test_who_pushes_and_dies_while_it_is_looked_at_is_in_the_round() -> None:
@@ -296,7 +319,7 @@ def test_who_pushes_and_dies_while_it_is_looked_at_is_in_the_round() -> None:
         list.__setitem__(where.gone, 1, AWAY)
 
     where.gone = WhileRead([0, AWAY], at=1, then=push_and_die)
-    assert close_round(3, pushed, where, since("0-")) == Closed((0, 1))
+    assert close_round(3, pushed, where, since("0-"), NONE) == Closed((0, 1))
 
 
 @pytest.mark.parametrize(
@@ -340,7 +363,7 @@ def test_a_newcomer_waits_until_the_last_round_is_over(
 ) -> None:
     number = 0 if pushed == "00" else 3
     columns = [int(d) for d in pushed], [int(d) for d in stepped]
-    assert is_over(number, *columns, (), since(begun), where) == answer
+    assert is_over(number, *columns, (), since(begun), NONE, where) == answer
 
 
 def test_a_round_that_another_pushes_while_it_is_looked_at_is_not_over() -> None:
@@ -351,7 +374,7 @@ def test_a_round_that_another_pushes_while_it_is_looked_at_is_not_over() -> None
         pushed[0] = 3
 
     stepped = WhileRead([2, 3, 2], at=1, then=push)
-    assert is_over(3, pushed, stepped, (), since("00-"), where) == Waiting(0, "member 0 is not done with round 3")
+    assert is_over(3, pushed, stepped, (), since("00-"), NONE, where) == Waiting(0, "member 0 is not done with round 3")
 
 
 def test_a_round_that_one_alive_pushes_while_it_is_looked_at_is_not_abandoned() -> None:
@@ -362,14 +385,14 @@ def test_a_round_that_one_alive_pushes_while_it_is_looked_at_is_not_abandoned() 
         pushed[0], where.parked[0] = 3, 1
 
     where.gone = WhileRead(where.gone, at=0, then=push_and_park)
-    assert is_over(3, pushed, [2, 2], (), since("0-"), where) == Waiting(0, "member 0 is not done with round 3")
+    assert is_over(3, pushed, [2, 2], (), since("0-"), NONE, where) == Waiting(0, "member 0 is not done with round 3")
 
 
 def test_what_servers_step_is_never_abandoned_once_it_is_pushed() -> None:
     where = board("22", "00")
     waiting = Waiting(2, "member 2 is not done with round 3")
-    assert is_over(3, [3, 2], [0, 0, 2], (2,), since("--"), where) == waiting
-    assert is_over(3, [3, 2], [0, 0, 3], (2,), since("--"), where) is True
+    assert is_over(3, [3, 2], [0, 0, 2], (2,), since("--"), NONE, where) == waiting
+    assert is_over(3, [3, 2], [0, 0, 3], (2,), since("--"), NONE, where) is True
 
 
 def test_the_first_server_tells_how_many_step_a_round_when_it_has_stepped_it() -> None:
@@ -494,11 +517,11 @@ def test_who_had_nothing_goes_on_from_the_tail_when_another_evaluates_there() ->
     where = at_tail(empty=True)
     where.evaluated[0] = 1
     assert more_at_tail(1, where) is False
-    assert isinstance(close_round(3, [3, 2], where, [1, 1]), Waiting)
+    assert isinstance(close_round(3, [3, 2], where, [1, 1], NONE), Waiting)
     where = at_tail(empty=False)
     where.evaluated[0] = 1
     assert isinstance(more_at_tail(1, where), Waiting)
-    assert close_round(3, [3, 2], where, [1, 1]) == Closed((0,))
+    assert close_round(3, [3, 2], where, [1, 1], NONE) == Closed((0,))
 
 
 def test_who_had_nothing_goes_on_from_the_tail_as_the_first_where_all_stand() -> None:

@@ -64,9 +64,9 @@ def test_who_is_given_up_excuses_nobody_who_waits_in_a_collective() -> None:
     board.tell_death(2, for_good=False)
     board.presence[2] = AWAY
     board.journal.commit()
-    assert close_round(1, [1, 0, 0], board, [0, 0, 0]) == Closed((0,))  # nobody is through it
+    assert close_round(1, [1, 0, 0], board, [0, 0, 0], [0] * 3) == Closed((0,))  # nobody is through it
     board.tell_death(2, for_good=True)
-    assert close_round(1, [1, 0, 0], board, [0, 0, 0]) == Waiting(1, "worker 1 has not pushed round 1")
+    assert close_round(1, [1, 0, 0], board, [0, 0, 0], [0] * 3) == Waiting(1, "worker 1 has not pushed round 1")
 
 
 def test_who_is_given_up_in_a_collective_is_not_excused_before_it_is_buried() -> None:
