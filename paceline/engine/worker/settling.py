@@ -47,8 +47,9 @@ class Settling:
         dead = self.bury()
         for exchange in (*self._exchanges, *self._stores) if dead or board.owes else ():
             exchange.finish_abandoned()
-        # To give back the batches of one whose round is not over would free others to push it, who are not in it.
-        owed = [worker for worker in dead if self._leases and self._is_in_round(worker)]
+        # To give back the batches of one whose round is not over would free others to push it, who are not in it; and a
+        # checkpoint of the round before must not count what it has pushed.
+        owed = [worker for worker in dead if self._is_in_round(worker)]
         dead = [worker for worker in dead if worker not in owed]
         for worker in dead:
             board.ring(worker)  # the dead do not
