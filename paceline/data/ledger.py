@@ -139,10 +139,8 @@ class Ledger:
         return not words[start + 4 + place % RING] & _TAKEN
 
     def drop(self, worker: int) -> None:
-        """The oldest batch that ``worker`` has drawn and not begun is not there: it lies behind a stream's end."""
-        words, start = self._words, self._start(worker)
-        words[start + 4 + words[start + _BEGUN] % RING] |= _TAKEN
-        words[start + _BEGUN] += 1
+        """The last batch that ``worker`` has drawn is not there: it lies behind a stream's end."""
+        self._words[self._start(worker) + _END] -= 1
 
     def begun(self, worker: int) -> int:
         """How many batches ``worker`` has begun, in all epochs."""
