@@ -22,15 +22,17 @@ _COMPUTING = 3  # turns
 
 
 class Claims:
-    """``before``: the batches that count in the run that this one continues, ``number``: its last round, or version."""
+    """``before``: the batches that count in the run that this one continues, ``number``: its last round, or version;
+    ``loads``: how many checkpoints its scripts had loaded."""
 
-    def __init__(self, host: Host, plan: Plan, before: Sequence[Batch] = (), number: int = 0) -> None:
+    def __init__(self, host: Host, plan: Plan, before: Sequence[Batch] = (), number: int = 0, loads: int = 0) -> None:
         self._host, self._plan, self._before, self._number = host, plan, before, number
         self._steppers: dict[int, tuple[tuple[int, ...], int]] = {}  # round -> contributors, shares
         self._stepped: dict[int, dict[tuple[int, int, int], Folded]] = {}  # round or entry -> chunk -> what was folded
         self._entries: dict[int, list[int]] = {}  # part -> entries stepped
         self._norms: dict[int, dict[int, float]] = {}  # round -> worker -> what it was told
         self._computing: set[int] = set()
+        self._busy: set[int] = set()  # computing, or in the step that comes of it
         self._killed: set[int] = set()
         self._reading: dict[int, list[Batch]] = {}  # batches that a worker's script has had, since its last step
         self.read_batches: list[Batch] = []
@@ -45,10 +47,19 @@ class Claims:
         self._leaving: set[int] = set()  # a pass is drained that they were in
         self.stepping: set[str] = set()  # names of tasks
         self.on_step: Callable[[], None] = lambda: None
+        self._loads = [loads] * plan.places  # that each worker's process has come back from
+        self._loaded = loads  # that lie in shared memory
+        self.puts_so_far = 0
+        self._putting: set[str] = set()  # names of tasks
+        self._drawn: dict[int, list[Batch]] = {}  # by lease, by whom, in order
+        # What was in hand of who was killed, and did not fit in its ring any more; and when the checkpoint was made.
+        self.fallen: set[Batch] = set()
+        self.fallen_then: set[Batch] = set()
         self.kills = 0
         self.saved: dict[int, list[Batch]] = {}  # what counted when the checkpoint of a round, or version, was made
         self.met: Counter[str] = Counter()  # what was there to be seen
         host.on_park, host.on_drain, host.on_leave = self._parks, self._drains, self._leaves
+        host.on_draw = lambda rank, batch: self._drawn.setdefault(rank, []).append(batch)
 
     def turn(self) -> None:
         self._host.scheduler.turn()
@@ -88,12 +99,45 @@ class Claims:
                 assert not entries or entries[-1] < number, f"part {chunk[0]}: entry {number} after {entries[-1]}"
                 entries.append(number)
 
-    def begin_step(self) -> None:
+    def begin_step(self, found: int | None) -> None:
+        """``found``: how many times the state that it steps with had been loaded."""
+        assert not self._putting, f"{self._task} steps while {self._putting} puts a checkpoint in place"
+        assert found == self.puts_so_far, f"{self._task} steps with the state of load {found} of {self.puts_so_far}"
         self.stepping.add(self._task)
         self.on_step()
 
     def end_step(self) -> None:
         self.stepping.discard(self._task)
+
+    def forgets(self) -> None:
+        """A process lets go of the state that it has found."""
+        assert not self._plan.parts or any(self._plan.loads), f"{self._task} lets go of state that nobody has loaded"
+
+    def starts(self, rank: int) -> None:
+        """A process."""
+        self._loads[rank] = 0
+
+    def puts(self, rank: int) -> None:
+        """Worker ``rank`` puts a checkpoint that its script has loaded in place of what all share."""
+        assert not self.stepping, f"worker {rank} puts a checkpoint in place while {self.stepping} steps"
+        if not self._plan.parts and self._steppers:
+            last = max(self._steppers)
+            assert self._is_complete(last), f"worker {rank} puts a checkpoint in place before round {last} is stepped"
+        passes, gone = self._passes(0), self._host.board.raw("gone")
+        behind = [w for w in range(self._plan.places) if gone[w] != LEFT and passes[w] < passes[rank]]
+        assert not gone[rank] or not behind, f"worker {rank}, which nobody waits for, puts a checkpoint before {behind}"
+        self._putting.add(self._task)
+        self.puts_so_far += 1
+        self.turn()
+        self.turn()
+        assert not self.stepping, f"while worker {rank} puts a checkpoint in place {self.stepping} steps"
+        self._putting.discard(self._task)
+        self._loaded = max(self._loaded, self._loads[rank] + 1)
+
+    def has_loaded(self, rank: int, loads: int) -> None:
+        """The script of worker ``rank`` has loaded so many checkpoints, and goes on with what all share."""
+        self._loads[rank] = loads
+        assert self._loaded >= loads, f"worker {rank} has loaded checkpoint {loads}, which nobody has put in place"
 
     def closes(self, entry: Entry) -> None:
         """Under the lock: a quorum is as many as it takes, or all who are there."""
@@ -121,6 +165,8 @@ class Claims:
     def saves(self, number: int) -> None:
         """What all share goes into checkpoint ``number``, and nobody steps meanwhile."""
         self.saved[number] = [*self._before, *self.counted]
+        fell = {batch for drawn in self._drawn.values() for batch in drawn[: -self._plan.ring]}
+        self.fallen_then = self.fallen | fell
 
     def may_copy(self, copy: dict[int, int]) -> None:
         rank = next(rank for rank, slot in enumerate(self._host.slots) if slot.copy is copy)
@@ -234,9 +280,10 @@ class Claims:
         copy = self._host.slots[rank].copy
         assert len(set(copy.values())) <= 1, f"worker {rank} computes on parts of different versions: {copy}"
         self._computing.add(rank)
+        self._busy.add(rank)
         if isinstance(self._plan.pace, Bounded) and (not self.kills or known.NEWCOMERS_JOIN_WITHIN_THE_BOUND):
             clocks = self._host.exchange.raw("clocks")
-            slowest = min(self._computing, key=lambda other: clocks[other])
+            slowest = min(self._busy, key=lambda other: clocks[other])
             ahead = clocks[rank] - clocks[slowest]
             assert ahead <= self._plan.pace.staleness, f"worker {rank} is {ahead} steps ahead of worker {slowest}"
         for _ in range(_COMPUTING):
@@ -246,6 +293,11 @@ class Claims:
     def step(self, rank: int) -> None:
         """The script has taken a step with all that it has read."""
         self._reading.pop(rank, None)
+        self._busy.discard(rank)
+
+    def keeps(self, rank: int) -> None:
+        """It keeps a gradient for the step after the next batch, if there is one."""
+        self._busy.discard(rank)
 
     def dies(self, rank: int) -> None:
         """Worker ``rank`` has been killed."""
@@ -257,13 +309,19 @@ class Claims:
         self.met["killed before it joined"] += before > 0 and self._host.board.raw("gone")[rank] == AWAY
         self.met["killed in a step"] += f"worker {rank}" in self.stepping
         self.stepping.discard(f"worker {rank}")
-        self._with_killed += [(rank, batch) for batch in self._reading.pop(rank, [])]
+        self._putting.discard(f"worker {rank}")
+        in_hand = self._reading.pop(rank, [])
         counted, read = set(self.counted), self._read_by.pop(rank, [])
-        self._in_periods += [(rank, batch) for batch in read if self._has_periods and batch not in counted]
+        in_period = [batch for batch in read if self._has_periods and batch not in counted]
+        self._with_killed += [(rank, batch) for batch in in_hand]
+        self._in_periods += [(rank, batch) for batch in in_period]
+        drawn = self._drawn.pop(rank, [])
+        self.fallen |= {*in_hand, *in_period} & {*drawn[: -self._plan.ring]}
         self.leave(rank)
 
     def leave(self, rank: int) -> None:
         self._computing.discard(rank)
+        self._busy.discard(rank)
         self.in_hand += self._reading.pop(rank, [])
 
     # --- counted ---
@@ -290,7 +348,7 @@ class Claims:
             # What was read behind the last step of a finished pass, or deal, is gone.
             return {batch for _, batch in self._with_killed if any(max(one.accumulate) > 1 for one in plan.scripts)}
         gone = (*self._with_killed, *self._in_periods)
-        return {batch for rank, batch in gone if plan.ring < RING or rank in self.given_up}
+        return {batch for rank, batch in gone if rank in self.given_up} | self.fallen
 
     def _check_ledger(self, counted: Counter[Batch]) -> None:
         words = self._host.ledgers[0].stored

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from paceline.data import ledger
-from paceline.data.ledger import _BEGUN, _END, Ledger
+from paceline.data.ledger import _BEGUN, _END, _EPOCH, Ledger
 from paceline.data.ledger import words_needed as ledger_words
 from paceline.engine.worker.leases import Leases
 from paceline.params.undo import HEADER_WORDS, Undo
@@ -159,6 +159,8 @@ class Host:
         self.on_park: Callable[[int, int, int], None] | None = None
         self.on_drain: Callable[[int, int, int], None] | None = None
         self.on_leave: Callable[[int, int, int], None] | None = None
+        # Told of what worker has drawn which batch to train on.
+        self.on_draw: Callable[[int, tuple[int, int]], None] | None = None
         self.ledgers = [Segment(scheduler, {"ledger": ledger_words(workers)}, alone=True) for _ in range(LOADERS)]
 
 
@@ -324,15 +326,27 @@ class SimulatedMemory:
         self.log = log.Log(self.log.words, len(self.slots), kept)
 
 
+class WatchedLedger(Ledger):
+    """The real one, which tells who has drawn which batch."""
+
+    on_draw: Callable[[int, tuple[int, int]], None] | None
+
+    def _append(self, worker: int, lease: int) -> None:
+        super()._append(worker, lease)
+        if self.on_draw is not None:
+            self.on_draw(worker, (self._words[_EPOCH] - 1, lease >> 2))
+
+
 class SimulatedLeases(Leases):
     def __init__(
         self, host: Host, loader: int, journal: Journal, lock: Any, rank: int, tell: Callable[[int], None]
     ) -> None:
         segment, words = 100 + loader, host.ledgers[loader].words
         journal.map(segment, words)
-        self._ledger = Ledger(journal.watch(segment, 0, len(words)), host.workers)
+        self._ledger = WatchedLedger(journal.watch(segment, 0, len(words)), host.workers)
+        self._ledger.on_draw = host.on_draw if loader == 0 else None
         self._lock, self._rank, self._workers, self._tell = lock, rank, host.workers, tell
-        self._begun = 0
+        self._begun, self._total, self._secured, self._is_exhausted = 0, None, None, False
         self._stored = host.ledgers[loader].stored
 
     def draw(self, total: int | None, at_least: int = 0) -> int | None:

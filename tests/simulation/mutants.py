@@ -196,13 +196,16 @@ def try_on_units(mutant: Mutant) -> str:
 
 
 def _told(live: Callable[..., None], *given: Any) -> str:
+    """What ``live`` has to tell, in a process of its own; None from it says that it is getting on."""
     mine, its = multiprocessing.Pipe(duplex=False)
     child = multiprocessing.get_context("fork").Process(target=live, args=(*given, its), daemon=True)
     child.start()
-    told: str = mine.recv() if mine.poll(_LIMIT_S) else "hangs"
+    told = None
+    while told is None:
+        told = mine.recv() if mine.poll(_LIMIT_S) else "hangs"
     child.kill()
     child.join()
-    return told
+    return str(told)
 
 
 def _live(mutant: Mutant, seeds: int, told: Connection) -> None:
@@ -210,6 +213,7 @@ def _live(mutant: Mutant, seeds: int, told: Connection) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (used + _ROOM_BYTES, used + _ROOM_BYTES))
     mutant.put_in_place()
     for seed in range(seeds):
+        told.send(None)
         try:
             worlds = mutant.worlds if seed > 20 else WORLDS
             World(seed, worlds[seed % len(worlds)]).run()

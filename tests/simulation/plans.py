@@ -52,6 +52,8 @@ class Plan:
     kills_servers: bool
     naps: bool  # does who has just had a turn get none for a while, now and then?
     ring: int  # leases of one worker's that are not committed
+    loads: tuple[bool, ...]  # before pass p, a checkpoint of the script's own
+    asks_length: bool  # does the script ask at every batch whether it is the last of its pass?
     checkpoint_every: int | None  # steps
     stops_after: int  # turns, from the first checkpoint on: then the run is stopped, and another goes on from there
     goes_on_with: int  # workers
@@ -82,8 +84,9 @@ class Plan:
         return first is None or counts[first] >= script.accumulate[first]
 
 
-def draw(random_: random.Random, world: str, more: random.Random) -> Plan:
-    """A plan; most of them kill, and few do everything at once. What ``more`` draws changes nothing else."""
+def draw(random_: random.Random, world: str, more: random.Random, rare: random.Random) -> Plan:
+    """A plan; most of them kill, and few do everything at once. What ``more`` draws changes nothing else, nor what
+    ``rare`` does."""
     workers, passes = random_.randint(1, 4), random_.randint(1, 3)
     if world == "rounds":
         pace: Pace = random_.choice((Sync(), Sync(), Sync(), Local(2)))
@@ -136,12 +139,49 @@ def draw(random_: random.Random, world: str, more: random.Random) -> Plan:
         kills_servers=False,
         naps=False,
         ring=RING,
+        loads=(False,) * passes,
+        asks_length=False,
         checkpoint_every=None,
         stops_after=0,
         goes_on_with=workers,
     )
     plan = _with_server_wishes(_with_wishes(plan, random_), random_)
-    return _without_what_is_known(_with_steps_outside(_with_more(plan, more), more))
+    return _without_what_is_known(_with_rarities(_with_steps_outside(_with_more(plan, more), more), rare))
+
+
+def _with_rarities(plan: Plan, rare: random.Random) -> Plan:
+    """Some scripts load checkpoints of their own, or ask how long their pass is; some rings of the ledger are as short
+    as can be, where workers push for several batches at once."""
+    if rare.random() < 0.15:
+        plan = replace(plan, loads=tuple(rare.random() < 0.6 for _ in plan.batches))
+    if rare.random() < 0.15:
+        plan = replace(plan, asks_length=True)
+    others = plan.checkpoint_every is not None and plan.goes_on_with < plan.workers  # whose rings do not hold it all
+    often = 0.15 if plan.checkpoint_every is None else 0.5 if plan.workers > 1 else 0.9
+    if plan.leased and not others and rare.random() < often:
+        every, ahead = rare.randint(2, 4), max(script.ahead for script in plan.scripts)
+        pace = Async(every) if plan.parts else Local(every)
+        ring = ahead + 1 + plan.asks_length + rare.randint(0, 2)
+        batches, owners = tuple(2 * count for count in plan.batches), tuple(2 * one for one in plan.owners)
+        plan = replace(plan, pace=pace, clips=False, ring=ring, kill_every=rare.choice((plan.kill_every, 100.0, 300.0)))
+        # More than the ring holds cannot be read in training mode without a step.
+        plan = replace(plan, says_eval=True, batches=batches, owners=owners)
+    if rare.random() < 0.1:
+        # Little to train on, and nothing to evaluate for some, or for anybody.
+        passes, few = len(plan.batches), rare.choice((0, 0, 1))
+        owners = tuple(one[: rare.randint(0, 2)] for one in plan.owners)
+        plan = replace(
+            plan,
+            batches=tuple(map(len, owners)),
+            owners=owners,
+            evaluates=(True,) * passes,
+            evaluators=rare.choice((1, plan.workers)),
+            to_evaluate=few,
+            says_eval=rare.random() < 0.3,
+        )
+    if plan.leased and rare.random() < 0.15:
+        plan = replace(plan, streamed=True, kill_every=rare.choice((100.0, 300.0)))
+    return plan
 
 
 def _norms(random_: random.Random) -> int:

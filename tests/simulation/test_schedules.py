@@ -29,6 +29,7 @@ REACHED = (
     "rings that are soon full",
     "resumed",
     "resumed with others",
+    "a checkpoint of the script's own",
     "sync",
     "local",
     "quorum",

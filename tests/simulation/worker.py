@@ -23,7 +23,7 @@ from paceline.config import Job, Local
 from paceline.data import ledger
 from paceline.data.loader import _streamed
 from paceline.data.part import Part
-from paceline.data.passes import Leases, one_pass
+from paceline.data.passes import Leases, Reading, one_pass
 from paceline.engine.checkpoint import saving
 from paceline.engine.context import Context
 from paceline.engine.exchange import exchange as exchange_module
@@ -104,6 +104,7 @@ class Life:
         """As ``Worker.add_exchange`` and ``Collectives.open``."""
         collectives = worker.collectives
         self._ask(worker, board)
+        self._claims.starts(self._rank)
 
         def close(entry: Entry) -> None:
             self._claims.closes(entry)
@@ -168,6 +169,8 @@ class Played:
 
     def play(self, script: Script) -> None:
         for number in range(len(self._plan.batches)):
+            if self._plan.loads[number]:
+                self._load()
             left = self._train(script, number)
             if left and script.steps_after_break[number]:
                 self._step()
@@ -179,11 +182,13 @@ class Played:
 
     def _train(self, script: Script, number: int) -> bool:
         """One pass; was it left early?"""
-        seen = 0
-        batches = iter(self._loaders[TRAIN])
+        seen, last, loader = 0, True, self._loaders[TRAIN]
+        batches = iter(loader)
         try:
             for batch in batches:
                 seen += 1
+                if self._plan.asks_length:
+                    last = loader.length() <= seen
                 # Nothing is trained on by who catches up, nor behind the end of training: by one that was added when
                 # all others had left.
                 if not (self._worker._catching_up.is_muted or self._worker.over):
@@ -195,11 +200,21 @@ class Played:
                     every = self._plan.evaluates_every
                     if every and self._steps % every == 0:
                         self._evaluate()
+                else:
+                    self._claims.keeps(self._rank)
                 if seen == script.breaks_after[number]:
                     return True
         finally:
             batches.close()
+        assert last or self._worker.over, f"worker {self._rank} was told that a batch is not the last of its pass"
         return False
+
+    def _load(self) -> None:
+        """A checkpoint of the script's own."""
+        self._worker.loaded([self._parameter])
+        self._claims.has_loaded(self._rank, self._exchange._loads)
+        self._worker.loaded_state(0)
+        self._claims.has_loaded(self._rank, self._exchange._loads)
 
     def _step(self) -> None:
         for _ in range(self._plan.clips):
@@ -229,12 +244,17 @@ class Loader:
     def __init__(self, index: int, worker: Worker, plan: Plan, rank: int, claims: Claims) -> None:
         self._index, self._worker, self._plan, self._rank = index, worker, plan, rank
         self._claims, self._ahead = claims, plan.script(rank).ahead
+        self._reading, self._dealt = Reading(), 0
 
     def __len__(self) -> int:
         return 1
 
+    def length(self) -> int:
+        """Of the pass in progress, as the loader's ``len`` tells it."""
+        return self._reading.length(lambda: 0, lambda: self._dealt)
+
     def __iter__(self) -> Any:
-        return one_pass(self, self._index, self._worker.passes, self.batches)
+        return one_pass(self, self._index, self._worker.passes, self.batches, self._reading)
 
     def batches(self, leases: Leases | None, skip: int = 0, /) -> Iterator[tuple[Batch, int]]:
         number = self._worker.passes.epoch(self._index)
@@ -252,6 +272,7 @@ class Loader:
             mine = _part(owned, deal, before)
             if train and deal.rank >= 0 and not self._worker.passes.over and not self._worker._catching_up.is_muted:
                 self._claims.deals(self._rank, number, deal)
+            self._dealt = len(mine)
             yield from ((batch, 1) for batch in mine[skip:])
         elif plan.streamed:
             yield from _streamed(named, Part(0, 1, "round_robin", 0), number, None, lambda _: 1, leases)
@@ -369,6 +390,12 @@ class SimulatedReplica:
     def pull(self) -> None:
         self._own = ()
 
+    def publish_parameters(self) -> None:
+        self._claims.puts(self._rank)
+
+    def publish_state(self, optimizer: Any) -> None:
+        self._claims.puts(self._rank)
+
     def write_settings(self, optimizer: Any) -> None:
         self._claims.may_push(self._rank)
 
@@ -393,9 +420,13 @@ class SimulatedShards(Shards):
 
     def __init__(self, claims: Claims, spec: Any, memory: SimulatedMemory, optimizer_class: type, source: Any) -> None:
         self._claims, self._memory = claims, memory  # type: ignore[assignment]
+        self._made: dict[tuple[int, int], SimulatedShard] = {}
 
     def get(self, part: int, parts: int) -> Any:
-        return SimulatedShard(self._claims, self._memory, part, parts)
+        made = self._made.get((part, parts))
+        if made is None:
+            made = self._made[part, parts] = SimulatedShard(self._claims, self._memory, part, parts)
+        return made
 
     def new_settings(self, shard: Any, worker: int) -> None:
         return None
@@ -405,20 +436,23 @@ class SimulatedShards(Shards):
 
 
 class SimulatedShard:
-    """A share of the parameters, as params/shard.py: two chunks."""
+    """A share of the parameters, as params/shard.py: two chunks. It holds on to the state that it has found."""
 
     def __init__(self, claims: Claims, memory: Any, part: int, parts: int) -> None:
         self._claims, self._memory, self._part, self._parts = claims, memory, part, parts
         self._folded: dict[int, tuple[Batch, ...]] = {}
+        self._found: int | None = None  # how often a script had loaded the state that it holds
 
     def forget(self) -> None:
-        pass
+        self._claims.forgets()
+        self._found = None
 
     def resume(self) -> None:
-        pass
+        self._found = self._claims.puts_so_far
 
     def follow(self) -> None:
-        pass
+        if self._found is None:
+            self.resume()
 
     def fold(self, slots: Sequence[Any], weights: Sequence[float], factors: Sequence[float] = ()) -> None:
         assert set(factors) <= {1.0}
@@ -430,7 +464,7 @@ class SimulatedShard:
             self._folded[rank] = slot.gradient
 
     def step(self, settings: None, has_gradient: None, *, rate: float = 1.0, undo: Undo, number: int) -> None:
-        self._claims.begin_step()
+        self._claims.begin_step(self._found)
         done = undo.begin(number)
         for chunk in range(CHUNKS):
             if done >= 2 * chunk + 2:

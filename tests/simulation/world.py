@@ -54,8 +54,8 @@ class World:
     def __init__(
         self, seed: int, world: str, trace: Callable[[str], None] | None = None, before: World | None = None
     ) -> None:
-        random_, more = random.Random(f"{world} {seed}"), random.Random(f"new {world} {seed}")
-        self.plan = plan = plans.draw(random_, world, more) if before is None else before.plan.resumed()
+        random_, more, rare = (random.Random(f"{what}{world} {seed}") for what in ("", "new ", "rare "))
+        self.plan = plan = plans.draw(random_, world, more, rare) if before is None else before.plan.resumed()
         self.scheduler = Scheduler(random_, trace, more if plan.naps else None)
         self.host = Host(self.scheduler, plan.workers, plan.places, plan.servers, plan.server_places, plan.parts)
         self.claims = Claims(self.host, plan)
@@ -65,9 +65,10 @@ class World:
         if before is not None:
             assert before.saved is not None
             self.host.resumed = before.saved
-            number = before.saved["exchanges"][0]["number"]
+            number, loads = (before.saved["exchanges"][0][what] for what in ("number", "loads"))
             pushes_a_step = plan.workers if plan.parts and not isinstance(plan.pace, Quorum) else 1
-            self.claims = Claims(self.host, plan, before.counted, number * pushes_a_step)
+            self.claims = Claims(self.host, plan, before.counted, number * pushes_a_step, loads)
+            self.claims.fallen |= before.claims.fallen_then
         self._seed, self._world, self._random, self._trace = seed, world, random_, trace
         self._lives: dict[int, Life] = {}  # by rank, the newest
         self._tasks: dict[int, Task] = {}
@@ -131,6 +132,7 @@ class World:
         plan, met = self.plan, Counter(self.claims.met)
         met.update({"leased": plan.leased, "servers": plan.servers, "naps": plan.naps})
         met["rings that are soon full"] = plan.leased and plan.ring < RING
+        met["a checkpoint of the script's own"] = any(plan.loads)
         return met
 
     def _start_server(self, rank: int, channel: Channel) -> None:

@@ -38,8 +38,8 @@ class Applier:
         if not slots:
             return
         loaded = memory.log.loaded
-        if self._loaded.get(shard, 0) < loaded < entry.number:
-            self._loaded[shard] = loaded
+        if self._loaded.get(shard, 0) < loaded:
+            self._loaded[shard] = min(loaded, entry.number)  # the last one is yet to come, and one before it is new
             shard.forget()
         shard.follow()
         if self._spec.compensate:

@@ -115,15 +115,18 @@ class Arrivals:
     def load(self, loads: int, write: Callable[[], None]) -> None:
         """This worker has loaded its ``loads``-th checkpoint; ``write`` puts it in place of what all share, in its
         turn, if no other worker has done so. The others get what it left."""
+        loaded = self._memory.loads
         with self._lock:
-            fresh = loads > self._memory.loads[0]
-            if fresh:
-                self._memory.loads[0] = loads
+            fresh = loads > loaded[0]
             entry = self._append(LOAD if fresh else COPY, (self._rank,))
         if fresh:
             for part in range(self._spec.parts):
                 self._await_turn(part, entry.number)
-            write()
+            # Another's entry may be before this one. It counts if that worker has not died before it had written.
+            if loads > loaded[0]:
+                write()
+                with self._lock:
+                    loaded[0] = loads
             for part in range(self._spec.parts):
                 self._memory.applied[part] = entry.number
             self._board.ring(self._rank)

@@ -311,13 +311,21 @@ class Exchange:
         if self.spec.parts:
             self._arrivals.catch_up()
 
+    def _is_shared(self, *, state: bool) -> bool:
+        """Of all workers? The ``state`` is not where they take local steps, each by its own optimizer."""
+        return not state or self._stepped_by is self.optimizer
+
+    def may_load_first(self, *, state: bool) -> bool:
+        """May nobody else have loaded yet what the script is just loading?"""
+        return self._is_shared(state=state) and self._loads >= self._memory.loads[0]
+
     def load(self, *, parameters: bool, state: bool) -> None:
         """Put what the script has just loaded into this worker's model or optimizer in place of what all share.
 
         All workers load the same, each when it comes to it: the first one's is taken.
         """
-        if state and self._stepped_by is not self.optimizer:
-            return  # local steps: the optimizer is this worker's own
+        if not self._is_shared(state=state):
+            return
 
         def write() -> None:
             if parameters:

@@ -349,11 +349,16 @@ class Worker:
         given = {id(parameter) for parameter in parameters}
         for exchange in self._exchanges:
             if any(id(parameter) in given for parameter in exchange.parameters):
-                exchange.load(parameters=True, state=False)
+                self._load(exchange, parameters=True, state=False)
 
     def loaded_state(self, index: int) -> None:
         """The script has loaded a checkpoint into an optimizer."""
-        self._exchanges[index].load(parameters=False, state=True)
+        self._load(self._exchanges[index], parameters=False, state=True)
+
+    def _load(self, exchange: Exchange, *, parameters: bool, state: bool) -> None:
+        if self._catching_up.last is not None and exchange.may_load_first(state=state):
+            self.counts()  # a newcomer: the others may be in the pass before this
+        exchange.load(parameters=parameters, state=state)
 
     def norm(self, exchange: Exchange, chosen: bytes, order: float) -> float:
         """The norm of a gradient of this exchange over all workers; see clipping.py."""
