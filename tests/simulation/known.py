@@ -6,7 +6,7 @@ A name is True once paceline holds it; README.md tells the stories.
 from __future__ import annotations
 
 # Evaluations that a newcomer's script makes while it catches up.
-NEWCOMERS_EVALUATE_WITHIN_PASSES = False
+NEWCOMERS_EVALUATE_WITHIN_PASSES = True
 NEWCOMERS_EVALUATE_IN_TRAINING_MODE = True
 NEWCOMERS_EVALUATE_NOTHING = True
 # A step that a newcomer's script takes outside of its loops as soon as it has caught up.

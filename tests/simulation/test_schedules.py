@@ -59,6 +59,7 @@ def test_what_is_claimed_holds_under_any_schedule(first: int) -> None:
         ("rounds", 800706),
         ("rounds", 801262),
         ("rounds", 922148),
+        ("rounds", 3208788),
     ],
 )
 def test_what_once_failed_holds(world: str, seed: int) -> None:

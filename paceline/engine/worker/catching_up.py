@@ -29,10 +29,12 @@ class CatchingUp:
         self.joined = not is_newcomer and self.resumed is None  # do the others count with this worker?
         self._behind: dict[int, int] = {}  # loader -> passes that are left to catch up with
         self._done: dict[int, int] = {}  # loader -> passes caught up with
-        if not self.joined and not self.look_again():
-            passes = {loader: self._board.passes(loader)[self._rank] for loader in range(COLLECTIVES)}
-            self._behind = {} if self.is_fresh else {loader: count for loader, count in passes.items() if count}
         self._ghosts: dict[int, int] = {}  # loaders whose pass in progress is one to catch up with -> what it counts as
+        if self.is_fresh:
+            self.look_again()
+        elif not self.joined:
+            passes = {loader: self._board.passes(loader)[self._rank] for loader in range(COLLECTIVES)}
+            self._behind = {loader: count for loader, count in passes.items() if count}
         self._with_ghost = False  # is the batch in hand one that only keeps the script from finding a pass empty?
         self.joined_in: int | None = None  # the loader in whose pass it has joined, while that lasts
         self.last: int | None = None  # the loader of the last pass that was caught up with
@@ -44,7 +46,7 @@ class CatchingUp:
     @property
     def is_behind(self) -> bool:
         """Has this process still to catch up with what the worker before it in its place had done?"""
-        return bool(self._behind)
+        return not self.joined and any(map(self._holds, self._behind))
 
     @property
     def is_repeating(self) -> bool:
@@ -65,13 +67,31 @@ class CatchingUp:
         """Does this process come to a place that was LEFT? Then nobody waits for it until it joins."""
         return not self.joined and self.resumed is None and self._board.gone[self._rank] == LEFT
 
-    def look_again(self) -> bool:
-        """Is this process behind? The others get on while one that nobody waits for catches up."""
+    def look_again(self, begins: int | None = None) -> bool:
+        """Is this process behind? The others get on while one that nobody waits for catches up.
+
+        ``begins``: a pass over this loader begins, which is to train on or looks so. If it has none left to catch up
+        with there, this is the pass to join in: what is left of others lies within it. But an evaluation may be
+        anywhere.
+        """
         if self.is_fresh:
             others, done = self.others, self._done
             behind = {loader: self.passes_of(others, loader) - done.get(loader, 0) for loader in range(COLLECTIVES)}
             self._behind = {loader: count for loader, count in behind.items() if count > 0}
-        return bool(self._behind)
+        if begins is None or begins in self._behind or self._ghosts or self._is_evaluation(begins):
+            return self.is_behind
+        return not self._is_trained(begins) and any(map(self._is_trained, self._behind))
+
+    def _holds(self, loader: int) -> bool:
+        """Are passes over this loader to be caught up with? Evaluations count only where one has nothing to read, and
+        by law 4 nobody is held at their ends."""
+        return not self._is_evaluation(loader)
+
+    def _is_evaluation(self, loader: int) -> bool:
+        return bool(self._board.evaluated[loader]) and not self._is_trained(loader)
+
+    def _is_trained(self, loader: int) -> bool:
+        return bool(self._board.trained[loader]) or self._was_trained(loader)
 
     def passes_of_others(self, loader: int) -> int:
         """The pass that the hindmost of the others is in; all of them where they have left."""
@@ -100,7 +120,7 @@ class CatchingUp:
     def begin(self, loader: int, is_training: bool) -> None:
         """The script begins a pass, and is behind."""
         trained = self._was_trained(loader)
-        counts = loader in self._behind and (not trained or is_training)
+        counts = loader in self._behind and self._holds(loader) and (not trained or is_training)
         self._ghosts[loader] = (_TRAINED if trained else _EVALUATED) if counts else 0
 
     def end(self, loader: int) -> tuple[bool, bool]:

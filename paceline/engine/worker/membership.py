@@ -106,10 +106,10 @@ class Membership:
 
     # --- joining ---
 
-    def join(self, loaders: int, *, in_pass: bool = False) -> bool:
-        """This process has caught up: from here on the others count with it. ``loaders``: how many it has; ``in_pass``:
-        it is about to begin a pass that it trains on. False if the others have got on meanwhile, and it is behind
-        again."""
+    def join(self, loaders: int, *, begins: int | None = None) -> bool:
+        """This process has caught up: from here on the others count with it. ``loaders``: how many it has; ``begins``:
+        it is about to begin a pass over this one that it trains on. False if the others have got on meanwhile, and it
+        is behind again."""
         board, rank, catching_up = self._board, self._rank, self._catching_up
         resumed, is_fresh = catching_up.resumed, catching_up.is_fresh
         # The worker before it may have died at the end of a pass that the others are still in.
@@ -119,7 +119,7 @@ class Membership:
             with self._lock:
                 self._settling.settle()
                 if board.settled[rank] == board.deaths[rank]:
-                    if is_fresh and not self._take_place(loaders):
+                    if is_fresh and not self._take_place(loaders, begins):
                         return False
                     if ended is not None:
                         board.parked[rank] = self._parking.word(ended)
@@ -155,7 +155,7 @@ class Membership:
         if self._ending.others:
             self._handover.forgo()
         else:
-            self._take_over(later=in_pass)
+            self._take_over(later=begins is not None)
         catching_up.is_to_ask = False
         self.answer()
         for exchange in self._exchanges:
@@ -164,11 +164,11 @@ class Membership:
         self._ending.follow()
         return True
 
-    def _take_place(self, loaders: int) -> bool:
+    def _take_place(self, loaders: int, begins: int | None) -> bool:
         """Under the run's lock: come to a place that was LEFT, in the pass that the hindmost of the others is in. False
         if that is a later one than this process has come to."""
         board, rank, catching_up = self._board, self._rank, self._catching_up
-        if catching_up.look_again():
+        if catching_up.look_again(begins):
             return False
         if not catching_up.others:  # their scripts are over, and servers have gone with them
             self._ending.depart()

@@ -69,6 +69,7 @@ class Passes:
         # loader -> (its pass, batches of it that the script has had); which the script trains on; before that
         self._places: dict[int, tuple[int, int]] = {}
         self._reading: int | None = None
+        self._stepped_from: int | None = None  # as ``_reading``, at the last step: an evaluation may have begun since
         self._read_before: dict[int, int | None] = {}
         self._starts: dict[int, int] = {}  # loader -> own steps when its pass began
         self._drawn_from: set[int] = set()  # loaders whose pass in progress has had a batch
@@ -182,20 +183,23 @@ class Passes:
         return self._pending[loader] if isinstance(self._context.job.pace, Quorum) else None
 
     def judge(self, *, counted: bool) -> None:
-        """A push of what was read last has counted, or has not."""
-        if self._reading is not None:
-            if counted and not self._board.trained[self._reading]:
-                self._board.trained[self._reading] = 1
-            self._verdicts[self._reading] = counted or self._verdicts.get(self._reading, False)
+        """A push of what the last steps were taken with has counted, or has not."""
+        loader, own_steps = self._stepped_from, self._progress.own_steps
+        if loader is not None:
+            if counted and not self._board.trained[loader]:
+                self._board.trained[loader] = 1
+            self._verdicts[loader] = counted or self._verdicts.get(loader, False)
         if counted and self._progress.in_rounds:
-            for leases in self._leases.values():
-                leases.commit()
+            for leased, leases in self._leases.items():
+                if own_steps > self._starts.get(leased, own_steps):
+                    leases.commit()
 
     def verdict(self, loader: int) -> bool | None:
         return self._verdicts.pop(loader, None)
 
     def where(self) -> tuple[int, int]:
         """How far this worker is into its data: what goes with a push, so that both count or neither."""
+        self._stepped_from = self._reading
         if self._reading is None:
             return (0, 0)
         key, fetched = self._places[self._reading]
@@ -218,9 +222,9 @@ class Passes:
         if not catching_up.joined:
             first = self._is_training()
             if (
-                catching_up.look_again()
+                catching_up.look_again(loader if first else None)
                 or (not first and catching_up.is_fresh)
-                or (first and not self._membership.join(self.count, in_pass=True))
+                or (first and not self._membership.join(self.count, begins=loader))
             ):
                 catching_up.begin(loader, first)
                 return False
