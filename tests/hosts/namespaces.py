@@ -79,6 +79,7 @@ def some_hosts(count: int) -> Iterator[tuple[Host, ...]]:
         yield hosts
     finally:
         for host in hosts:
+            _ip("link", "del", host.outer, must=False)  # a namespace lives on for a moment, and its interfaces with it
             _ip("netns", "del", host.namespace, must=False)
         _ip("link", "del", bridge, must=False)
 

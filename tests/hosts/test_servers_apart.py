@@ -46,18 +46,19 @@ def start_one(runner: Runner, hosts: tuple[Host, ...], rank: int, *arguments: st
 
 def agents(runner: Runner, hosts: tuple[Host, ...], *arguments: str, **variables: str) -> list[Running]:
     """torchrun on each of two hosts, with a process on the first and two on the other."""
-    return [
-        runner.start_in(
-            host.inside,
-            "-m",
-            "torch.distributed.run",
-            *("--nnodes", "2", "--node-rank", str(node), "--nproc-per-node", str(1 + node)),
-            *("--master-addr", hosts[0].address, "--master-port", MASTER_PORT),
-            *arguments,
-            **(common(runner, hosts) | variables),
-        )
-        for node, host in enumerate(hosts)
-    ]
+    return [agent(runner, hosts, node, hosts[node], *arguments, **variables) for node in range(2)]
+
+
+def agent(runner: Runner, hosts: tuple[Host, ...], node: int, host: Host, *arguments: str, **variables: str) -> Running:
+    return runner.start_in(
+        host.inside,
+        "-m",
+        "torch.distributed.run",
+        *("--nnodes", "2", "--node-rank", str(node), "--nproc-per-node", str(1 + node)),
+        *("--master-addr", hosts[0].address, "--master-port", MASTER_PORT),
+        *arguments,
+        **(common(runner, hosts) | variables),
+    )
 
 
 def common(runner: Runner, hosts: tuple[Host, ...]) -> dict[str, str]:
@@ -151,6 +152,41 @@ def test_a_servers_host_whose_torchrun_starts_its_process_again_goes_on(
     runner.kept["place-1"].write(b"!")
     ended = both_sides(running)
     assert counts(ended) == [3.0] * 64
+
+
+@pytest.mark.parametrize("pace", ["sync", "async"])
+def test_another_host_takes_the_place_of_one_that_is_lost(runner: Runner, hosts: tuple[Host, ...], pace: str) -> None:
+    """All workers are on it: home keeps parameters, optimizer and places."""
+    stand_once(runner)
+    options = {"PACELINE_PACE": pace}
+    first, lost = agents(runner, hosts, "--max-restarts", "1", "count.py", **options)
+    lost.until("stands at 1.")
+    hosts[1].cut()
+    first.until("is lost")
+    lost.close()
+    runner.kept["place-1"].write(b"!")
+    again = agent(runner, hosts, 1, hosts[2], "--max-restarts", "1", "count.py", **options)
+    ended = both_sides([first, again])
+    assert counts(ended) == [3.0] * 64
+    assert (ended.summary["status"], ended.summary["samples"]) == ("done", 3 * 64)
+
+
+@pytest.mark.parametrize("hosts", [2], indirect=True)
+def test_a_termination_on_the_servers_host_is_saved(runner: Runner, hosts: tuple[Host, ...]) -> None:
+    """As of a host that SLURM takes away."""
+    stand_once(runner)
+    running = agents(runner, hosts, "count.py")
+    running[1].until("stands at 1.")
+    (run,) = (runner.folder / "runs").iterdir()
+    with runner.follow(run / "events.jsonl") as events:
+        running[0].signal(signal.SIGTERM)
+        events.until("asked to stop: ")
+    runner.kept["place-1"].write(b"!")
+    theirs, ended = running[1].end(), running[0].end()
+    assert ended.code
+    assert theirs.code
+    assert (ended.summary["status"], ended.summary["exit_code"]) == ("interrupted", 130)
+    assert [event["text"] for event in ended.events if event.get("kind") == "checkpoint"]
 
 
 def test_control_c_on_the_servers_host_ends_all(runner: Runner, hosts: tuple[Host, ...]) -> None:
