@@ -44,7 +44,8 @@ def main(parent: int) -> NoReturn:
         sys.exit(error.exit_code)
     life = Life(worker, None)
     life.begin()
-    _Prints(worker).begin()  # ends before that life does
+    prints = _Prints(worker)
+    prints.begin()  # ends before that life does
     session.take_place(worker)
     torch.set_num_threads(errand.threads)
     seed_all(worker.job.seed)  # a script that seeds nothing still starts alike on all workers
@@ -54,7 +55,11 @@ def main(parent: int) -> NoReturn:
         runpy.run_path(errand.script, run_name="__main__")
     except SystemExit as end:
         if end.code not in (None, 0) and not worker.is_over:
+            prints.end()  # before home hears of it, and ends the run
             life.tell(ScriptError(f"worker {errand.rank}: the script exited with {end.code!r}"))
+        raise
+    except BaseException:
+        prints.end()
         raise
     sys.exit(0)
 
@@ -88,14 +93,15 @@ class _Prints:
 
     def begin(self) -> None:
         self._thread.start()
-        atexit.register(self._end)
+        atexit.register(self.end)
 
     def _carry(self) -> None:
         while data := os.read(self._readable, _CHUNK):
             os.write(self._own[0], data)  # for the actor, where home cannot be told any more
             self._worker.printed(data)
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """All that was printed is on its way; what is printed from here on is the actor's."""
         sys.stdout.flush()
         sys.stderr.flush()
         for number, own in zip((1, 2), self._own, strict=True):
