@@ -64,6 +64,9 @@ class Place(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Rank:
+    """What the environment tells of this process. ``attempt``: how often its host's have been started again;
+    ``restarts``: may that be?"""
+
     rank: int
     world: int
     is_one_host: bool

@@ -94,6 +94,7 @@ def test_a_node_that_comes_is_used_and_home_s_is_not(runner: Runner, cluster: An
     cluster.add_node(**node(2))
     running = runner.start_run("forever.py", *options(cluster, "--max-workers", "3", "--pace", "bounded:2"))
     running.until("it trains")
+    assert "3 workers" not in running.out + running.err
     cluster.add_node(**node(1))
     running.until("3 workers instead of 2")
     running.until("worker 2 trains with the others")

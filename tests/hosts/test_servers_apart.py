@@ -201,9 +201,10 @@ def test_control_c_on_the_servers_host_ends_all(runner: Runner, hosts: tuple[Hos
 
 def test_what_a_worker_raises_is_the_exit_code_there_too(runner: Runner, hosts: tuple[Host, ...]) -> None:
     runner.write("fails.py", FOREVER.replace('print("it trains"', 'raise ValueError("no more")  #'))
-    home, *others = start(runner, hosts, "fails.py")
-    ended, *theirs = [one.end() for one in (home, *others)]
+    home, beside, *others = start(runner, (hosts[0], *hosts), "fails.py")
+    ended, waited, *theirs = [one.end() for one in (home, beside, *others)]
     assert (ended.code, ended.summary["status"]) == (ended.summary["exit_code"], "failed")
+    assert (waited.code, waited.out, ended.summary["workers"]) == (ended.code, "", 2)
     assert "ValueError: no more" in ended.err
     assert all(other.code for other in theirs)
 
