@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from paceline.errors import ConfigError
 from paceline.protocol.link import Patience, Peer
 from paceline.transport.tls import Credentials
+from paceline.transport.turns import Turns
 
 if TYPE_CHECKING:
     from paceline.transport.link import Link
@@ -73,7 +74,8 @@ class End:
     called by the links' reading threads, and must not wait for the network: a link is deaf as long. ``place`` returns
     ``size_bytes`` writable bytes for the payload of ``message``, or None if no payload is expected, which ends the
     session; it may be called again with the same message after a connection has broken. Raises ConfigError without
-    credentials, unless ``insecure`` says that whoever reaches the port may speak.
+    credentials, unless ``insecure`` says that whoever reaches the port may speak. With ``turns`` its links write
+    payloads in turn.
     """
 
     me: Peer
@@ -85,6 +87,7 @@ class End:
     insecure: bool = False
     patience: Patience = field(default_factory=Patience)
     clock: Callable[[], float] = time.monotonic
+    turns: Turns | None = None
 
     def __post_init__(self) -> None:
         if self.credentials is None and not self.insecure:

@@ -10,9 +10,10 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
-from paceline.transport.wire import Stream
+from paceline.transport.turns import TURN_BYTES, UNSENT_BYTES, Turns
+from paceline.transport.wire import MAX_PAYLOAD, Stream
 
 # A write that makes no progress is noticed by the piece: on a slow line a whole payload may take longer than patience.
 _WRITE_BYTES = 256 * 1024
@@ -35,13 +36,18 @@ def hang_up(sock: socket.socket) -> None:
 
 
 class OutLane:
-    """What this process sends. ``write`` may be called by one thread at a time."""
+    """What this process sends. ``write`` may be called by one thread at a time. With ``turns`` payloads are written in
+    turn with those of other lanes."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
+    def __init__(self, sock: socket.socket, turns: Turns | None = None) -> None:
+        self._sock, self._turns = sock, turns
         self._busy = threading.Lock()
         self._closed = False
         self.is_tls = isinstance(sock, ssl.SSLSocket)
+        self._most_bytes = _WRITE_BYTES if self.is_tls else MAX_PAYLOAD  # of a write
+        if turns is not None:
+            self._most_bytes = TURN_BYTES
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
 
     @property
     def own_address(self) -> str:
@@ -52,23 +58,25 @@ class OutLane:
         with self._busy:
             if self._closed:
                 raise BrokenPipeError("the connection is closed")
-            if self.is_tls:
+            if payload is None:
                 self._sock.sendall(head)
-                for start in range(0, len(payload or b""), _WRITE_BYTES):
-                    assert payload is not None
-                    self._sock.sendall(payload[start : start + _WRITE_BYTES])
-            elif payload is None:
-                self._sock.sendall(head)
-            else:
-                self._send_both(head, payload)
+                return
+            for start in range(0, len(payload), self._most_bytes):
+                with self._turns.taken() if self._turns is not None else nullcontext():
+                    self._send(b"" if start else head, payload[start : start + self._most_bytes])
 
-    def _send_both(self, head: bytes, payload: memoryview) -> None:
-        sent = self._sock.sendmsg([head, payload])
+    def _send(self, head: bytes, part: memoryview) -> None:
+        if self.is_tls:
+            if head:
+                self._sock.sendall(head)
+            self._sock.sendall(part)
+            return
+        sent = self._sock.sendmsg([head, part])
         while sent < len(head):  # hardly ever
-            sent += self._sock.sendmsg([head[sent:], payload])
+            sent += self._sock.sendmsg([head[sent:], part])
         sent -= len(head)
-        while sent < len(payload):
-            sent += self._sock.send(payload[sent:])
+        while sent < len(part):
+            sent += self._sock.send(part[sent:])
 
     def hang_up(self) -> None:
         hang_up(self._sock)

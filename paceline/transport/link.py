@@ -262,7 +262,7 @@ class Link:
         patience = self._end.patience
         prepare(out, patience.silence_s, patience.silence_s)
         prepare(into, patience.heartbeat_s, patience.silence_s)
-        return Connection(OutLane(out), InLane(into, self._on_bytes, self._on_wait), peer_received)
+        return Connection(OutLane(out, self._end.turns), InLane(into, self._on_bytes, self._on_wait), peer_received)
 
     # The reading thread. It alone tells of events, so that they come in order.
 

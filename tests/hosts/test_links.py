@@ -14,7 +14,9 @@ from paceline.protocol.link import Patience, Peer
 from paceline.transport.connect import connect
 from paceline.transport.ends import Back, End, Ended, Joined, LinkEnded, Lost
 from paceline.transport.frame import FrameError
+from paceline.transport.link import Link
 from paceline.transport.listener import Listener
+from paceline.transport.turns import Turns
 from paceline.transport.views import bytes_of
 from paceline.transport.wire import MAX_PAYLOAD
 from tests.hosts.ends import JOB, OTHER_KEY, WAIT_S, Pair, Push, Side, Word, payload, send_all
@@ -42,6 +44,31 @@ def test_messages_and_payloads_come_in_order_both_ways(secure: bool) -> None:
             thread.join(WAIT_S)
         near.flush(WAIT_S)
         far.flush(WAIT_S)
+
+
+@SECURE
+def test_links_that_take_turns_bring_all_and_wait_for_none_that_is_stuck(secure: bool) -> None:
+    turns, goes_on = Turns(), threading.Event()
+
+    def place(link: Link, message: Push, size_bytes: int) -> memoryview:
+        goes_on.wait(WAIT_S)
+        return memoryview(bytearray(size_bytes))
+
+    with (
+        Pair(secure=secure, turns=turns) as one,
+        Pair(secure=secure, turns=turns) as other,
+        Pair(secure=secure, turns=turns, place=place, patience=Patience()) as stuck,
+    ):
+        last = stuck.join().send(Push(3, MAX_PAYLOAD), payload(Push(3, MAX_PAYLOAD)))
+        lists = [pushes(50, 1), pushes(50, 2)]
+        threads = [send_all(pair.join(), some) for pair, some in zip((one, other), lists, strict=True)]
+        assert [one.server.take(50), other.server.take(50)] == lists
+        for thread in threads:
+            thread.join(WAIT_S)
+        assert not last.done
+        goes_on.set()
+        last.wait(WAIT_S)
+        assert stuck.server.take(1) == [Push(3, MAX_PAYLOAD)]
 
 
 @SECURE

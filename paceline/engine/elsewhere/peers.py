@@ -19,6 +19,7 @@ from paceline.transport.connect import connect
 from paceline.transport.ends import Ended, Event, Joined, LinkEnded, Received
 from paceline.transport.link import Link
 from paceline.transport.listener import Listener
+from paceline.transport.turns import Turns
 
 _MEET_S = 20.0
 _LOOK_S = 0.01
@@ -51,7 +52,12 @@ class Peers:
         self._heard: dict[int, Hears] = {}
         self.sent_bytes = 0
         self._end = dataclasses.replace(
-            home.made_by, me=Peer(rank, ROLE), messages=owners.Any_, sink=self._sink, place=self._place
+            home.made_by,
+            me=Peer(rank, ROLE),
+            messages=owners.Any_,
+            sink=self._sink,
+            place=self._place,
+            turns=Turns(),
         )
         self._host = home.own_address
         self._listener = Listener(self._end, self._host)

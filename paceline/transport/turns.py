@@ -1,0 +1,60 @@
+"""Whose turn it is to write, of links that go out of one interface.
+
+Links that write all they have at once share the wire as their congestion controls find it out, and what one leaves of
+it the others take up late. Where all that is sent is waited for, the last one counts: so each writes a little when it
+has its turn, and all come equally far.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+TURN_BYTES = 32 * 1024
+UNSENT_BYTES = 16 * 1024  # so much a link may leave to the kernel that is not on its way as its turn ends
+_PATIENCE_S = 0.05  # who takes longer is not waited for: its peer may have died
+
+
+class Turns:
+    """In the order in which they come for them."""
+
+    def __init__(self, patience_s: float = _PATIENCE_S) -> None:
+        self._patience_s = patience_s
+        self._busy = threading.Lock()
+        self._queue: deque[threading.Event] = deque()  # the first has its turn, the others wait for theirs
+        self._since_s = 0.0  # when that began
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Waits for one's turn, and has it within."""
+        mine = threading.Event()
+        with self._busy:
+            self._queue.append(mine)
+            if self._queue[0] is mine:
+                self._begin()
+        while not mine.wait(self._left_s()):
+            with self._busy:
+                if self._left_s() <= 0:
+                    self._end(self._queue[0])
+        try:
+            yield
+        finally:
+            with self._busy:
+                self._end(mine)
+
+    def _left_s(self) -> float:
+        return max(self._since_s + self._patience_s - time.monotonic(), 0.0)
+
+    def _begin(self) -> None:
+        self._since_s = time.monotonic()
+        self._queue[0].set()
+
+    def _end(self, turn: threading.Event) -> None:
+        """Unless somebody has ended it already, who waited for too long."""
+        if self._queue and self._queue[0] is turn:
+            self._queue.popleft()
+            if self._queue:
+                self._begin()
