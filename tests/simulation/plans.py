@@ -166,7 +166,7 @@ def _with_rarities(plan: Plan, rare: random.Random) -> Plan:
         plan = replace(plan, pace=pace, clips=False, ring=ring, kill_every=rare.choice((plan.kill_every, 100.0, 300.0)))
         # More than the ring holds cannot be read in training mode without a step.
         plan = replace(plan, says_eval=True, batches=batches, owners=owners)
-    if rare.random() < 0.1:
+    if rare.random() < 0.15:
         # Little to train on, and nothing to evaluate for some, or for anybody.
         passes, few = len(plan.batches), rare.choice((0, 0, 1))
         owners = tuple(one[: rare.randint(0, 2)] for one in plan.owners)

@@ -356,6 +356,9 @@ def test_the_share_of_the_dead_is_stepped_by_one(
         pytest.param("33", "32", "--", board("22", "00"), Abandoned((0, 1)), id="all are dead"),
         pytest.param("22", "22", "--", board("22", "00"), Abandoned(()), id="all are dead before they pushed"),
         pytest.param("22", "33", "--", board("22", "00"), True, id="and that was closed"),
+        pytest.param(
+            "23", "22", "03", board("10", "00"), Waiting(1, "member 1 is not done with round 3"), id="another's first"
+        ),
     ],
 )
 def test_a_newcomer_waits_until_the_last_round_is_over(
