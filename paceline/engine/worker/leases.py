@@ -84,11 +84,6 @@ class Leases:
         return self._ledger.begun(self._rank)
 
     @property
-    def committed(self) -> int:
-        """How many batches of this epoch count so far."""
-        return self._ledger.committed
-
-    @property
     def is_new(self) -> bool:
         """Has no epoch begun?"""
         return self._ledger.is_new

@@ -274,7 +274,7 @@ class Passes:
         # How many batches of its part had been trained on by the worker whose place this one takes.
         done = done_in(self._board.places, self._rank, key) if loader not in self._leases else 0
         leases = self._leases.get(loader)
-        if done or (self._board.deaths[self._rank] and leases is not None and leases.committed):
+        if done or (self._board.deaths[self._rank] and leases is not None and self._board.trained[loader]):
             self._parking.trained_on.add(loader)
         (self._continued.add if done or not has_part else self._continued.discard)(loader)
         self._places[loader] = (key, done)

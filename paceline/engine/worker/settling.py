@@ -93,7 +93,10 @@ class Settling:
         key, position = place
         if not key:
             return
-        leases = self._leases.get(loader_of(key))
+        loader = loader_of(key)
+        if not self._board.trained[loader]:
+            self._board.trained[loader] = 1  # it may have died before it said so
+        leases = self._leases.get(loader)
         if leases is not None:
             leases.settle(worker, position)
             return
