@@ -18,8 +18,6 @@ STREAMS_ARE_LEASED = True
 QUORUMS_EVALUATE_WITHIN_PASSES = True
 # A worker that has left, and is killed before its process has ended.
 LEFT_ARE_KILLED = True
-# Where workers are given up and all others end, what one of them has pushed last stays unapplied.
-LAST_PUSHES_ARE_APPLIED = False
 # The last that has not finished its script is given up in a round, and a server waits for it for ever.
 LAST_IS_GIVEN_UP = True
 # Worker 0 dies before it has filled the memory that all share, and nobody takes its place.
