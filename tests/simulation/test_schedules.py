@@ -60,6 +60,8 @@ def test_what_is_claimed_holds_under_any_schedule(first: int) -> None:
         ("rounds", 801262),
         ("rounds", 922148),
         ("rounds", 3208788),
+        ("log", 5308541),
+        ("log", 5308825),
     ],
 )
 def test_what_once_failed_holds(world: str, seed: int) -> None:

@@ -9,7 +9,7 @@ joined in, so what it is told is as of that round.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from paceline.engine.checkpoint import snapshot
 from paceline.engine.context import Context
@@ -38,9 +38,8 @@ class Handover:
         """It need not."""
         self._board.asks[self._rank] = self._board.answers[self._rank]
 
-    def ask(self) -> Callable[[], None] | None:
-        """Sets what this script keeps to what another's is now; None if there is nobody to ask. Blocks until one has
-        answered."""
+    def ask(self) -> snapshot.Own | None:
+        """What another's script keeps now; None if there is nobody to ask. Blocks until one has answered."""
         board, rank = self._board, self._rank
         board.asks[rank] = board.answers[rank] + 2
         self._alarm_all()
@@ -51,7 +50,7 @@ class Handover:
             self._alarm_all()  # others that ask: this worker has not listened to them, and may be the one to answer
         return self._receive() if answered else None
 
-    def _receive(self) -> Callable[[], None] | None:
+    def _receive(self) -> snapshot.Own | None:
         board, rank = self._board, self._rank
         try:
             with board.waiting():
@@ -68,14 +67,15 @@ class Handover:
             return None
         groups, documents = snapshot.unpack(message.layout, descriptors[0])
         os.close(descriptors[0])
+        return documents["kept"], groups["kept"], False
 
-        def take() -> None:
-            try:
-                self._keeper.load(documents["kept"], groups["kept"], self._exchanges)
-            except ConfigError as error:
-                self._tell_user(f"worker {rank} goes on with schedulers and settings of its own: {error.what}")
-
-        return take
+    def take(self, told: snapshot.Own) -> None:
+        """Set what this script keeps to that."""
+        document, tensors, _ = told
+        try:
+            self._keeper.load(document, tensors, self._exchanges)
+        except ConfigError as error:
+            self._tell_user(f"worker {self._rank} goes on with schedulers and settings of its own: {error.what}")
 
     def answer(self, own: snapshot.Own | None = None) -> None:
         """Between two steps, or while waiting: tell the newcomers that ask, unless this worker asks itself.

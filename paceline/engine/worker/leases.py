@@ -40,7 +40,7 @@ class Leases:
             present = [worker for worker in range(len(gone)) if not gone[worker]]
             self._ledger.open(epoch, self._rank, present)
             self._tell(self._ledger.returned)
-        self._begun, self._secured, self._is_exhausted = 0, None, False
+        self._begun, self._secured, self._total, self._is_exhausted = 0, None, None, False
 
     def draw(self, total: int | None, at_least: int = 0) -> int | None:
         self._total = total

@@ -47,7 +47,7 @@ class Membership:
         self._handover = Handover(context, exchanges, saving.keeper)
         self._heard = 0  # of the board's alarms
         self._is_asked = False  # by newcomers, perhaps
-        self._own: Own | None = None  # what the script takes up from a checkpoint
+        self._own: Own | None = None  # what the script takes up, from a checkpoint or as others have told it
 
     # --- what others have to tell ---
 
@@ -90,8 +90,8 @@ class Membership:
     def answer(self) -> None:
         """Tell newcomers what they ask, as soon as this worker's script is what it is to be.
 
-        Where it is to take that up from a checkpoint it is told as it stands there: until it does, this worker may wait
-        for the newcomer.
+        Where it is to take that up from a checkpoint, or as it was told itself, it is told as it stands there: until it
+        does, this worker may wait for the newcomer.
         """
         own = self._to_take_up()
         if self._is_asked and (own is not None or self._catching_up.is_itself):
@@ -187,11 +187,12 @@ class Membership:
 
     def _take_over(self, *, later: bool) -> None:
         """Keep what the others' scripts keep; ``later``: as soon as the script gets a batch."""
-        take = self._handover.ask()
-        if take is not None and later:
-            self._catching_up.will_take(take)
-        elif take is not None:
-            take()
+        told = self._handover.ask()
+        if told is not None and later:
+            self._own = told
+            self._catching_up.will_take(lambda: self._handover.take(told))
+        elif told is not None:
+            self._handover.take(told)
 
     def _take_up(self, resumed: Resumed) -> None:
         """This worker is where it was when the checkpoint was made, but for what its script draws next."""
