@@ -74,8 +74,7 @@ class End:
     called by the links' reading threads, and must not wait for the network: a link is deaf as long. ``place`` returns
     ``size_bytes`` writable bytes for the payload of ``message``, or None if no payload is expected, which ends the
     session; it may be called again with the same message after a connection has broken. Raises ConfigError without
-    credentials, unless ``insecure`` says that whoever reaches the port may speak. With ``turns`` its links write
-    payloads in turn.
+    credentials, unless ``insecure`` says that whoever reaches the port may speak. Its links write payloads in turn.
     """
 
     me: Peer
@@ -87,7 +86,7 @@ class End:
     insecure: bool = False
     patience: Patience = field(default_factory=Patience)
     clock: Callable[[], float] = time.monotonic
-    turns: Turns | None = None
+    turns: Turns = field(default_factory=Turns)
 
     def __post_init__(self) -> None:
         if self.credentials is None and not self.insecure:

@@ -10,13 +10,11 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 
 from paceline.transport.turns import TURN_BYTES, UNSENT_BYTES, Turns
-from paceline.transport.wire import MAX_PAYLOAD, Stream
+from paceline.transport.wire import Stream
 
-# A write that makes no progress is noticed by the piece: on a slow line a whole payload may take longer than patience.
-_WRITE_BYTES = 256 * 1024
 _WAKE_BYTES = 128 * 1024
 _RECORD_BYTES = 16 * 1024  # TLS gives out no less at once
 
@@ -36,18 +34,15 @@ def hang_up(sock: socket.socket) -> None:
 
 
 class OutLane:
-    """What this process sends. ``write`` may be called by one thread at a time. With ``turns`` payloads are written in
-    turn with those of other lanes."""
+    """What this process sends. ``write`` may be called by one thread at a time. Payloads are written in turn with
+    those of other lanes that share ``turns``."""
 
-    def __init__(self, sock: socket.socket, turns: Turns | None = None) -> None:
+    def __init__(self, sock: socket.socket, turns: Turns) -> None:
         self._sock, self._turns = sock, turns
         self._busy = threading.Lock()
         self._closed = False
         self.is_tls = isinstance(sock, ssl.SSLSocket)
-        self._most_bytes = _WRITE_BYTES if self.is_tls else MAX_PAYLOAD  # of a write
-        if turns is not None:
-            self._most_bytes = TURN_BYTES
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
 
     @property
     def own_address(self) -> str:
@@ -61,9 +56,9 @@ class OutLane:
             if payload is None:
                 self._sock.sendall(head)
                 return
-            for start in range(0, len(payload), self._most_bytes):
-                with self._turns.taken() if self._turns is not None else nullcontext():
-                    self._send(b"" if start else head, payload[start : start + self._most_bytes])
+            for start in range(0, len(payload), TURN_BYTES):
+                with self._turns.taken():
+                    self._send(b"" if start else head, payload[start : start + TURN_BYTES])
 
     def _send(self, head: bytes, part: memoryview) -> None:
         if self.is_tls:

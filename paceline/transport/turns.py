@@ -2,7 +2,8 @@
 
 Links that write all they have at once share the wire as their congestion controls find it out, and what one leaves of
 it the others take up late. Where all that is sent is waited for, the last one counts: so each writes a little when it
-has its turn, and all come equally far.
+has its turn, and all come equally far. A link that has no others writes as little, too: where processors are
+busier than the wire that was measured to be faster than to leave the kernel all at once (LOG.md).
 """
 
 from __future__ import annotations

@@ -146,7 +146,11 @@ def test_they_are_resumed_to_the_bit(runner: Runner, hosts: tuple[Host, Host]) -
     (whole.directory / "numbers.json").unlink()
     for late in sorted((whole.directory / "checkpoints").iterdir())[2:]:
         shutil.rmtree(late)
-    assert numbers(_ended(start(runner, hosts, "train.py", PACELINE_RESUME="last"))) == expected
+    # By its name: ``last`` begins a new run where the newest is done.
+    name = whole.directory.name
+    resumed = _ended(start(runner, hosts, "train.py", PACELINE_RESUME=name, PACELINE_JSON="1"))
+    assert "goes on behind step 10" in resumed.err
+    assert numbers(resumed) == expected
 
 
 def _ended(all_: list[Running]) -> Ended:

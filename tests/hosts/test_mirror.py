@@ -93,6 +93,10 @@ def test_two_hosts_that_are_resumed_go_on_to_the_bit(runner: Runner, hosts: tupl
     (whole.directory / "numbers.json").unlink()
     for late in sorted((whole.directory / "checkpoints").iterdir())[3:]:
         shutil.rmtree(late)
-    first, second = start(runner, hosts, "train.py", secure=False, PACELINE_RESUME="last")
+    # By its name: ``last`` begins a new run where the newest is done.
+    name = whole.directory.name
+    first, second = start(runner, hosts, "train.py", secure=False, PACELINE_RESUME=name, PACELINE_JSON="1")
     assert second.end().code == 0
-    assert numbers(first.end()) == expected
+    resumed = first.end()
+    assert "goes on behind step 15" in resumed.err
+    assert numbers(resumed) == expected

@@ -57,7 +57,7 @@ class Peers:
             messages=owners.Any_,
             sink=self._sink,
             place=self._place,
-            turns=Turns(),
+            turns=Turns(),  # not those of the link to home: who is slow there is nobody's business here
         )
         self._host = home.own_address
         self._listener = Listener(self._end, self._host)
