@@ -38,7 +38,7 @@ class Turns:
                 self._begin()
         while not mine.wait(self._left_s()):
             with self._busy:
-                if self._left_s() <= 0:
+                if not mine.is_set() and self._left_s() <= 0:  # it may be one's own by now, or have been
                     self._end(self._queue[0])
         try:
             yield
