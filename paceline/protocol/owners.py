@@ -79,7 +79,8 @@ class Gathering:
         self.shares: tuple[float, ...] = (1 / len(members),) * len(members)
         self._parts = {member: dict.fromkeys(cells, 0) for member in members}  # of which round what is there is
         self._given, self._folded = dict.fromkeys(members, 0), dict.fromkeys(members, 0)
-        self._off = self._settled = 0
+        self._off: set[int] = set()  # rounds, of which one may be the next: who has stepped already is ahead
+        self._settled = 0
         self._come = dict.fromkeys(cells, 0)  # how many parts of this round
         self._changes = dict.fromkeys(cells, 0)
         self._ready: deque[int] = deque()  # all parts are there, and the fold is not made of them
@@ -88,6 +89,7 @@ class Gathering:
     def begin(self, number: int) -> None:
         """This member is at round ``number`` now."""
         self.number = number
+        self._off = {off for off in self._off if off >= number}
         self._ready.clear()
         self._done.clear()
         for cell in self._cells:
@@ -118,7 +120,7 @@ class Gathering:
         self._folded[member] = max(self._folded[member], number)
 
     def off(self, number: int) -> None:
-        self._off = max(self._off, number)
+        self._off.add(number)
 
     def settle(self, number: int, shares: Sequence[float]) -> None:
         """With these shares the round counts, if it does. All members have given their parts, or are about to."""
@@ -160,4 +162,4 @@ class Gathering:
 
     def is_off(self, number: int) -> bool:
         """Does somebody bring its own to this round, or is it over?"""
-        return self._off >= number or number < self.number
+        return number in self._off or number < self.number

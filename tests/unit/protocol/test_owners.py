@@ -134,3 +134,17 @@ def test_a_round_is_off_when_one_brings_its_own_or_when_it_is_over() -> None:
     assert not gathering.is_off(8)
     gathering.begin(8)
     assert gathering.is_off(7)
+
+
+def test_who_is_ahead_and_brings_its_own_to_the_next_round_takes_nothing_from_this_one() -> None:
+    gathering = Gathering(1, (0, 1, 2), CELLS)
+    gathering.begin(7)
+    for member in range(3):
+        gathering.folded(member, 7)
+    gathering.off(8)
+    assert gathering.is_whole(7)
+    assert not gathering.is_off(7)
+    gathering.begin(8)
+    assert gathering.is_off(8)
+    gathering.begin(9)
+    assert not gathering.is_off(9)
