@@ -62,6 +62,8 @@ def test_what_is_claimed_holds_under_any_schedule(first: int) -> None:
         ("rounds", 3208788),
         ("log", 5308541),
         ("log", 5308825),
+        ("log", 5401841),
+        ("rounds", 5251900),
     ],
 )
 def test_what_once_failed_holds(world: str, seed: int) -> None:

@@ -113,14 +113,19 @@ class CatchingUp:
         return self._with_ghost or bool(self._ghosts)
 
     @property
+    def has_ghost(self) -> bool:
+        """Is the batch in hand a ghost, of a pass that is none? What the script does with it concerns nobody else."""
+        return self._with_ghost
+
+    @property
     def is_itself(self) -> bool:
         """Has the script what it is to have of its own, so that others may be told?"""
         return self._is_taken and not self._with_ghost and not self.is_to_ask
 
     def begin(self, loader: int, is_training: bool) -> None:
-        """The script begins a pass, and is behind."""
+        """The script begins a pass, and is behind, or has a ghost in hand."""
         trained = self._was_trained(loader)
-        counts = loader in self._behind and self._holds(loader) and (not trained or is_training)
+        counts = not self.joined and loader in self._behind and self._holds(loader) and (not trained or is_training)
         self._ghosts[loader] = (_TRAINED if trained else _EVALUATED) if counts else 0
 
     def end(self, loader: int) -> tuple[bool, bool]:

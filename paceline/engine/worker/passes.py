@@ -219,6 +219,9 @@ class Passes:
         self._ending.raise_if_interrupted()
         catching_up, progress = self._catching_up, self._progress
         first, resumes = False, catching_up.resumed is not None
+        if catching_up.has_ghost:
+            catching_up.begin(loader, self._is_training())
+            return False
         if not catching_up.joined:
             first = self._is_training()
             if (
