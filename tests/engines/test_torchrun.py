@@ -139,6 +139,7 @@ def test_two_workers_of_torchrun_are_one_process_on_the_whole_batch(runner: Runn
     assert ended.summary["bytes_sent"] == sum(map(len, one)) * 8
 
 
+@pytest.mark.long
 def test_what_is_left_out_is_told(runner: Runner) -> None:
     runner.write("train.py", LEAVING_OUT)
     ended = torchrun(runner, "train.py", "optimizer,all").end()
