@@ -50,10 +50,13 @@ class Chunk:
         self, target: Target, pieces: Sequence[Piece], buffers: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
     ) -> None:
         table, vectors, state, whole = target.table, target.vectors, target.state, target.whole
-        self._pieces, self._state, self._whole = tuple(pieces), state, whole
-        self._folding = Folding(table, vectors, self._pieces, buffers, whole=whole)
+        numbers = [state.plan.number(block) for block in pieces]
         self._entry = table.entries[pieces[0].param]
         self._by_rows = self._entry.row > 0
+        if self._by_rows:  # as one block, the first: so its cells are those of all
+            pieces = [Piece(pieces[0].param, pieces[0].start, pieces[-1].stop)]
+        self._pieces, self._state, self._whole = tuple(pieces), state, whole
+        self._folding = Folding(table, vectors, self._pieces, buffers, whole=whole)
         self._tensors: list[torch.Tensor] = []
         stepped: list[Group] = [{**group, "params": []} for group in target.groups]
         for piece in self._pieces:
@@ -75,11 +78,16 @@ class Chunk:
         self._kept = 0  # pieces whose state lies in shared memory
         self._kernel: kernels.Kernel | None = None  # steps without the optimizer's own ``step``
         self._is_kernel_known = False
-        numbers = [state.plan.number(piece) for piece in self._pieces]
-        self._cells = state.cells(numbers[0], numbers[-1] + 1)
+        self._cells = state.cells(numbers[0], numbers[0 if self._by_rows else -1] + 1)
         self._live = [*self._cells]
+        self._others: list[tuple[torch.Tensor, torch.Tensor]] = []
         if self._by_rows:
             self._tables = self._find_tables()
+            if len(numbers) > 1 and not state.is_empty:
+                others = state.cells(numbers[1], numbers[-1] + 1)
+                self._others = [
+                    (one.view(-1, len(first)), first) for one, first in zip(others, self._cells, strict=True)
+                ]
             self._rows_at = sum(one.numel() + -one.numel() % 64 for one in self._cells)
         else:
             for vector, start, stop in spans_of(table, pieces):
@@ -173,6 +181,8 @@ class Chunk:
                     else:
                         self._save_rows(undo, some.indices)
                         undo.advance(2 * place + 1)
+                else:
+                    self._fetch_rows(some.indices)
                 rate = kernels.rate_of_rows(self._optimizer)
                 if rate is None:
                     tensor.grad = rows.gradient_of(some, tensor.shape)
@@ -204,6 +214,8 @@ class Chunk:
                     self._state.save(piece, self._optimizer.state[tensor], whole=self._whole)
             self._kept = len(self._optimizer.state)
             self._is_kernel_known = False  # there may be state now
+        for others, first in self._others:
+            others.copy_(first)
 
     # --- saving what a step is about to change ---
 
@@ -226,28 +238,36 @@ class Chunk:
         each = sum(one.stride(0) * one.itemsize for one in self._tables) + 8
         return (len(undo.area) - self._rows_at - 64 * (2 + len(self._tables))) // each
 
-    def _rows_places(self, undo: Undo, count: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Where the undo area has the numbers of so many rows, and their values in each table, [count, row]."""
+    def _rows_places(self, undo: Undo) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Where the undo area has the numbers of as many rows as there is room for, and their values in each table,
+        [rows, row]."""
         known = self._saved_rows.get(undo)
-        if known is None or len(known[0]) != count:  # most batches have as many as the one before
-            sizes = [(torch.int64, 1), *((one.dtype, one.stride(0)) for one in self._tables)]
-            indices, *values = lay_over(undo.area, [(dtype, count * row) for dtype, row in sizes], self._rows_at)
-            known = self._saved_rows[undo] = indices, [flat.view(count, -1) for flat in values] if count else []
+        if known is None:
+            room, tables = max(1, self._room(undo)), self._tables
+            sizes = [(torch.int64, room), *((one.dtype, room * one.stride(0)) for one in tables)]
+            indices, *values = lay_over(undo.area, sizes, self._rows_at)
+            known = self._saved_rows[undo] = indices, [flat.view(room, -1) for flat in values]
         return known
 
     def _save_rows(self, undo: Undo, indices: torch.Tensor) -> None:
         torch._foreach_copy_(self._places(undo), self._cells)
-        kept, values = self._rows_places(undo, len(indices))
-        kept.copy_(indices)
-        for place, table in zip(values, self._tables, strict=False):
-            torch.index_select(table, 0, indices, out=place)
-        undo.rows = len(indices)
+        kept, values = self._rows_places(undo)
+        count = undo.rows = len(indices)
+        kept[:count].copy_(indices)
+        self._fetch_rows(indices)
+        for place, table in zip(values, self._tables, strict=True):
+            torch.index_select(table, 0, indices, out=place[:count])
+
+    def _fetch_rows(self, indices: torch.Tensor) -> None:
+        for table in self._tables:
+            rows.fetch(table, indices)
 
     def _restore_rows(self, undo: Undo) -> None:
         torch._foreach_copy_(self._cells, self._places(undo))
-        indices, values = self._rows_places(undo, undo.rows)
-        for place, table in zip(values, self._tables, strict=False):
-            table.index_copy_(0, indices, place)
+        indices, values = self._rows_places(undo)
+        count = undo.rows
+        for place, table in zip(values, self._tables, strict=True):
+            table.index_copy_(0, indices[:count], place[:count])
 
     def _begin_momentum(self) -> None:
         """torch's fused SGD wants momentum for all of its tensors or for none; a layer first used late has none.

@@ -63,25 +63,25 @@ def lay_over(area: torch.Tensor, sizes: Iterable[tuple[torch.dtype, int]], offse
 
 
 def chunks(pieces: Sequence[Piece], table: Table, plan: StatePlan, most_bytes: int) -> list[list[Piece]]:
-    """Cut a share, which is whole blocks, into chunks of at most so many bytes; a table with sparse rows is one."""
+    """Cut a share, which is whole blocks, into chunks of at most so many bytes; of a table with sparse rows all blocks
+    are one chunk."""
     cut: list[list[Piece]] = []
     room = 0
     for piece in pieces:
-        size, alone = plan.block_bytes(piece), table.entries[piece.param].row > 0
-        if not cut or size > room or alone:
+        size, by_rows = plan.block_bytes(piece), table.entries[piece.param].row > 0
+        goes_on = bool(cut) and (cut[-1][-1].param == piece.param if by_rows else size <= room)
+        if not goes_on:
             cut.append([])
             room = most_bytes
         cut[-1].append(piece)
-        room = 0 if alone else room - size
+        room = 0 if by_rows else room - size
     return cut
 
 
 def area_bytes(table: Table, plan: StatePlan, most_bytes: int = CHUNK_BYTES) -> int:
     """How large an undo area must be for any chunk of any share."""
     sizes = [plan.block_bytes(block) for block in plan.blocks]
-    for block in plan.blocks:
-        entry = table.entries[block.param]
+    for entry in table.entries:
         if entry.row:
-            rows = (block.stop - block.start) // entry.row
-            sizes.append(min(most_bytes, rows * (entry.row * plan.value_bytes(entry.vector) + 8)))
+            sizes.append(min(most_bytes, entry.rows * (entry.row * plan.value_bytes(entry.vector) + 8)))
     return max(min(sum(sizes), most_bytes), *sizes, 0, 0) + _SLACK_BYTES
