@@ -185,8 +185,7 @@ class Chunk:
                     self._fetch_rows(some.indices)
                 rate = kernels.rate_of_rows(self._optimizer)
                 if rate is None:
-                    tensor.grad = rows.gradient_of(some, tensor.shape)
-                    self._run()
+                    self._run(some)
                 else:
                     rows.add(tensor, some, rate)
                 if undo is not None:
@@ -203,11 +202,17 @@ class Chunk:
         in_order = all(map(operator.is_, ordered, self._tensors)) and not self._state.has_numbers
         self._kernel = kernels.find_kernel(self._optimizer) if in_order else None
 
-    def _run(self) -> None:
+    def _run(self, given: Rows | None = None) -> None:
+        """Step with the gradients that the tensors have, or with rows of a table."""
         if self._kept < len(self._tensors):
             self._begin_momentum()
         with rows.unchecked() if self._by_rows else nullcontext():
-            self._step()
+            if given is None:
+                self._step()
+            elif self._kept == 0 or not kernels.step_rows(self._optimizer, given):
+                (tensor,) = self._tensors
+                tensor.grad = rows.gradient_of(given, tensor.shape)
+                self._step()
         if self._whole or self._state.has_numbers or len(self._optimizer.state) != self._kept:
             for piece, tensor in zip(self._pieces, self._tensors, strict=True):
                 if tensor in self._optimizer.state:

@@ -7,6 +7,7 @@ hand the kernel takes 10. It is the same kernel, so the bits are the same.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,11 @@ from torch import optim
 from torch.optim.optimizer import _global_optimizer_post_hooks as _after_all
 from torch.optim.optimizer import _global_optimizer_pre_hooks as _before_all
 
+from paceline.params import rows
+from paceline.params.rows import Rows
+
 _OF_SCALERS = ("grad_scale", "found_inf")  # attributes that GradScaler gives an optimizer for one step
+_DTYPES_OF_ROWS = (torch.float32, torch.float64)
 Kernel = Callable[[list[torch.Tensor]], None]  # steps with these gradients
 
 
@@ -67,10 +72,56 @@ def rate_of_rows(optimizer: optim.Optimizer) -> float | None:
     if type(optimizer) is not optim.SGD or are_watched():
         return None
     (group,) = optimizer.param_groups
-    if group["momentum"] or group["weight_decay"] or group["params"][0].dtype not in (torch.float32, torch.float64):
+    if group["momentum"] or group["weight_decay"] or group["params"][0].dtype not in _DTYPES_OF_ROWS:
         return None
     rate: float = group["lr"] if group["maximize"] else -group["lr"]
     return rate
+
+
+def step_rows(optimizer: optim.Optimizer, given: Rows) -> bool:
+    """Step the optimizer's one parameter, a table [rows, row], with these rows as its gradient, if it is known how.
+
+    The classes of torch do it with sparse tensors: adding one to a table takes twice the time of adding rows, and a
+    table's values at one four times that of reading rows. The arithmetic is theirs, operation by operation.
+    """
+    step = _BY_ROWS.get(type(optimizer))
+    if step is None or not given.unique or are_watched():
+        return False
+    (group,) = optimizer.param_groups
+    (table,) = group["params"]
+    if table not in optimizer.state or table.dtype not in _DTYPES_OF_ROWS or group.get("fused"):
+        return False
+    step(table, optimizer.state[table], group, given.indices, -given.values if group["maximize"] else given.values)
+    return True
+
+
+def _step_sparse_adam(
+    table: torch.Tensor, state: dict[str, Any], group: dict[str, Any], indices: torch.Tensor, g: torch.Tensor
+) -> None:
+    state["step"] += 1
+    beta1, beta2 = group["betas"]
+    mean, square = state["exp_avg"], state["exp_avg_sq"]
+    old_mean, old_square = mean.index_select(0, indices), square.index_select(0, indices)
+    new_mean = g.sub(old_mean).mul_(1 - beta1).add_(old_mean)
+    new_square = g.pow(2).sub_(old_square).mul_(1 - beta2).add_(old_square)
+    mean.index_copy_(0, indices, new_mean)
+    square.index_copy_(0, indices, new_square)
+    rate = group["lr"] * math.sqrt(1 - beta2 ** state["step"]) / (1 - beta1 ** state["step"])
+    rows.add(table, Rows(indices, new_mean.div_(new_square.sqrt_().add_(group["eps"]))), -rate)
+
+
+def _step_adagrad(
+    table: torch.Tensor, state: dict[str, Any], group: dict[str, Any], indices: torch.Tensor, g: torch.Tensor
+) -> None:
+    state["step"] += 1
+    rate = group["lr"] / (1 + (state["step"].item() - 1) * group["lr_decay"])
+    total = state["sum"].index_select(0, indices).add_(g.pow(2))
+    state["sum"].index_copy_(0, indices, total)
+    step = Rows(indices, g / total.sqrt_().add_(group["eps"]))
+    table.add_(rows.gradient_of(step, table.shape), alpha=-rate)  # in one rounding; two would be other bits
+
+
+_BY_ROWS = {optim.SparseAdam: _step_sparse_adam, optim.Adagrad: _step_adagrad}
 
 
 def _find(optimizer: optim.Optimizer, group: dict[str, Any]) -> Kernel | None:

@@ -124,6 +124,60 @@ def test_steps_that_do_more_than_add_rows_are_left_to_torch(optimizer: Callable[
     assert kernels.rate_of_rows(optimizer([torch.zeros(4, 2)])) is None
 
 
+BY_ROWS: dict[str, Callable[[Any], optim.Optimizer]] = {
+    "sparse adam": lambda p: optim.SparseAdam(p, lr=0.02, betas=(0.8, 0.95), eps=1e-3),
+    "sparse adam, maximize": lambda p: optim.SparseAdam(p, lr=0.02, maximize=True),
+    "adagrad": lambda p: optim.Adagrad(p, lr=0.1, lr_decay=0.01, initial_accumulator_value=0.1, eps=1e-3),
+    "adagrad, maximize": lambda p: optim.Adagrad(p, lr=0.1, maximize=True),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("row", [1, 7, 16, 100])
+@pytest.mark.parametrize("name", BY_ROWS)
+def test_rows_are_stepped_with_the_bits_of_torch(name: str, row: int, dtype: torch.dtype) -> None:
+    """After a first step by torch, which makes the state; among the gradients one of no rows, and rows of zeros."""
+    results = []
+    for direct in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        table = torch.randn(300, row, generator=generator, dtype=dtype)
+        optimizer = BY_ROWS[name]([table])
+        for step in range(5):
+            indices = torch.randint(0, 300, (0 if step == 3 else 120,), generator=generator).unique()
+            given = Rows(indices, torch.randn(len(indices), row, generator=generator, dtype=dtype))
+            given.values[:9] = 0.0
+            if step == 4:
+                optimizer.param_groups[0]["lr"] = 0.3
+            if not direct or step == 0:
+                table.grad = gradient_of(given, table.shape)
+                optimizer.step()
+            else:
+                assert kernels.step_rows(optimizer, given)
+        results.append([table, *optimizer.state[table].values()])
+    assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "unique", "dtype"),
+    [
+        (lambda p: optim.SparseAdam(p), True, torch.float32),
+        (lambda p: optim.Adagrad(p), False, torch.float32),
+        (lambda p: optim.Adagrad(p), True, torch.bfloat16),
+        (lambda p: optim.SGD(p, lr=0.1), True, torch.float32),
+        (lambda p: type("Own", (optim.Adagrad,), {})(p), True, torch.float32),
+    ],
+    ids=["no state yet", "with duplicates", "of 16 bits", "another class", "a class of the user's"],
+)
+def test_rows_that_are_not_known_how_to_be_stepped_are_left_to_torch(
+    optimizer: Callable[[Any], optim.Optimizer], unique: bool, dtype: torch.dtype
+) -> None:
+    table = torch.zeros(4, 2, dtype=dtype)
+    given = Rows(torch.tensor([1]), torch.ones(1, 2, dtype=dtype), unique)
+    assert not kernels.step_rows(optimizer([table]), given)
+    assert not table.any()
+
+
 def test_hooks_for_all_optimizers_are_called() -> None:
     tensors = parameters()
     optimizer = KNOWN["adamw"](tensors)
