@@ -1,12 +1,14 @@
 """Owners of folds: every host folds its share of all gradients, and what is folded goes to all (docs/decisions/0022).
 
     each worker's part of a cell --Part--> the owner of that share --Fold, when all parts are there--> all others
+    each worker's rows of a table --Rows, Part--> all others, and each folds them
 
-The parameters are cut into *cells*, and each cell into a share for every owner. Parts leave during backward, and folds
-as soon as all parts of a share are there: with the weights that the last round had, which are hardly ever others.
-Nothing of it counts before the round is pushed as one, at home. What is sent anew, as a gradient has changed or the
-weights are others, takes the place of what was sent before; messages of one sender come in order, so who has been told
-*Given* by all has all parts as they are to be, and who has been told *Folded* by all has the whole fold.
+The dense parameters are cut into *cells*, and each cell into a share for every owner; a table is one cell, and its rows
+go to all. Parts leave during backward, and folds as soon as all parts of a share are there: with the weights that the
+last round had, which are hardly ever others. Nothing of it counts before the round is pushed as one, at home. What is
+sent anew, as a gradient has changed or the weights are others, takes the place of what was sent before; messages of one
+sender come in order, so who has been told *Given* by all has all parts as they are to be, and who has been told
+*Folded* by all has the whole fold.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ class Said(msgspec.Struct, frozen=True, tag_field="t", array_like=True):
 
 
 class Part(Said, frozen=True, tag=1):
-    """...the payload is my gradient, of your share of this cell."""
+    """...the payload is my gradient, of your share of this cell; of a table, the values of my rows."""
 
     cell: int
 
@@ -50,7 +52,15 @@ class Off(Said, frozen=True, tag=5):
     """...I bring my own gradient to this round: it will not be pushed as one."""
 
 
-Any_ = Part | Fold | Given | Folded | Off
+class Rows(Said, frozen=True, tag=6):
+    """...the payload is the numbers of the rows of my gradient, of the table that is this cell: so many, negative where
+    they are not unique."""
+
+    cell: int
+    count: int
+
+
+Any_ = Part | Fold | Given | Folded | Off | Rows
 
 
 def cut(start: int, stop: int, most: int) -> list[tuple[int, int]]:
@@ -67,7 +77,7 @@ def share(start: int, stop: int, owner: int, owners: int) -> tuple[int, int]:
 
 
 class Gathering:
-    """What of a round has come to member ``me``, which has a share of each of ``cells``, and what it has folded of it.
+    """What of a round has come to member ``me``, which folds something of each of ``cells``, and what it has folded.
 
     Shares of weights are by member, in the order of ``members``. Rounds before its own are over; of the next one parts
     may come while it is still in this one, from who has stepped already.

@@ -44,6 +44,11 @@ class Around:
         """Are there several hosts?"""
         return len(set(self.hosts)) > 1
 
+    @property
+    def are_many(self) -> bool:
+        """Are there more than two?"""
+        return len(set(self.hosts)) > 2
+
     def members(self, rank: int) -> list[int]:
         """Who is on this worker's host, lowest rank first."""
         return [other for other, host in enumerate(self.hosts) if host == self.hosts[rank]]
@@ -65,15 +70,16 @@ class Around:
             return remote.OWN
         if job.workers == 2:
             return remote.MIRROR
-        if self.may_own(job, told):
+        if self.are_many and self.may_own(job, told):
             return remote.HOST if len(self.members(rank)) > 1 else remote.OWNER
         here, others = self.hosts[rank], set(self.hosts) - {self.hosts[rank]}
         is_one_of_two = others == {told["host"]} and here != told["host"] and len(self.hosts) == job.workers
         return remote.HOST if is_one_of_two and self.notes is not None else remote.OWN
 
     def may_own(self, job: Job, told: Any) -> bool:
-        """May each of three hosts or more fold a share of all gradients (owners.py)? All say the same."""
-        are_known = len(self.hosts) == job.workers and len(self.leads) > 2 and self.hosts[0] == told["host"]
+        """May each of three hosts or more fold a share of all gradients (owners.py), or each of two the rows of tables?
+        All say the same."""
+        are_known = len(self.hosts) == job.workers > 2 and self.are_apart and self.hosts[0] == told["host"]
         return are_known and isinstance(job.pace, Sync) and not job.servers and self.notes is not None
 
     def tell(self, name: str, value: str) -> None:
@@ -107,9 +113,14 @@ class Around:
 
 def can_be_folded(spec: Spec) -> bool:
     """Can gradients of this exchange be folded on one host as they are on another? Dense ones."""
-    return not any(entry.row for entry in spec.table.entries)
+    return not has_tables(spec)
+
+
+def has_tables(spec: Spec) -> bool:
+    """Are any of the gradients sparse rows?"""
+    return any(entry.row for entry in spec.table.entries)
 
 
 def can_be_owned(spec: Spec) -> bool:
-    """Can each of several hosts fold a share of them? Dense ones of 32 or 64 bits."""
-    return can_be_folded(spec) and not any(vector_dtype(vector) in WIDE for vector in spec.table.sizes)
+    """Can each of several hosts fold a share of them, and rows for itself? Those of 32 or 64 bits."""
+    return not any(vector_dtype(vector) in WIDE for vector in spec.table.sizes)

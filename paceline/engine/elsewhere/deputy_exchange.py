@@ -97,14 +97,16 @@ class DeputyExchange:
     def take(self, request: remote.Step | remote.Norm) -> None:
         """The worker's gradients have come, or are where its host folds them. Raises ConfigError."""
         if request.offers:
-            self._offer(request.mask)
+            self._offer(request.mask, request.rows)
         else:
             self.give(request.mask, request.rows)
 
-    def _offer(self, mask: bytes) -> None:
+    def _offer(self, mask: bytes, counts: dict[int, int]) -> None:
         if self._host is None or len(mask) != len(self.at_home.parameters):
             raise ConfigError(f"a fold was offered of {len(mask)} parameters")
         self._forget()
+        for place, signed in counts.items() if self._memory != remote.HOME else ():
+            self._count_rows(place, signed)  # they follow, if the gradient is to come alone
         self.at_home.offered, self._host.offers = mask, True
 
     def _fetch_fold(self, number: int, weights: list[float]) -> None:
@@ -258,12 +260,16 @@ class DeputyExchange:
         if not self._in_slots:
             numbers = self._mail.take(f"numbers/{index}/{place}", torch.int64)
             return numbers, self._mail.take(f"values/{index}/{place}", DTYPES[entry.dtype]).view(-1, entry.row)
-        area = self._slot.rows[place]
-        if count >= len(area):
-            raise ConfigError(f"{count} rows have come of a table of {entry.rows}")
-        area[0] = signed
+        area = self._count_rows(place, signed)
         values = self._slot.gradient[entry.vector][entry.offset : entry.offset + count * entry.row]
         return area[1 : count + 1], values.view(-1, entry.row)
+
+    def _count_rows(self, place: int, signed: int) -> torch.Tensor:
+        area = self._slot.rows[place]
+        if abs(signed) >= len(area):
+            raise ConfigError(f"{abs(signed)} rows have come of a table of {len(area) - 1}")
+        area[0] = signed
+        return area
 
     # --- what is sent ---
 

@@ -20,8 +20,10 @@ import torch
 from paceline.engine.elsewhere.early import Bucket
 from paceline.engine.elsewhere.mail import as_bytes
 from paceline.engine.elsewhere.peers import Peers
-from paceline.params.fold import fold_into
-from paceline.params.table import vector_dtype
+from paceline.engine.elsewhere.table_parts import TableParts
+from paceline.params.fold import Pushed, fold_into
+from paceline.params.rows import Rows
+from paceline.params.table import Table, vector_dtype
 from paceline.protocol import owners
 
 SHARE_BYTES = 2**19  # of one owner in one cell, at most
@@ -42,24 +44,30 @@ class Cell:
 
 class Owners:
     """Of exchange ``index``. Owners are ``members``, the first workers of all hosts; the ``folds`` of all are brought
-    into these vectors. ``buckets``: what gradients are told by. ``is_lost``: is home, or are links to others?"""
+    there, rows with their numbers. ``buckets``: what dense gradients are told by. ``is_lost``: is home, or are links to
+    others?"""
 
     def __init__(
         self,
         index: int,
         peers: Peers,
+        table: Table,
         buckets: Sequence[Bucket],
-        folds: Vectors,
+        folds: Pushed,
         is_lost: Callable[[], bool],
     ) -> None:
         self._index, self._peers, self._rank, self._is_lost = index, peers, peers.rank, is_lost
         self.members = sorted([self._rank, *peers.others])
         self._cells, self._cells_of = _cut(buckets, len(self.members))
-        self._folds, self._own = folds, folds  # its own gradients are not known before ``use``
+        self._into, self._folds = folds, {vector: folds.gradient[vector] for vector in table.dense_sizes}
+        self._own: Vectors = self._folds  # its own gradients are not known before ``use``
+        entries = [(param, entry) for param, entry in enumerate(table.entries) if entry.row]
+        tables = [TableParts(param, entry, self._rank, self.members, folds) for param, entry in entries]
+        self._tables = dict(enumerate(tables, len(self._cells)))  # by their number as cells, after the others
         shares = [self._share(cell, self._rank) for cell in range(len(self._cells))]
         owned = [cell for cell, (start, stop) in enumerate(shares) if stop > start]
         self._inbox = {
-            (other, cell): torch.zeros(shares[cell][1] - shares[cell][0], dtype=folds[self._cells[cell].vector].dtype)
+            (other, cell): torch.zeros(shares[cell][1] - shares[cell][0], dtype=vector_dtype(self._cells[cell].vector))
             for other in peers.others
             for cell in owned
         }
@@ -68,9 +76,9 @@ class Owners:
         for other in peers.others:
             for cell, where in enumerate(self._cells):
                 start, stop = self._share(cell, other)
-                self._places[other, True, cell] = as_bytes(folds[where.vector][start:stop])
+                self._places[other, True, cell] = as_bytes(self._folds[where.vector][start:stop])
         self._changed = threading.Condition()
-        self._gathering = owners.Gathering(self._rank, self.members, owned)
+        self._gathering = owners.Gathering(self._rank, self.members, [*owned, *self._tables])
         self._over = False
         self.is_on = False  # is the next round to be folded?
         self.has_missed = False  # a round that home has stepped
@@ -78,9 +86,9 @@ class Owners:
         self._thread = threading.Thread(target=self._fold_forever, name="paceline-owner", daemon=True)
         peers.add(index, self)
 
-    def use(self, own: Vectors) -> None:
-        """The gradients are written there: this worker's, or the fold of its host's."""
-        self._own = own
+    def use(self, own: Vectors, own_rows: Callable[[int], Rows]) -> None:
+        """The gradients are written there, this worker's or the fold of its host's; ``own_rows(param)``, of a table."""
+        self._own, self._own_rows = own, own_rows
         self._thread.start()
 
     def stop(self) -> None:
@@ -115,9 +123,22 @@ class Owners:
                 self.heard(self._rank, owners.Part(self._index, number, cell))
 
     def give(self, places: Iterable[int]) -> None:
-        """All of them are as they are to be; those of these buckets have not been told so."""
+        """All of them are as they are to be; those of these buckets have not been told so, nor have rows."""
         self.tell(places)
+        self._tell_rows()
         self._tell_all(owners.Given(self._index, self.number))
+
+    def _tell_rows(self) -> None:
+        number = self.number
+        for cell, table in self._tables.items():
+            own = self._own_rows(table.param)
+            count = len(own.indices)
+            numbers, values = (table.numbers(own), as_bytes(own.values)) if count else (None, None)
+            for other in self._peers.others:
+                said = owners.Rows(self._index, number, cell, count if own.unique else -count)
+                self._peers.send(other, said, numbers)
+                self._peers.send(other, owners.Part(self._index, number, cell), values)
+            self.heard(self._rank, owners.Part(self._index, number, cell))
 
     def finish(self, number: int, weights: Sequence[float]) -> bool:
         """With these weights the round counts. True when the folds of all are here, False if they will not be."""
@@ -138,10 +159,12 @@ class Owners:
                 self._changed.wait(_LOOK_S)
             return False
 
-    def lay_folds(self, slot: Vectors) -> None:
+    def lay_folds(self, slot: Pushed) -> None:
         """Put them there: home steps with them."""
         for vector, folds in self._folds.items():
-            slot[vector].copy_(folds)
+            slot.gradient[vector].copy_(folds)
+        for table in self._tables.values():
+            table.lay_fold(slot)
 
     def off(self) -> None:
         """This worker brings its own gradient to the round. Waits until what was sent of it has arrived."""
@@ -160,6 +183,11 @@ class Owners:
 
     def place(self, sender: int, message: Any, size_bytes: int) -> memoryview | None:
         room = None
+        if isinstance(message, owners.Rows):
+            table = self._tables.get(message.cell)
+            return None if table is None else table.place_numbers(sender, message.count, size_bytes)
+        if isinstance(message, owners.Part) and message.cell in self._tables:
+            return self._tables[message.cell].place_values(sender, size_bytes)
         if isinstance(message, owners.Part | owners.Fold):
             room = self._places.get((sender, isinstance(message, owners.Fold), message.cell))
         return room if room is not None and len(room) == size_bytes else None
@@ -167,6 +195,10 @@ class Owners:
     def heard(self, sender: int, message: Any) -> None:
         if isinstance(message, owners.Fold):
             return  # of which Folded tells
+        if isinstance(message, owners.Rows):  # of which Part tells
+            if message.cell in self._tables:
+                self._tables[message.cell].count(sender, message.count)
+            return
         gathering = self._gathering
         with self._changed:
             match message:
@@ -205,6 +237,10 @@ class Owners:
             self._tell_all(owners.Folded(self._index, number))
 
     def _fold(self, number: int, cell: int, shares: Sequence[float]) -> None:
+        if cell in self._tables:
+            table = self._tables[cell]
+            table.fold(self._own_rows(table.param), shares)
+            return
         vector = self._cells[cell].vector
         start, stop = self._share(cell, self._rank)
         gradients = [

@@ -16,14 +16,15 @@ from paceline.engine.elsewhere.early import Bucket, Early, buckets
 from paceline.engine.elsewhere.host_fold import HostFold
 from paceline.engine.elsewhere.mail import Mail
 from paceline.engine.elsewhere.mirror import HostMirror, Mirror
-from paceline.engine.elsewhere.owners import Owners, Vectors
+from paceline.engine.elsewhere.owners import Owners
+from paceline.engine.elsewhere.table_parts import lay_rows, rows_of
 from paceline.engine.exchange.exchange import make_inner
 from paceline.engine.exchange.inner import Inner
-from paceline.engine.exchange.replica import Replica
+from paceline.engine.exchange.replica import Apart, Replica
 from paceline.engine.exchange.spec import describe
 from paceline.errors import ConfigError
 from paceline.params import optimizers
-from paceline.params.table import Table, vector_dtype
+from paceline.params.rows import Rows
 from paceline.protocol import remote
 from paceline.transport.borrow import borrow
 from paceline.transport.slots import ExchangeMemory, Spec, size_bytes
@@ -59,8 +60,8 @@ class RemoteExchange:
         self.is_in_crew = False  # is what it brings folded in shares? With what its host's other workers bring:
         self.owners: Owners | None = None  # of this worker, if it is the first of its host
         self.fold: HostFold | None = None  # and if there are others
-        self._make_fold: Callable[[ExchangeMemory, Vectors | None], HostFold] | None = None
-        self._apart: Vectors | None = None  # at home, then: its own gradients, whose place in the slot folds take
+        self._make_fold: Callable[[ExchangeMemory, Apart | None], HostFold] | None = None
+        self._apart: Apart | None = None  # at home, then: its own gradients, whose place in the slot folds take
         self.is_finite = True  # what was gathered last
         self.is_measured = False  # was a norm asked of it, for the step that is to come?
         # Since a norm was asked of what is in the slot: by what the script's gradients have been multiplied.
@@ -91,14 +92,14 @@ class RemoteExchange:
         rank: int,
         owners: Owners,
         mirror: Mirror | None,
-        make_fold: Callable[[ExchangeMemory, Vectors | None], HostFold] | None,
+        make_fold: Callable[[ExchangeMemory, Apart | None], HostFold] | None,
     ) -> None:
         """Have a share of what all bring: in this mirror, or where home's memory is to be taken into use.
         ``make_fold``: of what this host's workers bring in that memory, where there are several; this one's may be
         apart."""
         self.owners, self._make_fold = owners, make_fold
         if mirror is None:
-            self._apart = make_vectors(self.spec.table)
+            self._apart = Apart.of(self.spec.table)
             return
         self.host = mirror if isinstance(mirror, HostMirror) else None
         self._look_into(mirror, mail, rank)
@@ -156,7 +157,10 @@ class RemoteExchange:
         self.inner = make_inner(self.replica, self._pace)
         if self.owners is not None:
             self.fold = None if self._make_fold is None else self._make_fold(memory, self._apart)
-            self.owners.use(self.replica.gradient if self.fold is None else self.fold.vectors)
+            if self.fold is None:
+                self.owners.use(self.replica.gradient, self._own_rows)
+            else:
+                self.owners.use(self.fold.vectors, self.fold.rows)
         if self.early is not None:
             self.early.use(self.replica)
 
@@ -226,8 +230,11 @@ class RemoteExchange:
     def lay_own(self) -> None:
         """At home: have the slot hold this worker's gradient, and no fold."""
         if self._apart is not None:
-            for vector, own in self._apart.items():
-                self.replica.slot.gradient[vector].copy_(own)
+            slot, table = self.replica.slot, self.spec.table
+            for vector in table.dense_sizes:
+                slot.gradient[vector].copy_(self._apart.gradient[vector])
+            for param in self._apart.rows:
+                lay_rows(self._own_rows(param), slot, param, table.entries[param])
 
     def measured(self) -> None:
         """A norm is asked of what was gathered."""
@@ -257,10 +264,18 @@ class RemoteExchange:
             yield f"numbers/{self.index}/{place}", slot.rows[place][1 : count + 1], 0, count
             yield f"values/{self.index}/{place}", values[: count * entry.row], 0, count * entry.row
 
+    @property
+    def has_tables(self) -> bool:
+        """Are any of the gradients sparse rows?"""
+        return bool(self.replica.slot.rows)
+
     def rows(self) -> dict[int, int]:
         """How many rows each table's gradient has, of those that have one; negative where they are not unique."""
         slot = self.replica.slot
         return {place: int(area[0]) for place, area in slot.rows.items() if slot.mask[place]}
+
+    def _own_rows(self, param: int) -> Rows:
+        return rows_of(self.replica.brought, param, self.spec.table.entries[param])
 
     def stepped(self) -> None:
         """What backward makes now is for the next step."""
@@ -310,11 +325,6 @@ class RemoteExchange:
     def load_own_state(self, state: dict[int, dict[str, Any]]) -> None:
         for index, values in state.items() if self.inner is not None else ():
             self.optimizer.state[self.parameters[index]] = values
-
-
-def make_vectors(table: Table) -> Vectors:
-    """Room for all dense gradients."""
-    return {vector: torch.zeros(size, dtype=vector_dtype(vector)) for vector, size in table.dense_sizes.items()}
 
 
 def check_elsewhere(optimizer: optim.Optimizer) -> None:

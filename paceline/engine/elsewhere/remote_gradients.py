@@ -31,7 +31,7 @@ class RemoteGradients:
         rows, and whether they are offered, as in ``remote.Step``."""
         rest = one.gather()
         offers = self._may_offer(one) and one.is_finite
-        if one.is_shared_out and one.is_measured and rest:
+        if one.is_shared_out and one.is_measured and (rest or one.has_tables):
             offers = False  # the fold of it is not made twice
         if offers and one.owns is not None and one.fold is None:
             one.owns.give(one.buckets.index(bucket) for bucket in rest)

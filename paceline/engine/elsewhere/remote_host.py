@@ -10,16 +10,17 @@ from collections.abc import Callable
 from typing import Any
 
 from paceline.config import Job
-from paceline.engine.elsewhere.around import Around, can_be_folded, can_be_owned
+from paceline.engine.elsewhere.around import Around, can_be_folded, can_be_owned, has_tables
 from paceline.engine.elsewhere.early import buckets
 from paceline.engine.elsewhere.host_fold import HostFold
 from paceline.engine.elsewhere.line import Line
 from paceline.engine.elsewhere.mirror import Broken, HostMirror, Mirror
 from paceline.engine.elsewhere.owner_mirror import OwnerHostMirror, OwnerMirror
-from paceline.engine.elsewhere.owners import FOLDS, Owners, Vectors
+from paceline.engine.elsewhere.owners import FOLDS, Owners
 from paceline.engine.elsewhere.peers import NOT_ONE, Peers
-from paceline.engine.elsewhere.remote_exchange import RemoteExchange, make_vectors
+from paceline.engine.elsewhere.remote_exchange import RemoteExchange
 from paceline.engine.elsewhere.remote_gradients import RemoteGradients
+from paceline.engine.exchange.replica import Apart
 from paceline.errors import HostError
 from paceline.protocol import remote
 from paceline.transport.ends import LinkEnded
@@ -43,21 +44,30 @@ class RemoteHost:
         self._mail = line.mail
         self._peers: Peers | None = None  # where this worker may be an owner
         self._hosts = {lead: around.members(lead) for lead in around.leads}
+        self._may_join = False  # may there be owners, of whom it is not settled whether they reach each other?
         self._is_in_crew = False  # may what it brings be folded in shares, by it or by the first of its host?
         self._owning: list[RemoteExchange] = []
         self._told_bytes = 0  # of what it has sent to other owners
 
     def choose(self, job: Job, told: Any, link: Link, *, is_newcomer: bool) -> str:
-        """Where this worker's parameters are to lie; see ``Around.choose``. Owners are linked with each other now."""
+        """Where this worker's parameters are to lie; see ``Around.choose``. Owners are linked with each other now,
+        those of two hosts when there is something for them."""
         self._link = link
         kind = self._around.choose(job, self._rank, told, is_newcomer=is_newcomer)
-        if is_newcomer or not self._around.may_own(job, told):
+        self._may_join = not is_newcomer and self._around.may_own(job, told)
+        if not (self._may_join and self._around.are_many):
             return kind
+        self._join(kind)
+        return kind if self._is_in_crew or kind == remote.HOME else remote.OWN
+
+    def _join(self, kind: str) -> None:
+        """Once, on all workers: link the owners."""
+        self._may_join = False
         lead, *others = self._around.members(self._rank)
         can = kind != remote.OWN
         if self._rank == lead:
             can = can and all(self._hears(f"member/{other}") for other in others)
-            self._peers = self._meet(link) if can else None
+            self._peers = self._meet() if can else None
             if self._peers is None:
                 self._around.tell(f"peer/{self._rank}", NOT_ONE)
                 logger.warning("worker %d does not reach all others: what is brought goes home", self._rank)
@@ -66,7 +76,6 @@ class RemoteHost:
         else:
             self._around.tell(f"member/{self._rank}", YES if can else NO)
             self._is_in_crew = can and self._hears(f"crew/{lead}")
-        return kind if self._is_in_crew or kind == remote.HOME else remote.OWN
 
     def _hears(self, name: str) -> bool:
         """Does another worker of this host say yes?"""
@@ -75,9 +84,9 @@ class RemoteHost:
         except TimeoutError:
             return False
 
-    def _meet(self, link: Link) -> Peers | None:
+    def _meet(self) -> Peers | None:
         try:
-            peers = Peers(self._rank, self._around, link)
+            peers = Peers(self._rank, self._around, self._link)
         except (HostError, LinkEnded):
             return None
         if not peers.meet():
@@ -99,8 +108,14 @@ class RemoteHost:
 
     def lay_out(self, one: RemoteExchange, kind: str) -> str:
         """Make the memory in which the parameters are to lie, where that is not others'; where it is."""
-        one.is_in_crew = self._is_in_crew and can_be_owned(one.spec)
-        is_folded = one.is_in_crew if self._is_in_crew else can_be_folded(one.spec)
+        are_many = self._around.are_many
+        can_be = can_be_owned(one.spec) and (are_many or has_tables(one.spec))
+        if can_be and self._may_join:
+            self._join(kind)
+        one.is_in_crew = self._is_in_crew and can_be
+        is_folded = one.is_in_crew or (not are_many and can_be_folded(one.spec))
+        if one.is_in_crew and kind == remote.HOST and len(self._around.members(self._rank)) == 1:
+            kind = remote.OWNER
         if kind in (remote.HOST, remote.OWNER) and not is_folded:
             kind = remote.OWN
         memory = None
@@ -122,19 +137,19 @@ class RemoteHost:
         mirror: Mirror | None = None
         if kind != remote.HOME:
             memory = memory or ExchangeMemory(mmap.mmap(-1, size_bytes(spec)), spec)
-        folds = make_vectors(table) if memory is None else memory.slots[FOLDS].gradient
+        folds = Apart.of(table) if memory is None else memory.slots[FOLDS]
 
         def is_lost() -> bool:
             return self._line.is_ending or not peers.are_all
 
-        owners = Owners(one.index, peers, buckets(table), folds, is_lost)
+        owners = Owners(one.index, peers, table, buckets(table), folds, is_lost)
         if memory is not None and len(members) > 1:
             mirror = host = OwnerHostMirror(spec, one.index, self._rank, memory, members, owners)
             host.is_whole = lambda: self._is_whole(one)
         elif memory is not None:
             mirror = OwnerMirror(spec, one.index, self._rank, memory, owners)
 
-        def fold(memory: ExchangeMemory, apart: Vectors | None) -> HostFold:
+        def fold(memory: ExchangeMemory, apart: Apart | None) -> HostFold:
             return HostFold(memory, table, members, self._link, max(memory.stepped) + 1, owners, apart)
 
         one.own(self._mail, self._rank, owners, mirror, fold if len(members) > 1 else None)
@@ -210,7 +225,7 @@ class RemoteHost:
             self._gradients.send_fold(asked, one)
         elif self._finish(one, one.owners, asked):
             if one.is_home:
-                one.owners.lay_folds(one.replica.slot.gradient)
+                one.owners.lay_folds(one.replica.slot)
             return self._count_bytes()
         return None
 

@@ -12,7 +12,8 @@ GPU, with ``share_parameters=False``, or stepped locally) are copied from there.
 from __future__ import annotations
 
 import cmath
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,15 +21,32 @@ from torch import nn, optim
 
 from paceline.errors import ConfigError
 from paceline.params import optimizers, rows
-from paceline.params.table import same_bits
+from paceline.params.table import Table, same_bits, vector_dtype
 from paceline.transport.slots import ExchangeMemory, Spec
 
 _COMPARED = 2**19  # values at a time, which take no new memory each time
 
 
+@dataclass
+class Apart:
+    """A gradient in memory of this process, laid out as in a slot."""
+
+    gradient: dict[str, torch.Tensor]
+    rows: dict[int, torch.Tensor]
+
+    @staticmethod
+    def of(table: Table) -> Apart:
+        """Room for it; what is never written takes no memory."""
+        entries = enumerate(table.entries)
+        return Apart(
+            {vector: torch.zeros(size, dtype=vector_dtype(vector)) for vector, size in table.sizes.items()},
+            {param: torch.zeros(entry.rows + 1, dtype=torch.int64) for param, entry in entries if entry.row},
+        )
+
+
 class Replica:
-    """The parameters of ``optimizer`` on this worker. ``views``: may they be views of shared memory? ``apart``: dense
-    vectors in which gradients are written instead of the slot's."""
+    """The parameters of ``optimizer`` on this worker. ``views``: may they be views of shared memory? ``apart``: where
+    gradients are written instead of the slot."""
 
     def __init__(
         self,
@@ -38,7 +56,7 @@ class Replica:
         rank: int,
         *,
         views: bool,
-        apart: Mapping[str, torch.Tensor] | None = None,
+        apart: Apart | None = None,
     ) -> None:
         self._optimizer, self._memory = optimizer, memory
         self._names = [entry.name for entry in spec.table.entries]
@@ -47,7 +65,8 @@ class Replica:
         self._private = not all(self._adopts)
         self.slot = memory.slots[rank]
         entries, view = spec.table.entries, spec.table.view
-        self.gradient = self.slot.gradient if apart is None else apart
+        self.brought = self.slot if apart is None else apart
+        self.gradient = self.brought.gradient
         gradients = [view(entry, self.gradient[entry.vector]) for entry in entries]
         self._dense = {i: gradients[i] for i, entry in enumerate(entries) if not entry.row}  # parameter -> its range
         self._vectors = sorted({entry.vector for entry in entries if not entry.row})
@@ -137,7 +156,7 @@ class Replica:
         gradients = self._given()
         with torch.no_grad():
             for param, values in self._by_rows.items():
-                rows.write(self.slot.rows[param], values, gradients[param], raw=param in self._raw)
+                rows.write(self.brought.rows[param], values, gradients[param], raw=param in self._raw)
             given = {param: _dense(gradients[param]) for param in self._dense}
             others = {param: value for param, value in given.items() if not self._is_there(param, value)}
             self.written = set(others)

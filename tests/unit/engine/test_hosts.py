@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn, optim
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 from paceline.engine.elsewhere import early, host_push, outbox, remote_host
 from paceline.engine.elsewhere.remote_gradients import RemoteGradients
@@ -236,23 +236,6 @@ def test_half_precision_is_folded_too(
     two, one = both(body, places)
     assert two == pytest.approx(one, rel=0.05, abs=0.02)
     assert (seen.as_one, seen.folds, seen.left) == (EPOCHS * 3, EPOCHS * 3, 0)
-
-
-def test_sparse_rows_travel_alone(seen: Seen) -> None:
-    def body(run: Any) -> list[float]:
-        table = drawn(nn.Embedding(20, 3, sparse=True, dtype=torch.float64))
-        loader = DataLoader(TensorDataset(torch.arange(SAMPLES) % 17), batch_size=4)
-        table, optimizer, loader = run.wrap(table, optim.SGD(table.parameters(), lr=0.1), loader)
-        for (numbers,) in loader:
-            optimizer.zero_grad()
-            (table(numbers) ** 2).sum().backward()
-            optimizer.step()
-        run.barrier()
-        return list(table.weight.flatten().tolist())
-
-    two, one = both(body, PLACES["2+2"])
-    assert two == pytest.approx(one, rel=1e-12, abs=1e-12)
-    assert (seen.as_one, seen.left) == (0, 0)
 
 
 def _accumulates(net: nn.Module, rank: int, again: Callable[[], None]) -> list[float]:

@@ -164,7 +164,7 @@ def test_two_optimizers_of_which_one_has_sparse_rows(seen: Seen) -> None:
 
     apart, one = both(body, PLACES["4"])
     assert apart == pytest.approx(one, rel=1e-12, abs=1e-12)
-    assert (seen.as_one, seen.left) == (6, 0)
+    assert (seen.as_one, seen.left) == (12, 0)
 
 
 @pytest.mark.parametrize("rank", [1, pytest.param(2, marks=pytest.mark.long)])  # who has connected tries again for long

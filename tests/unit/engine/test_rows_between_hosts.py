@@ -1,0 +1,270 @@
+"""Claims about embedding tables with sparse gradients on several hosts: rows go from each host to all others, every
+host folds them, and the parameters are the same bits on all. The oracle is the same job with local workers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn, optim
+from torch.utils.data import DataLoader, TensorDataset
+
+from paceline.engine.elsewhere import peers
+from paceline.engine.elsewhere.table_parts import TableParts
+from paceline.engine.exchange.replica import Apart
+from paceline.params.rows import Rows
+from paceline.params.table import Table, tabulate
+from tests.driver import run_job
+from tests.unit.engine.test_hosts import Seen, both
+from tests.unit.engine.test_hosts import seen as seen
+from tests.unit.engine.test_remote import EPOCHS, drawn
+
+# Of two hosts with a worker each, the one follows what the other pushes (mirror.py).
+PLACES = {
+    "2+2": ("", "", "b", "b"),
+    "1+2": ("", "b", "b"),
+    "2+1": ("", "", "b"),
+    "3": ("", "b", "c"),
+    "2+2+1": ("", "b", "c", "b", ""),
+    "4": ("", "b", "c", "d"),
+}
+KINDS = [optim.SGD, lambda p, lr: optim.SGD(p, lr=lr, momentum=0.9), optim.Adagrad]
+SAMPLES = 48
+
+
+def words(run: Any, kind: Callable[..., optim.Optimizer] = optim.SGD, *, dense: bool = True) -> list[float]:
+    """Sentences of unequal length, of common words and rare ones; passes are uneven. One step in five has no gradient
+    of the table, one was multiplied after backward, one is over two batches."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(40, (SAMPLES - 3, 7), generator=generator) ** 2 % 40
+    table = drawn(nn.EmbeddingBag(40, 3, mode="sum", sparse=True, dtype=torch.float64))
+    head = drawn(nn.Linear(3, 2, dtype=torch.float64))
+    parameters = [*table.parameters(), *head.parameters()] if dense else table.parameters()
+    table, head, optimizer, loader = run.wrap(
+        table, head, kind(parameters, lr=0.05), DataLoader(TensorDataset(ids), batch_size=4)
+    )
+    for _ in range(EPOCHS):
+        for number, (batch,) in enumerate(loader):
+            optimizer.zero_grad()
+            head(table(batch)).pow(2).mean().backward()
+            if number % 5 == 1:
+                table.weight.grad.data.mul_(0.5)
+            if number % 5 == 2:
+                head(table(batch.flip(0)[:2])).pow(2).mean().backward()
+            if number % 5 == 3 and dense:
+                table.weight.grad = None
+            optimizer.step()
+    run.barrier()
+    return [*table.weight.flatten().tolist(), *head.weight.flatten().tolist()]
+
+
+@pytest.mark.parametrize("places", PLACES.values(), ids=PLACES)
+@pytest.mark.parametrize("kind", KINDS, ids=["sgd", "momentum", "adagrad"])
+def test_rows_go_to_all_and_each_host_folds_them(
+    kind: Callable[..., optim.Optimizer], places: tuple[str, ...], seen: Seen
+) -> None:
+    apart, one = both(lambda run: words(run, kind), places)
+    assert apart == pytest.approx(one, rel=1e-12, abs=1e-12)
+    assert seen.as_one
+    assert not seen.left
+
+
+@pytest.mark.parametrize("places", [PLACES["2+2"], PLACES["3"]], ids=["2+2", "3"])
+@pytest.mark.parametrize("kind", [optim.SGD, optim.SparseAdam])
+def test_a_model_may_be_nothing_but_a_table(
+    kind: Callable[..., optim.Optimizer], places: tuple[str, ...], seen: Seen
+) -> None:
+    apart, one = both(lambda run: words(run, kind, dense=False), places)
+    assert apart == pytest.approx(one, rel=1e-12, abs=1e-12)
+    assert seen.as_one
+    assert not seen.left
+
+
+@pytest.mark.parametrize("places", [PLACES["2+2"], PLACES["3"]], ids=["2+2", "3"])
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_rows_that_are_not_finite_are_in_no_fold(bad: int, places: tuple[str, ...], seen: Seen) -> None:
+    def body(run: Any) -> list[float]:
+        table = drawn(nn.Embedding(20, 3, sparse=True, dtype=torch.float64))
+        table, optimizer = run.wrap(table, optim.SGD(table.parameters(), lr=0.1))
+        for step in range(6):
+            optimizer.zero_grad()
+            loss = table(torch.arange(step, step + 4) * (run.rank + 1) % 20).pow(2).sum()
+            (loss * torch.inf if (step, run.rank) == (2, bad) else loss).backward()
+            optimizer.step()
+        return list(table.weight.flatten().tolist())
+
+    apart, one = both(body, places)
+    assert apart == pytest.approx(one, rel=1e-12, abs=1e-12)
+    assert (seen.as_one, seen.left) == (5, 0)
+
+
+@pytest.mark.parametrize("places", [PLACES["2+2"], PLACES["3"]], ids=["2+2", "3"])
+def test_clipped_rows_go_home(places: tuple[str, ...], seen: Seen) -> None:
+    """A norm is asked of the fold, and rows that are multiplied since are others."""
+
+    def body(run: Any) -> list[float]:
+        table = drawn(nn.Embedding(20, 3, sparse=True, dtype=torch.float64))
+        table, optimizer = run.wrap(table, optim.SGD(table.parameters(), lr=0.1))
+        norms = []
+        for step in range(4):
+            optimizer.zero_grad()
+            table(torch.arange(step, step + 4) * (run.rank + 1) % 20).pow(2).sum().backward()
+            if step % 2:
+                norms.append(float(nn.utils.clip_grad_norm_(table.parameters(), 0.5)))
+            optimizer.step()
+        return [*norms, *table.weight.flatten().tolist()]
+
+    apart, one = both(body, places)
+    assert apart == pytest.approx(one, rel=1e-12, abs=1e-12)
+    assert any(norm > 0.5 for norm in apart[:2])
+    assert (seen.as_one, seen.norms, seen.left) == (2, 2, 0)
+
+
+@pytest.mark.parametrize("kind", ["Rows", "Part"])
+def test_a_link_that_ends_as_rows_are_sent_makes_it_a_star(
+    kind: str, monkeypatch: pytest.MonkeyPatch, seen: Seen
+) -> None:
+    send, sent = peers.Peers.send, 0
+
+    def send_or_end(self: Any, other: int, message: Any, payload: Any = None) -> None:
+        nonlocal sent
+        if (self.rank, other, type(message).__name__) == (1, 2, kind):
+            sent += 1
+            if sent == 4:
+                self._links[other].end("it is cut")
+        send(self, other, message, payload)
+
+    monkeypatch.setattr(peers.Peers, "send", send_or_end)
+    apart, one = both(words, PLACES["3"])
+    assert apart == pytest.approx(one, rel=1e-12, abs=1e-12)
+    assert seen.as_one
+    assert seen.left == 3
+
+
+def test_a_table_of_two_hosts_that_do_not_reach_each_other_trains_by_home(
+    monkeypatch: pytest.MonkeyPatch, seen: Seen
+) -> None:
+    monkeypatch.setattr(peers.Peers, "meet", lambda self: False)
+    apart, one = both(words, PLACES["2+2"])
+    assert apart == pytest.approx(one, rel=1e-12, abs=1e-12)
+    assert (seen.as_one, seen.left) == (0, 0)
+
+
+def test_of_two_optimizers_each_goes_its_own_way(seen: Seen) -> None:
+    """Of two hosts: rows to all, dense gradients as before."""
+
+    def body(run: Any) -> list[float]:
+        table = drawn(nn.Embedding(20, 3, sparse=True, dtype=torch.float64))
+        net = drawn(nn.Linear(3, 2, dtype=torch.float64))
+        table, net, first, second = run.wrap(
+            table, net, optim.SGD(table.parameters(), lr=0.1), optim.Adam(net.parameters(), lr=0.1)
+        )
+        for step in range(6):
+            first.zero_grad()
+            second.zero_grad()
+            net(table(torch.arange(step, step + 4) * (run.rank + 1) % 20)).pow(2).sum().backward()
+            first.step()
+            second.step()
+        return [*table.weight.flatten().tolist(), *net.weight.flatten().tolist()]
+
+    apart, one = both(body, PLACES["2+2"])
+    assert apart == pytest.approx(one, rel=1e-12, abs=1e-12)
+    assert (seen.as_one, seen.folds, seen.left) == (12, 6, 0)
+
+
+def test_each_sample_counts_once(seen: Seen) -> None:
+    def body(run: Any) -> list[float]:
+        counts = nn.Embedding(SAMPLES, 1, sparse=True, dtype=torch.float64, _weight=torch.zeros(SAMPLES, 1).double())
+        loader = DataLoader(TensorDataset(torch.arange(SAMPLES)), batch_size=4)
+        counts, optimizer, loader = run.wrap(counts, optim.SGD(counts.parameters(), lr=1.0), loader)
+        for _ in range(EPOCHS):
+            for (numbers,) in loader:
+                optimizer.zero_grad()
+                (-counts(numbers)).sum().backward()
+                optimizer.step()
+        run.barrier()
+        return list(counts.weight.flatten().tolist())
+
+    there = run_job(body, workers=3, elsewhere=True, hosts=PLACES["3"])
+    assert there[0] == pytest.approx([EPOCHS / 3] * SAMPLES)  # a round's gradient is the mean of three
+    assert seen.as_one
+
+
+def _rows(numbers: list[int], *, unique: bool) -> Rows:
+    values = torch.arange(3.0 * len(numbers), dtype=torch.float64).view(-1, 3) + 1
+    return Rows(torch.tensor(numbers, dtype=torch.int64), values, unique)
+
+
+def _table_of_eight() -> Table:
+    weight = torch.zeros(8, 3, dtype=torch.float64)
+    return tabulate([("table", 0, weight)], {id(weight)})
+
+
+def _table(rank: int) -> tuple[TableParts, Apart]:
+    table = _table_of_eight()
+    folds = Apart.of(table)
+    return TableParts(0, table.entries[0], rank, (0, 1, 2), folds), folds
+
+
+def _give(parts: TableParts, sender: int, rows: Rows) -> None:
+    """As it comes over a link."""
+    count = len(rows.indices) * (1 if rows.unique else -1)
+    if not count:
+        parts.count(sender, 0)
+        return
+    numbers = parts.numbers(rows)
+    place = parts.place_numbers(sender, count, len(numbers))
+    assert place is not None
+    place[:] = numbers
+    parts.count(sender, count)
+    values = memoryview(rows.values.numpy()).cast("B")
+    place = parts.place_values(sender, len(values))
+    assert place is not None
+    place[:] = values
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        [_rows([1, 3], unique=True), _rows([], unique=True), _rows([0, 1, 7], unique=True)],
+        [_rows([3, 1, 3], unique=False), _rows([2], unique=False), _rows([5, 5], unique=False)],
+        [_rows([3, 1, 3], unique=False), _rows([2, 4], unique=True), _rows([7], unique=False)],
+        [_rows([3, 1, 3, 3, 1], unique=False), _rows([2, 2, 2], unique=False), _rows([7, 6], unique=False)],
+    ],
+    ids=["unique", "raw", "mixed", "raw, more than the table has"],
+)
+def test_a_fold_is_the_weighted_sum_of_all_rows(given: list[Rows]) -> None:
+    shares = [0.5, 0.2, 0.3]
+    expected = torch.zeros(8, 3, dtype=torch.float64)
+    for rows, share in zip(given, shares, strict=True):
+        expected.index_add_(0, rows.indices, rows.values * share)
+    for rank in range(3):
+        parts, folds = _table(rank)
+        for sender in {0, 1, 2} - {rank}:
+            _give(parts, sender, given[sender])
+        parts.fold(given[rank], shares)
+        other = Apart.of(_table_of_eight())
+        parts.lay_fold(other)
+        count = abs(int(other.rows[0][0]))
+        found = torch.zeros(8, 3, dtype=torch.float64)
+        (values,) = other.gradient.values()
+        found.index_add_(0, other.rows[0][1 : count + 1], values[: 3 * count].view(-1, 3))
+        torch.testing.assert_close(found, expected)
+        assert torch.equal(other.rows[0], folds.rows[0])
+
+
+@pytest.mark.parametrize(("count", "size"), [(9, 36), (-9, 36), (2, 12), (2, 4), (2**62, 8)])
+def test_more_numbers_than_there_are_rows_have_no_place(count: int, size: int) -> None:
+    parts, _ = _table(0)
+    assert parts.place_numbers(1, count, size) is None
+    assert parts.place_numbers(5, 1, 4) is None
+
+
+def test_values_have_a_place_for_the_rows_that_were_told() -> None:
+    parts, _ = _table(0)
+    parts.count(1, -2)
+    assert parts.place_values(1, 2 * 3 * 8) is not None
+    assert parts.place_values(1, 3 * 3 * 8) is None
+    assert parts.place_values(2, 3 * 8) is None
