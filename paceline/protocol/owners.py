@@ -1,7 +1,7 @@
 """Owners of folds: every host folds its share of all gradients, and what is folded goes to all (docs/decisions/0022).
 
     each worker's part of a cell --Part--> the owner of that share --Fold, when all parts are there--> all others
-    each worker's rows of a table --Rows, Part--> all others, and each folds them
+    each worker's rows of a table --Rows--> all others, and each folds them
 
 The dense parameters are cut into *cells*, and each cell into a share for every owner; a table is one cell, and its rows
 go to all. Parts leave during backward, and folds as soon as all parts of a share are there: with the weights that the
@@ -29,7 +29,7 @@ class Said(msgspec.Struct, frozen=True, tag_field="t", array_like=True):
 
 
 class Part(Said, frozen=True, tag=1):
-    """...the payload is my gradient, of your share of this cell; of a table, the values of my rows."""
+    """...the payload is my gradient, of your share of this cell."""
 
     cell: int
 
@@ -53,8 +53,8 @@ class Off(Said, frozen=True, tag=5):
 
 
 class Rows(Said, frozen=True, tag=6):
-    """...the payload is the numbers of the rows of my gradient, of the table that is this cell: so many, negative where
-    they are not unique."""
+    """...the payload is the rows of my gradient, of the table that is this cell: so many, negative where they are not
+    unique; their numbers and then their values."""
 
     cell: int
     count: int

@@ -83,6 +83,7 @@ class Owners:
         self.is_on = False  # is the next round to be folded?
         self.has_missed = False  # a round that home has stepped
         self._sent: dict[int, int] = {}  # of which round a fold was sent last, by cell
+        self._rows_told = 0  # in which round
         self._thread = threading.Thread(target=self._fold_forever, name="paceline-owner", daemon=True)
         peers.add(index, self)
 
@@ -130,15 +131,15 @@ class Owners:
 
     def _tell_rows(self) -> None:
         number = self.number
+        if self._tables and self._rows_told == number:
+            self._peers.flush()  # they are written over
+        self._rows_told = number
         for cell, table in self._tables.items():
-            own = self._own_rows(table.param)
-            count = len(own.indices)
-            numbers, values = (table.numbers(own), as_bytes(own.values)) if count else (None, None)
+            count, payload = table.give(self._own_rows(table.param))
+            said = owners.Rows(self._index, number, cell, count)
             for other in self._peers.others:
-                said = owners.Rows(self._index, number, cell, count if own.unique else -count)
-                self._peers.send(other, said, numbers)
-                self._peers.send(other, owners.Part(self._index, number, cell), values)
-            self.heard(self._rank, owners.Part(self._index, number, cell))
+                self._peers.send(other, said, payload)
+            self.heard(self._rank, said)
 
     def finish(self, number: int, weights: Sequence[float]) -> bool:
         """With these weights the round counts. True when the folds of all are here, False if they will not be."""
@@ -185,9 +186,7 @@ class Owners:
         room = None
         if isinstance(message, owners.Rows):
             table = self._tables.get(message.cell)
-            return None if table is None else table.place_numbers(sender, message.count, size_bytes)
-        if isinstance(message, owners.Part) and message.cell in self._tables:
-            return self._tables[message.cell].place_values(sender, size_bytes)
+            return None if table is None else table.place(sender, message.count, size_bytes)
         if isinstance(message, owners.Part | owners.Fold):
             room = self._places.get((sender, isinstance(message, owners.Fold), message.cell))
         return room if room is not None and len(room) == size_bytes else None
@@ -195,13 +194,13 @@ class Owners:
     def heard(self, sender: int, message: Any) -> None:
         if isinstance(message, owners.Fold):
             return  # of which Folded tells
-        if isinstance(message, owners.Rows):  # of which Part tells
-            if message.cell in self._tables:
-                self._tables[message.cell].count(sender, message.count)
-            return
         gathering = self._gathering
         with self._changed:
             match message:
+                case owners.Rows(number=number, cell=cell, count=count) if cell in self._tables:
+                    if sender != self._rank:
+                        self._tables[cell].take(sender, count)
+                    gathering.part(sender, number, cell)
                 case owners.Part(number=number, cell=cell):
                     gathering.part(sender, number, cell)
                 case owners.Given(number=number):
@@ -210,7 +209,7 @@ class Owners:
                     gathering.folded(sender, number)
                 case owners.Off(number=number):
                     gathering.off(number)
-            if gathering.has_next or not isinstance(message, owners.Part):
+            if gathering.has_next or not isinstance(message, owners.Part | owners.Rows):
                 self._changed.notify_all()
 
     # --- folding ---
@@ -238,8 +237,7 @@ class Owners:
 
     def _fold(self, number: int, cell: int, shares: Sequence[float]) -> None:
         if cell in self._tables:
-            table = self._tables[cell]
-            table.fold(self._own_rows(table.param), shares)
+            self._tables[cell].fold(shares)
             return
         vector = self._cells[cell].vector
         start, stop = self._share(cell, self._rank)

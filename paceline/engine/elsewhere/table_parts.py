@@ -1,7 +1,7 @@
 """Sparse rows of one embedding table between owners (owners.py): each sends its own to all, and each folds them all.
 
 Few rows of one host's batches are in another's too, so that their fold is nearly as long as its parts together: in
-shares most rows would travel twice.
+shares most rows would travel twice. Where a batch has many rows more than once, they are summed before they are sent.
 """
 
 from __future__ import annotations
@@ -16,46 +16,53 @@ from paceline.params.fold import WIDE, Pushed
 from paceline.params.rows import Rows
 from paceline.params.table import Entry, vector_dtype
 
+_LOOK_ROUNDS = 64  # so often it is found out again how many rows come more than once
+_WORTH = 7 / 8  # summing costs about as much as sending an eighth of the rows over 1 Gbit/s
+
 
 class TableParts:
     """Of table number ``param``; it is folded into ``folds``. ``members``, in rank order, one of whom is ``rank``."""
 
     def __init__(self, param: int, entry: Entry, rank: int, members: Sequence[int], folds: Pushed) -> None:
         self.param, self._entry, self._folds = param, entry, folds
-        self._rank, self._members, self._row = rank, tuple(members), entry.row
-        self._dtype = vector_dtype(entry.vector)
+        self._rank, self._members = rank, tuple(members)
         self._area, values = folds.rows[param], folds.gradient[entry.vector]
         self._values = values[entry.offset : entry.offset + entry.size].view(-1, entry.row)
+        self._kind = torch.int32 if entry.rows < 2**31 else torch.int64  # of numbers, as they are sent
+        self._given = {member: self._part_of(member, 0) for member in self._members}
         # Pages of them that no row has come to take no memory.
-        others = [member for member in members if member != rank]
-        self._numbers_kind = torch.int32 if entry.rows < 2**31 else torch.int64
-        self._numbers = {other: torch.zeros(entry.rows, dtype=self._numbers_kind) for other in others}
-        self._given = {other: torch.zeros_like(self._values) for other in others}
-        self._counts = dict.fromkeys(others, 0)
+        most_bytes = self._begins(entry.rows) + self._values.nbytes
+        self._rooms = {member: torch.zeros(most_bytes, dtype=torch.uint8) for member in self._members}
+        self._rounds, self._sums = 0, False
 
-    def numbers(self, own: Rows) -> memoryview:
-        """As they are sent: half as long, where a table has fewer than 2^31 rows."""
-        return as_bytes(own.indices.to(self._numbers_kind))
+    def give(self, own: Rows) -> tuple[int, memoryview | None]:
+        """This member's rows: how many, negative where they are not unique, and their numbers and values as they are
+        sent. What was given before must have been sent."""
+        if not own.unique and len(own.indices) and (self._sums or self._rounds % _LOOK_ROUNDS == 0):
+            summed = rows.summed(own.indices, own.values)
+            self._sums = len(summed.indices) <= _WORTH * len(own.indices)
+            own = summed if self._sums else own
+        self._rounds += 1
+        count = len(own.indices) if own.unique else -len(own.indices)
+        part = self._given[self._rank] = self._part_of(self._rank, count)
+        part.indices.copy_(own.indices)
+        part.values.copy_(own.values)
+        return count, as_bytes(self._rooms[self._rank][: self._size_bytes(count)]) if count else None
 
-    def count(self, sender: int, count: int) -> None:
-        """So many rows of this member have numbers now; negative where they are not unique."""
-        self._counts[sender] = count
-
-    def place_numbers(self, sender: int, count: int, size_bytes: int) -> memoryview | None:
-        """Where they belong; None for what cannot be."""
-        room = self._numbers.get(sender)
-        if room is None or abs(count) > len(room) or abs(count) * room.itemsize != size_bytes:
+    def place(self, sender: int, count: int, size_bytes: int) -> memoryview | None:
+        """Where so many rows of another member belong; None for what cannot be."""
+        if sender not in self._rooms or abs(count) > self._entry.rows or self._size_bytes(count) != size_bytes:
             return None
-        return as_bytes(room[: abs(count)])
+        return as_bytes(self._rooms[sender][:size_bytes])
 
-    def place_values(self, sender: int, size_bytes: int) -> memoryview | None:
-        """Likewise of the values of the rows whose numbers have come."""
-        count = abs(self._counts.get(sender, 0))
-        return as_bytes(self._given[sender][:count]) if count * self._row * self._dtype.itemsize == size_bytes else None
+    def take(self, sender: int, count: int) -> None:
+        """They are there."""
+        self._given[sender] = self._part_of(sender, count)
 
-    def fold(self, own: Rows, shares: Sequence[float]) -> None:
+    def fold(self, shares: Sequence[float]) -> None:
         """What all have given, by shares in the order of members, is the fold."""
-        sources = [own if member == self._rank else self._rows_of(member) for member in self._members]
+        given = [self._given[member] for member in self._members]
+        sources = [part._replace(indices=part.indices.to(torch.int64)) for part in given]
         total, place = sum(len(source.indices) for source in sources), 0
         if any(source.unique for source in sources) or total > self._entry.rows:
             lay_rows(folded_of(sources, shares, self._entry), self._folds, self.param, self._entry)
@@ -71,10 +78,20 @@ class TableParts:
         """Copy it there."""
         lay_rows(rows_of(self._folds, self.param, self._entry), slot, self.param, self._entry)
 
-    def _rows_of(self, member: int) -> Rows:
-        count = self._counts[member]
-        numbers = self._numbers[member][: abs(count)].to(torch.int64)
-        return Rows(numbers, self._given[member][: abs(count)], count >= 0)
+    def _part_of(self, member: int, count: int) -> Rows:
+        """So many rows in this member's room: numbers, then values (aliases)."""
+        if not count:
+            return Rows(torch.zeros(0, dtype=self._kind), self._values[:0])
+        room, begins = self._rooms[member], self._begins(count)
+        values = room[begins : self._size_bytes(count)].view(self._values.dtype).view(-1, self._entry.row)
+        return Rows(room[: abs(count) * self._kind.itemsize].view(self._kind), values, count > 0)
+
+    def _begins(self, count: int) -> int:
+        """At which byte values begin, behind so many numbers."""
+        return -(-abs(count) * self._kind.itemsize // 16) * 16
+
+    def _size_bytes(self, count: int) -> int:
+        return self._begins(count) + abs(count) * self._entry.row * self._values.itemsize
 
 
 def rows_of(pushed: Pushed, param: int, entry: Entry) -> Rows:

@@ -122,7 +122,7 @@ def test_clipped_rows_go_home(places: tuple[str, ...], seen: Seen) -> None:
     assert (seen.as_one, seen.norms, seen.left) == (2, 2, 0)
 
 
-@pytest.mark.parametrize("kind", ["Rows", "Part"])
+@pytest.mark.parametrize("kind", ["Rows", "Given"])
 def test_a_link_that_ends_as_rows_are_sent_makes_it_a_star(
     kind: str, monkeypatch: pytest.MonkeyPatch, seen: Seen
 ) -> None:
@@ -208,21 +208,14 @@ def _table(rank: int) -> tuple[TableParts, Apart]:
     return TableParts(0, table.entries[0], rank, (0, 1, 2), folds), folds
 
 
-def _give(parts: TableParts, sender: int, rows: Rows) -> None:
+def _give(giver: TableParts, taker: TableParts, sender: int, rows: Rows) -> None:
     """As it comes over a link."""
-    count = len(rows.indices) * (1 if rows.unique else -1)
-    if not count:
-        parts.count(sender, 0)
-        return
-    numbers = parts.numbers(rows)
-    place = parts.place_numbers(sender, count, len(numbers))
-    assert place is not None
-    place[:] = numbers
-    parts.count(sender, count)
-    values = memoryview(rows.values.numpy()).cast("B")
-    place = parts.place_values(sender, len(values))
-    assert place is not None
-    place[:] = values
+    count, payload = giver.give(rows)
+    if payload is not None:
+        place = taker.place(sender, count, len(payload))
+        assert place is not None
+        place[:] = payload
+    taker.take(sender, count)
 
 
 @pytest.mark.parametrize(
@@ -243,8 +236,9 @@ def test_a_fold_is_the_weighted_sum_of_all_rows(given: list[Rows]) -> None:
     for rank in range(3):
         parts, folds = _table(rank)
         for sender in {0, 1, 2} - {rank}:
-            _give(parts, sender, given[sender])
-        parts.fold(given[rank], shares)
+            _give(_table(sender)[0], parts, sender, given[sender])
+        parts.give(given[rank])
+        parts.fold(shares)
         other = Apart.of(_table_of_eight())
         parts.lay_fold(other)
         count = abs(int(other.rows[0][0]))
@@ -255,16 +249,20 @@ def test_a_fold_is_the_weighted_sum_of_all_rows(given: list[Rows]) -> None:
         assert torch.equal(other.rows[0], folds.rows[0])
 
 
-@pytest.mark.parametrize(("count", "size"), [(9, 36), (-9, 36), (2, 12), (2, 4), (2**62, 8)])
-def test_more_numbers_than_there_are_rows_have_no_place(count: int, size: int) -> None:
+@pytest.mark.parametrize(("count", "size"), [(9, 48 + 9 * 24), (-9, 48 + 9 * 24), (2, 12), (2, 63), (2**62, 8)])
+def test_what_cannot_be_rows_of_the_table_has_no_place(count: int, size: int) -> None:
     parts, _ = _table(0)
-    assert parts.place_numbers(1, count, size) is None
-    assert parts.place_numbers(5, 1, 4) is None
+    assert parts.place(1, 2, 16 + 2 * 24) is not None
+    assert parts.place(1, count, size) is None
+    assert parts.place(5, 2, 16 + 2 * 24) is None
 
 
-def test_values_have_a_place_for_the_rows_that_were_told() -> None:
+def test_rows_that_come_often_are_summed_before_they_are_sent() -> None:
     parts, _ = _table(0)
-    parts.count(1, -2)
-    assert parts.place_values(1, 2 * 3 * 8) is not None
-    assert parts.place_values(1, 3 * 3 * 8) is None
-    assert parts.place_values(2, 3 * 8) is None
+    often, seldom = _rows([1, 5, 1, 1], unique=False), _rows([1, 5, 2], unique=False)
+    assert [parts.give(often)[0], parts.give(often)[0]] == [2, 2]
+    # It is seen from what they are that they do not come often any more, and only now and then that they do.
+    assert [parts.give(seldom)[0], parts.give(often)[0]] == [-3, -4]
+    counts = [parts.give(often)[0] for _ in range(100)]
+    assert counts == sorted(counts)
+    assert set(counts) == {-4, 2}
