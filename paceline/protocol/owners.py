@@ -53,11 +53,13 @@ class Off(Said, frozen=True, tag=5):
 
 
 class Rows(Said, frozen=True, tag=6):
-    """...the payload is the rows of my gradient, of the table that is this cell: so many, negative where they are not
-    unique; their numbers and then their values."""
+    """...the payload is of the rows of my gradient, of the table that is this cell, from this byte on: so many rows,
+    negative where they are not unique; their numbers and then their values. ``ends``: it is the last of them."""
 
     cell: int
     count: int
+    start: int
+    ends: bool
 
 
 Any_ = Part | Fold | Given | Folded | Off | Rows

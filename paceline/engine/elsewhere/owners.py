@@ -27,6 +27,7 @@ from paceline.params.table import Table, vector_dtype
 from paceline.protocol import owners
 
 SHARE_BYTES = 2**19  # of one owner in one cell, at most
+PIECE_BYTES = 2**21  # of rows
 _LOOK_S = 0.5
 FOLDS = 0  # in whose slot the folds of all lie, where they are stepped with
 
@@ -136,9 +137,12 @@ class Owners:
         self._rows_told = number
         for cell, table in self._tables.items():
             count, payload = table.give(self._own_rows(table.param))
-            said = owners.Rows(self._index, number, cell, count)
-            for other in self._peers.others:
-                self._peers.send(other, said, payload)
+            size = len(payload)
+            for start in range(0, max(size, 1), PIECE_BYTES):
+                stop = min(start + PIECE_BYTES, size)
+                said = owners.Rows(self._index, number, cell, count, start, stop == size)
+                for other in self._peers.others:
+                    self._peers.send(other, said, payload[start:stop])
             self.heard(self._rank, said)
 
     def finish(self, number: int, weights: Sequence[float]) -> bool:
@@ -186,7 +190,7 @@ class Owners:
         room = None
         if isinstance(message, owners.Rows):
             table = self._tables.get(message.cell)
-            return None if table is None else table.place(sender, message.count, size_bytes)
+            return None if table is None else table.place(sender, message.count, message.start, size_bytes)
         if isinstance(message, owners.Part | owners.Fold):
             room = self._places.get((sender, isinstance(message, owners.Fold), message.cell))
         return room if room is not None and len(room) == size_bytes else None
@@ -197,7 +201,7 @@ class Owners:
         gathering = self._gathering
         with self._changed:
             match message:
-                case owners.Rows(number=number, cell=cell, count=count) if cell in self._tables:
+                case owners.Rows(number=number, cell=cell, count=count, ends=True) if cell in self._tables:
                     if sender != self._rank:
                         self._tables[cell].take(sender, count)
                     gathering.part(sender, number, cell)

@@ -35,7 +35,7 @@ class TableParts:
         self._rooms = {member: torch.zeros(most_bytes, dtype=torch.uint8) for member in self._members}
         self._rounds, self._sums = 0, False
 
-    def give(self, own: Rows) -> tuple[int, memoryview | None]:
+    def give(self, own: Rows) -> tuple[int, memoryview]:
         """This member's rows: how many, negative where they are not unique, and their numbers and values as they are
         sent. What was given before must have been sent."""
         if not own.unique and len(own.indices) and (self._sums or self._rounds % _LOOK_ROUNDS == 0):
@@ -47,13 +47,15 @@ class TableParts:
         part = self._given[self._rank] = self._part_of(self._rank, count)
         part.indices.copy_(own.indices)
         part.values.copy_(own.values)
-        return count, as_bytes(self._rooms[self._rank][: self._size_bytes(count)]) if count else None
+        return count, as_bytes(self._rooms[self._rank][: self._size_bytes(count)])
 
-    def place(self, sender: int, count: int, size_bytes: int) -> memoryview | None:
-        """Where so many rows of another member belong; None for what cannot be."""
-        if sender not in self._rooms or abs(count) > self._entry.rows or self._size_bytes(count) != size_bytes:
+    def place(self, sender: int, count: int, start: int, size_bytes: int) -> memoryview | None:
+        """Where these bytes belong of so many rows of another member; None for what cannot be."""
+        if sender not in self._rooms or abs(count) > self._entry.rows:
             return None
-        return as_bytes(self._rooms[sender][:size_bytes])
+        if not 0 <= start < start + size_bytes <= self._size_bytes(count):
+            return None
+        return as_bytes(self._rooms[sender][start : start + size_bytes])
 
     def take(self, sender: int, count: int) -> None:
         """They are there."""

@@ -11,7 +11,7 @@ import torch
 from torch import nn, optim
 from torch.utils.data import DataLoader, TensorDataset
 
-from paceline.engine.elsewhere import peers
+from paceline.engine.elsewhere import owners, peers
 from paceline.engine.elsewhere.table_parts import TableParts
 from paceline.engine.exchange.replica import Apart
 from paceline.params.rows import Rows
@@ -211,10 +211,11 @@ def _table(rank: int) -> tuple[TableParts, Apart]:
 def _give(giver: TableParts, taker: TableParts, sender: int, rows: Rows) -> None:
     """As it comes over a link."""
     count, payload = giver.give(rows)
-    if payload is not None:
-        place = taker.place(sender, count, len(payload))
+    for start in range(0, len(payload), 5):
+        piece = payload[start : start + 5]
+        place = taker.place(sender, count, start, len(piece))
         assert place is not None
-        place[:] = payload
+        place[:] = piece
     taker.take(sender, count)
 
 
@@ -249,12 +250,23 @@ def test_a_fold_is_the_weighted_sum_of_all_rows(given: list[Rows]) -> None:
         assert torch.equal(other.rows[0], folds.rows[0])
 
 
-@pytest.mark.parametrize(("count", "size"), [(9, 48 + 9 * 24), (-9, 48 + 9 * 24), (2, 12), (2, 63), (2**62, 8)])
-def test_what_cannot_be_rows_of_the_table_has_no_place(count: int, size: int) -> None:
+@pytest.mark.parametrize(
+    ("count", "start", "size"), [(9, 0, 8), (-9, 0, 8), (2, 0, 65), (2, 60, 5), (2, -8, 8), (2, 64, 0), (2**62, 0, 8)]
+)
+def test_what_cannot_be_rows_of_the_table_has_no_place(count: int, start: int, size: int) -> None:
     parts, _ = _table(0)
-    assert parts.place(1, 2, 16 + 2 * 24) is not None
-    assert parts.place(1, count, size) is None
-    assert parts.place(5, 2, 16 + 2 * 24) is None
+    assert parts.place(1, 2, 0, 16 + 2 * 24) is not None
+    assert parts.place(1, 2, 60, 4) is not None
+    assert parts.place(1, count, start, size) is None
+    assert parts.place(5, 2, 0, 8) is None
+
+
+@pytest.mark.parametrize("places", [PLACES["2+2"], PLACES["3"]], ids=["2+2", "3"])
+def test_many_rows_come_in_pieces(places: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, seen: Seen) -> None:
+    monkeypatch.setattr(owners, "PIECE_BYTES", 100)
+    apart, one = both(words, places)
+    assert apart == pytest.approx(one, rel=1e-12, abs=1e-12)
+    assert seen.as_one
 
 
 def test_rows_that_come_often_are_summed_before_they_are_sent() -> None:
