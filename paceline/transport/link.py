@@ -142,9 +142,9 @@ class Link:
         view = None if payload is None else memoryview(payload).cast("B")
         frame = _Frame(_encoder.encode(message), view if view else None)
         size = len(frame.body) + (len(view) if view else 0)
-        wire.encode(wire.MESSAGE, 0, 1, 0, frame.body, len(view or b""))  # within the limits?
+        wire.check_sizes(len(frame.body), size - len(frame.body))
         with self._changed:
-            if not self._changed.wait_for(
+            if not self._outgoing.has_room(size) and not self._changed.wait_for(
                 lambda: self._ended is not None or self._closing or self._outgoing.has_room(size), timeout_s
             ):
                 raise TimeoutError(f"{self.peer} does not take what is sent to it")

@@ -41,6 +41,14 @@ class Header(NamedTuple):
     sum: int
 
 
+def check_sizes(body_bytes: int, payload_bytes: int) -> None:
+    """Raises FrameError where a limit is passed."""
+    if body_bytes > MAX_BODY:
+        raise FrameError(f"a message of {body_bytes} bytes is over the limit of {MAX_BODY}")
+    if payload_bytes > MAX_PAYLOAD:
+        raise FrameError(f"a payload of {payload_bytes} bytes is over the limit of {MAX_PAYLOAD}; send it in pieces")
+
+
 def encode(
     kind: int,
     flags: int,
@@ -51,10 +59,7 @@ def encode(
     payload_sum: int = 0,
 ) -> bytes:
     """Header and body. Raises FrameError where a limit is passed."""
-    if len(body) > MAX_BODY:
-        raise FrameError(f"a message of {len(body)} bytes is over the limit of {MAX_BODY}")
-    if payload_bytes > MAX_PAYLOAD:
-        raise FrameError(f"a payload of {payload_bytes} bytes is over the limit of {MAX_PAYLOAD}; send it in pieces")
+    check_sizes(len(body), payload_bytes)
     head = _HEADER.pack(
         MAGIC,
         kind,

@@ -85,12 +85,13 @@ class Owners:
         self.has_missed = False  # a round that home has stepped
         self._sent: dict[int, int] = {}  # of which round a fold was sent last, by cell
         self._rows_told = 0  # in which round
+        self._bytes: dict[tuple[bool, int, int], memoryview] = {}  # shares of cells, of its own gradients or of folds
         self._thread = threading.Thread(target=self._fold_forever, name="paceline-owner", daemon=True)
         peers.add(index, self)
 
     def use(self, own: Vectors, own_rows: Callable[[int], Rows]) -> None:
         """The gradients are written there, this worker's or the fold of its host's; ``own_rows(param)``, of a table."""
-        self._own, self._own_rows = own, own_rows
+        self._own, self._own_rows, self._bytes = own, own_rows, {}
         self._thread.start()
 
     def stop(self) -> None:
@@ -119,10 +120,10 @@ class Owners:
         number = self.number
         for place in places:
             for cell in self._cells_of[place]:
-                vector = self._own[self._cells[cell].vector]
+                said = owners.Part(self._index, number, cell)
                 for other in self._peers.others:
-                    self._send(other, owners.Part(self._index, number, cell), vector, self._share(cell, other))
-                self.heard(self._rank, owners.Part(self._index, number, cell))
+                    self._send(other, said, self._bytes_of(self._own, cell, other))
+                self.heard(self._rank, said)
 
     def give(self, places: Iterable[int]) -> None:
         """All of them are as they are to be; those of these buckets have not been told so, nor have rows."""
@@ -253,8 +254,9 @@ class Owners:
             self._peers.flush()  # it is written over
         self._sent[cell] = number
         fold_into(self._folds[vector][start:stop], gradients, shares)
+        said, fold = owners.Fold(self._index, number, cell), self._bytes_of(self._folds, cell, self._rank)
         for other in self._peers.others:
-            self._send(other, owners.Fold(self._index, number, cell), self._folds[vector], (start, stop))
+            self._send(other, said, fold)
 
     # --- sending ---
 
@@ -262,10 +264,17 @@ class Owners:
         where = self._cells[cell]
         return owners.share(where.start, where.stop, self.members.index(owner), len(self.members))
 
-    def _send(self, other: int, message: owners.Said, vector: torch.Tensor, part: tuple[int, int]) -> None:
-        start, stop = part
-        if stop > start:
-            self._peers.send(other, message, as_bytes(vector[start:stop]))
+    def _bytes_of(self, vectors: Vectors, cell: int, owner: int) -> memoryview:
+        """This owner's share of a cell of them."""
+        key = (vectors is self._own, cell, owner)
+        if key not in self._bytes:
+            start, stop = self._share(cell, owner)
+            self._bytes[key] = as_bytes(vectors[self._cells[cell].vector][start:stop])
+        return self._bytes[key]
+
+    def _send(self, other: int, message: owners.Said, part: memoryview) -> None:
+        if part:
+            self._peers.send(other, message, part)
 
     def _tell_all(self, message: owners.Given | owners.Folded | owners.Off) -> None:
         for other in self._peers.others:
