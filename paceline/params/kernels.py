@@ -89,7 +89,8 @@ def step_rows(optimizer: optim.Optimizer, given: Rows) -> bool:
         return False
     (group,) = optimizer.param_groups
     (table,) = group["params"]
-    if table not in optimizer.state or table.dtype not in _DTYPES_OF_ROWS or group.get("fused"):
+    does_more = group.get("fused") or group.get("weight_decay")  # which torch's own refuse
+    if table not in optimizer.state or table.dtype not in _DTYPES_OF_ROWS or does_more:
         return False
     step(table, optimizer.state[table], group, given.indices, -given.values if group["maximize"] else given.values)
     return True

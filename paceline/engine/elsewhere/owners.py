@@ -10,6 +10,7 @@ hold, but then nobody uses what may still come of it.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ _LOOK_S = 0.5
 FOLDS = 0  # in whose slot the folds of all lie, where they are stepped with
 
 Vectors = Mapping[str, torch.Tensor]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -220,11 +223,18 @@ class Owners:
     # --- folding ---
 
     def _fold_forever(self) -> None:
-        while (work := self._next()) is not None:
-            number, shares, cell, ticket = work
-            self._fold(number, cell, shares)
+        try:
+            while (work := self._next()) is not None:
+                number, shares, cell, ticket = work
+                self._fold(number, cell, shares)
+                with self._changed:
+                    self._gathering.fold(number, cell, ticket, shares)
+        except Exception:  # the outermost line of a thread; without it no fold will be whole
+            logger.exception("folding a share of what all hosts bring")
+            self.has_missed = True
             with self._changed:
-                self._gathering.fold(number, cell, ticket, shares)
+                self._over = True
+                self._changed.notify_all()
 
     def _next(self) -> tuple[int, Sequence[float], int, int] | None:
         """The next to fold, with the round, the shares and the ticket; None at the end."""

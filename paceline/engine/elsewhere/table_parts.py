@@ -58,8 +58,15 @@ class TableParts:
         return as_bytes(self._rooms[sender][start : start + size_bytes])
 
     def take(self, sender: int, count: int) -> None:
-        """They are there."""
-        self._given[sender] = self._part_of(sender, count)
+        """They are there. Raises ValueError for rows that the table has not: who steps them may not look."""
+        if abs(count) > self._entry.rows:
+            raise ValueError(f"{abs(count)} rows have come of a table of {self._entry.rows}")
+        part = self._part_of(sender, count)
+        if count:
+            low, high = (int(bound) for bound in torch.aminmax(part.indices))
+            if low < 0 or high >= self._entry.rows:
+                raise ValueError(f"row {low if low < 0 else high} has come of a table of {self._entry.rows}")
+        self._given[sender] = part
 
     def fold(self, shares: Sequence[float]) -> None:
         """What all have given, by shares in the order of members, is the fold."""

@@ -3,7 +3,7 @@ host folds them, and the parameters are the same bits on all. The oracle is the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -143,6 +143,44 @@ def test_a_link_that_ends_as_rows_are_sent_makes_it_a_star(
     assert seen.left == 3
 
 
+@pytest.mark.parametrize("number", [-1, 40])
+def test_rows_that_the_table_has_not_are_not_stepped(number: int, monkeypatch: pytest.MonkeyPatch, seen: Seen) -> None:
+    """Who sends them is not an owner any more; what it brings goes home, where it is looked at."""
+    give, given = TableParts.give, 0
+
+    def give_another(self: Any, own: Rows) -> tuple[int, memoryview]:
+        nonlocal given
+        count, payload = give(self, own)
+        if self._rank == 1:
+            given += bool(count)
+            if given == 3:
+                payload.cast("i")[0] = number
+        return count, payload
+
+    monkeypatch.setattr(TableParts, "give", give_another)
+    apart, one = both(words, PLACES["3"])
+    assert apart == pytest.approx(one, rel=1e-12, abs=1e-12)
+    assert seen.as_one
+    assert seen.left == 3
+
+
+def test_who_cannot_fold_any_more_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, seen: Seen) -> None:
+    fold, folds = TableParts.fold, 0
+
+    def fold_or_fail(self: Any, shares: Sequence[float]) -> None:
+        nonlocal folds
+        folds += self._rank == 1
+        if folds == 3 and self._rank == 1:
+            raise MemoryError
+        fold(self, shares)
+
+    monkeypatch.setattr(TableParts, "fold", fold_or_fail)
+    apart, one = both(words, PLACES["3"])
+    assert apart == pytest.approx(one, rel=1e-12, abs=1e-12)
+    assert seen.as_one
+    assert seen.left == 3
+
+
 def test_a_table_of_two_hosts_that_do_not_reach_each_other_trains_by_home(
     monkeypatch: pytest.MonkeyPatch, seen: Seen
 ) -> None:
@@ -259,6 +297,16 @@ def test_what_cannot_be_rows_of_the_table_has_no_place(count: int, start: int, s
     assert parts.place(1, 2, 60, 4) is not None
     assert parts.place(1, count, start, size) is None
     assert parts.place(5, 2, 0, 8) is None
+
+
+@pytest.mark.parametrize(("count", "numbers"), [(9, [0]), (-(2**62), [0]), (2, [0, 8]), (-2, [-1, 3])])
+def test_what_cannot_be_rows_of_the_table_is_not_taken(count: int, numbers: list[int]) -> None:
+    parts, _ = _table(0)
+    place = parts.place(1, len(numbers), 0, 4 * len(numbers))
+    assert place is not None
+    place.cast("i")[:] = memoryview(torch.tensor(numbers, dtype=torch.int32).numpy())
+    with pytest.raises(ValueError, match="of a table of 8"):
+        parts.take(1, count)
 
 
 @pytest.mark.parametrize("places", [PLACES["2+2"], PLACES["3"]], ids=["2+2", "3"])

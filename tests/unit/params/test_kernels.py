@@ -166,8 +166,9 @@ def test_rows_are_stepped_with_the_bits_of_torch(name: str, row: int, dtype: tor
         (lambda p: optim.Adagrad(p), True, torch.bfloat16),
         (lambda p: optim.SGD(p, lr=0.1), True, torch.float32),
         (lambda p: type("Own", (optim.Adagrad,), {})(p), True, torch.float32),
+        (lambda p: optim.Adagrad(p, weight_decay=0.1), True, torch.float32),
     ],
-    ids=["no state yet", "with duplicates", "of 16 bits", "another class", "a class of the user's"],
+    ids=["no state yet", "with duplicates", "of 16 bits", "another class", "a class of the user's", "weight decay"],
 )
 def test_rows_that_are_not_known_how_to_be_stepped_are_left_to_torch(
     optimizer: Callable[[Any], optim.Optimizer], unique: bool, dtype: torch.dtype
