@@ -6,6 +6,7 @@ exchange is mostly waking and waiting, up to 64 MB of parameters that every step
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import cycle
@@ -140,6 +141,13 @@ def _draw_bags(samples: int, generator: torch.Generator) -> Batch:
     return (ids, lengths.cumsum(0) - lengths), _classes(samples, 2, generator).float()
 
 
+def _draw_clicks(samples: int, generator: torch.Generator) -> Batch:
+    """As the other bags, but the k-th item comes with probability 1 / k, up to a factor (Zipf), as goods are bought."""
+    (ids, offsets), target = _draw_bags(samples, generator)
+    place = torch.exp(torch.rand(len(ids), generator=generator) * math.log(_ITEMS)).long() - 1
+    return (place * 7_654_321 % _ITEMS, offsets), target  # who comes often lies anywhere
+
+
 _VOCABULARY, _LENGTH, _WIDTH, _HEADS, _LAYERS = 256, 128, 256, 8, 4
 
 
@@ -202,6 +210,15 @@ JOBS = {
             256,
             lambda: _Recommender(sparse=True),
             _draw_bags,
+            F.binary_cross_entropy_with_logits,
+            _sgd,
+        ),
+        Job(
+            "clicks",
+            "the same, few items in most of the bags (Zipf)",
+            256,
+            lambda: _Recommender(sparse=True),
+            _draw_clicks,
             F.binary_cross_entropy_with_logits,
             _sgd,
         ),

@@ -121,7 +121,9 @@ class RemoteWorker:
         self, optimizer: optim.Optimizer, names: dict[int, str], with_rows: set[int], *, share: bool
     ) -> RemoteExchange:
         """As ``Worker.add_exchange``: a collective. Raises ConfigError."""
-        exchange = RemoteExchange(optimizer, names, with_rows, self.job, len(self._exchanges), share=share)
+        exchange = RemoteExchange(
+            optimizer, names, with_rows, self.job, len(self._exchanges), share=share, travels=self._is_from_afar
+        )
         kind = self._host.lay_out(exchange, self._kind)
         request = self._to_wrap(optimizer, exchange.spec, with_rows, kind)
         members, crew = self._host.members(exchange, kind)
@@ -156,10 +158,14 @@ class RemoteWorker:
             memory=kind,
         )
 
+    @property
+    def _is_from_afar(self) -> bool:
+        """Does what this worker brings go to another host?"""
+        return self._around.are_apart or self.job.servers_apart
+
     def _send_early(self, exchanges: Sequence[RemoteExchange]) -> None:
         """Gradients of ghost batches are nobody's business; those from here on are."""
-        from_afar = self._around.are_apart or self.job.servers_apart
-        if from_afar and not self._is_newcomer and isinstance(self.job.pace, Sync):
+        if self._is_from_afar and not self._is_newcomer and isinstance(self.job.pace, Sync):
             for exchange in exchanges:
                 self._gradients.send_early(exchange)
 

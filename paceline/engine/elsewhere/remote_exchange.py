@@ -43,9 +43,11 @@ class RemoteExchange:
         index: int,
         *,
         share: bool,
+        travels: bool,
     ) -> None:
         check_elsewhere(optimizer)
         self.optimizer, self.index, self._pace = optimizer, index, job.pace
+        self._travels = travels  # does what it brings go to another host?
         self._clip = job.clip if isinstance(job.pace, Sync) else None  # at other paces the deputy clips the push
         self._views = share and not isinstance(job.pace, Local)
         self.parameters: list[nn.Parameter] = [p for g in optimizer.param_groups for p in g["params"]]
@@ -153,7 +155,9 @@ class RemoteExchange:
 
     def _use(self, memory: ExchangeMemory, spec: Spec, rank: int) -> None:
         self._memory, self._factor = memory, None
-        self.replica = Replica(self.optimizer, spec, memory, rank, views=self._views, apart=self._apart)
+        self.replica = Replica(
+            self.optimizer, spec, memory, rank, views=self._views, apart=self._apart, travels=self._travels
+        )
         self.inner = make_inner(self.replica, self._pace)
         if self.owners is not None:
             self.fold = None if self._make_fold is None else self._make_fold(memory, self._apart)

@@ -1,7 +1,7 @@
 """Sparse rows of one embedding table between owners (owners.py): each sends its own to all, and each folds them all.
 
 Few rows of one host's batches are in another's too, so that their fold is nearly as long as its parts together: in
-shares most rows would travel twice. Where a batch has many rows more than once, they are summed before they are sent.
+shares most rows would travel twice.
 """
 
 from __future__ import annotations
@@ -15,9 +15,6 @@ from paceline.params import rows
 from paceline.params.fold import WIDE, Pushed
 from paceline.params.rows import Rows
 from paceline.params.table import Entry, vector_dtype
-
-_LOOK_ROUNDS = 64  # so often it is found out again how many rows come more than once
-_WORTH = 7 / 8  # summing costs about as much as sending an eighth of the rows over 1 Gbit/s
 
 
 class TableParts:
@@ -33,16 +30,10 @@ class TableParts:
         # Pages of them that no row has come to take no memory.
         most_bytes = self._begins(entry.rows) + self._values.nbytes
         self._rooms = {member: torch.zeros(most_bytes, dtype=torch.uint8) for member in self._members}
-        self._rounds, self._sums = 0, False
 
     def give(self, own: Rows) -> tuple[int, memoryview]:
         """This member's rows: how many, negative where they are not unique, and their numbers and values as they are
         sent. What was given before must have been sent."""
-        if not own.unique and len(own.indices) and (self._sums or self._rounds % _LOOK_ROUNDS == 0):
-            summed = rows.summed(own.indices, own.values)
-            self._sums = len(summed.indices) <= _WORTH * len(own.indices)
-            own = summed if self._sums else own
-        self._rounds += 1
         count = len(own.indices) if own.unique else -len(own.indices)
         part = self._given[self._rank] = self._part_of(self._rank, count)
         part.indices.copy_(own.indices)

@@ -46,7 +46,7 @@ class Apart:
 
 class Replica:
     """The parameters of ``optimizer`` on this worker. ``views``: may they be views of shared memory? ``apart``: where
-    gradients are written instead of the slot."""
+    gradients are written instead of the slot. ``travels``: does what is written go to another host?"""
 
     def __init__(
         self,
@@ -57,6 +57,7 @@ class Replica:
         *,
         views: bool,
         apart: Apart | None = None,
+        travels: bool = False,
     ) -> None:
         self._optimizer, self._memory = optimizer, memory
         self._names = [entry.name for entry in spec.table.entries]
@@ -72,6 +73,7 @@ class Replica:
         self._vectors = sorted({entry.vector for entry in entries if not entry.row})
         self._by_rows = {i: gradients[i].view(-1) for i, entry in enumerate(entries) if entry.row}
         self._raw = {i for i in self._by_rows if optimizers.adds_rows(optimizer, self.parameters[i].dtype)}
+        self._travels, self._repeats = travels, {i: rows.Repeats() for i in self._raw}
         self._shapes = [p.shape for p in self.parameters]
         self.shared = [view(entry, memory.params[entry.vector]) for entry in entries]
         home = memory.params | self.slot.copy
@@ -156,7 +158,9 @@ class Replica:
         gradients = self._given()
         with torch.no_grad():
             for param, values in self._by_rows.items():
-                rows.write(self.brought.rows[param], values, gradients[param], raw=param in self._raw)
+                gradient = gradients[param]
+                is_raw = param in self._raw and not (self._travels and self._repeats[param].are_many(gradient))
+                rows.write(self.brought.rows[param], values, gradient, raw=is_raw)
             given = {param: _dense(gradients[param]) for param in self._dense}
             others = {param: value for param, value in given.items() if not self._is_there(param, value)}
             self.written = set(others)

@@ -315,14 +315,3 @@ def test_many_rows_come_in_pieces(places: tuple[str, ...], monkeypatch: pytest.M
     apart, one = both(words, places)
     assert apart == pytest.approx(one, rel=1e-12, abs=1e-12)
     assert seen.as_one
-
-
-def test_rows_that_come_often_are_summed_before_they_are_sent() -> None:
-    parts, _ = _table(0)
-    often, seldom = _rows([1, 5, 1, 1], unique=False), _rows([1, 5, 2], unique=False)
-    assert [parts.give(often)[0], parts.give(often)[0]] == [2, 2]
-    # It is seen from what they are that they do not come often any more, and only now and then that they do.
-    assert [parts.give(seldom)[0], parts.give(often)[0]] == [-3, -4]
-    counts = [parts.give(often)[0] for _ in range(100)]
-    assert counts == sorted(counts)
-    assert set(counts) == {-4, 2}

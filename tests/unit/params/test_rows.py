@@ -137,3 +137,15 @@ def test_a_parameter_in_two_modules_is_a_table_if_one_of_them_is_sparse(kind: ty
     one, two = kind(4, 2, sparse=True), nn.Linear(2, 4)
     two.weight = one.weight
     assert rows.parameters_with_rows([nn.ModuleList([two, one])]) == {id(one.weight)}
+
+
+def test_rows_that_come_often_are_seen_now_and_then() -> None:
+    often, seldom = (
+        torch.sparse_coo_tensor([ids], torch.ones(len(ids), 3), (8, 3)) for ids in ([1, 5, 1, 1], [1, 5, 2])
+    )
+    repeats = rows.Repeats()
+    assert [repeats.are_many(gradient) for gradient in (often, often, seldom)] == [True] * 3
+    seen = [repeats.are_many(seldom) for _ in range(100)]
+    assert seen == sorted(seen, reverse=True)
+    assert not seen[-1]
+    assert not any(rows.Repeats().are_many(gradient) for gradient in (None, torch.ones(8, 3), often.coalesce()))
