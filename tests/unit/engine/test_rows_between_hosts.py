@@ -30,7 +30,8 @@ PLACES = {
     "2+2+1": ("", "b", "c", "b", ""),
     "4": ("", "b", "c", "d"),
 }
-KINDS = [optim.SGD, lambda p, lr: optim.SGD(p, lr=lr, momentum=0.9), optim.Adagrad]
+KINDS = {"sgd": optim.SGD, "momentum": lambda p, lr: optim.SGD(p, lr=lr, momentum=0.9), "adagrad": optim.Adagrad}
+FIRST = {("sgd", "2+2"), ("sgd", "3"), ("sgd", "2+2+1"), ("adagrad", "2+1"), ("adagrad", "4"), ("momentum", "1+2")}
 SAMPLES = 48
 
 
@@ -60,8 +61,14 @@ def words(run: Any, kind: Callable[..., optim.Optimizer] = optim.SGD, *, dense: 
     return [*table.weight.flatten().tolist(), *head.weight.flatten().tolist()]
 
 
-@pytest.mark.parametrize("places", PLACES.values(), ids=PLACES)
-@pytest.mark.parametrize("kind", KINDS, ids=["sgd", "momentum", "adagrad"])
+@pytest.mark.parametrize(
+    ("kind", "places"),
+    [
+        pytest.param(kind, places, id=f"{name}-{where}", marks=[] if (name, where) in FIRST else pytest.mark.long)
+        for name, kind in KINDS.items()
+        for where, places in PLACES.items()
+    ],
+)
 def test_rows_go_to_all_and_each_host_folds_them(
     kind: Callable[..., optim.Optimizer], places: tuple[str, ...], seen: Seen
 ) -> None:
