@@ -196,8 +196,8 @@ class Replica:
         return gradient.data_ptr() == view.data_ptr() or (param in self.early and same_bits(view, gradient))
 
     def has_written(self, factor: torch.Tensor) -> bool:
-        """Are the gradients, all dense and on the CPU, what was written last, times this, to the bit?"""
-        gradients = [parameter.grad for parameter in self.parameters]
+        """Are the gradients, on the CPU and none of them rows, what was written last, times this, to the bit?"""
+        gradients = [_dense(parameter.grad) for parameter in self.parameters]
         if bytes(gradient is not None for gradient in gradients) != self._mask or self._by_rows:
             return False
         is_one, given = float(factor) == 1.0, [(g, self._dense[i]) for i, g in enumerate(gradients) if g is not None]

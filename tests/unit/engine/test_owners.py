@@ -121,6 +121,26 @@ def test_a_gradient_that_is_not_finite_is_in_no_norm(bad: int, seen: Seen) -> No
     assert not seen.left
 
 
+@pytest.mark.parametrize("places", [PLACES["3"], ("", "", "b", "b")], ids=["3", "2+2"])
+def test_a_table_of_which_all_values_are_brought_is_clipped(places: tuple[str, ...], seen: Seen) -> None:
+    """With momentum each value of a table changes in each step: its gradient is sparse, and brought as a dense one."""
+
+    def body(run: Any) -> list[float]:
+        table = drawn(nn.Embedding(20, 3, sparse=True, dtype=torch.float64))
+        table, optimizer = run.wrap(table, optim.SGD(table.parameters(), lr=0.1, momentum=0.9))
+        for step in range(4):
+            optimizer.zero_grad()
+            table(torch.arange(step, step + 4) * (run.rank + 1) % 20).pow(2).sum().backward()
+            if step % 2:
+                nn.utils.clip_grad_norm_(table.parameters(), 0.5)
+            optimizer.step()
+        return list(table.weight.flatten().tolist())
+
+    apart, one = both(body, places)
+    assert apart == pytest.approx(one, rel=1e-12, abs=1e-12)
+    assert (seen.as_one, seen.norms, seen.left) == (4, 2, 0)
+
+
 @pytest.mark.parametrize("without", [0, 1])
 def test_who_steps_without_clipping_is_told(without: int) -> None:
     how = CLIPS["by norm"][0]
