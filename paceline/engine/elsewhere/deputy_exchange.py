@@ -105,8 +105,8 @@ class DeputyExchange:
         if self._host is None or len(mask) != len(self.at_home.parameters):
             raise ConfigError(f"a fold was offered of {len(mask)} parameters")
         self._forget()
-        for place, signed in counts.items() if self._memory != remote.HOME else ():
-            self._count_rows(place, signed)  # they follow, if the gradient is to come alone
+        for place in self._slot.rows if self._memory != remote.HOME else ():
+            self._count_rows(place, counts.get(place, 0))  # they follow, if the gradient is to come alone
         self.at_home.offered, self._host.offers = mask, True
 
     def _fetch_fold(self, number: int, weights: list[float]) -> None:

@@ -108,6 +108,31 @@ def test_rows_that_are_not_finite_are_in_no_fold(bad: int, places: tuple[str, ..
 
 
 @pytest.mark.parametrize("places", [PLACES["2+2"], PLACES["3"]], ids=["2+2", "3"])
+@pytest.mark.parametrize("without", [0, 1, 2])
+def test_who_has_no_rows_brings_none_to_a_round_that_goes_home(
+    without: int, places: tuple[str, ...], seen: Seen
+) -> None:
+    """It had some in such a round before, and others have some now."""
+    bad = (without + 1) % 3
+
+    def body(run: Any) -> list[float]:
+        table = drawn(nn.Embedding(20, 3, sparse=True, dtype=torch.float64))
+        table, optimizer = run.wrap(table, optim.SGD(table.parameters(), lr=0.1))
+        for step in range(5):
+            optimizer.zero_grad()
+            loss = table(torch.arange(step, step + 4) * (run.rank + 1) % 20).pow(2).sum()
+            (loss * torch.inf if step in (1, 3) and run.rank == bad else loss).backward()
+            if (step, run.rank) == (3, without):
+                table.weight.grad = None
+            optimizer.step()
+        return list(table.weight.flatten().tolist())
+
+    apart, one = both(body, places)
+    assert apart == pytest.approx(one, rel=1e-12, abs=1e-12)
+    assert (seen.as_one, seen.left) == (3, 0)
+
+
+@pytest.mark.parametrize("places", [PLACES["2+2"], PLACES["3"]], ids=["2+2", "3"])
 def test_clipped_rows_go_home(places: tuple[str, ...], seen: Seen) -> None:
     """A norm is asked of the fold, and rows that are multiplied since are others."""
 
