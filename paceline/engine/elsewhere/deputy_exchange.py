@@ -64,6 +64,7 @@ class DeputyExchange:
         self._is_local = isinstance(context.job.pace, Local)
         self._in_slots = isinstance(context.job.pace, Sync)
         self._told = -1  # the number of the values that the worker has
+        self._has_state = False  # an owner: with the state that belongs to them?
         self._tables: dict[int, torch.Tensor] = {}  # those with sparse rows, as the worker has them
         self._gradients = self._expect()
         self._forward: Forward | None = None
@@ -152,7 +153,9 @@ class DeputyExchange:
         number, loads = at_home.number, at_home.memory.loads[0]
         if self._owners is not None and not self._shares:
             # What is folded next needs the state too; while somebody is missing nothing is.
-            comes = self._told < 0 or self._owners.were_all_in(number)
+            # They may be told again: where a run is resumed, in a ghost batch, nobody has pushed the last round.
+            is_known = self._told == number and self._has_state
+            comes = self._has_state = self._told < 0 or is_known or self._owners.were_all_in(number)
             if self._memory != remote.HOME:
                 self._send_all(with_state=comes)
             self._told = number
