@@ -24,10 +24,8 @@ from torch import nn
 from paceline.errors import ConfigError
 
 _CACHE_BYTES = 1 << 20  # what of a table is likely to be in a core's own cache anyway
-
-
-_LOOK_GRADIENTS = 64
-_FEW = 7 / 8  # to sum takes as long as an eighth of the rows travel at 1 Gbit/s
+_LOOKED_AT = 512  # rows of a gradient
+_OFTEN = 1 / 8  # to sum takes as long as an eighth of the rows travel at 1 Gbit/s
 
 
 class Rows(NamedTuple):
@@ -71,28 +69,14 @@ def check(gradient: torch.Tensor, shape: Sequence[int], what: str) -> None:
             raise ConfigError(f"{what} has row {low if low < 0 else high}; there are rows 0 to {size - 1}")
 
 
-class Repeats:
-    """Does a table's gradient have many rows several times, as with words of a text or goods that sell well? They are
-    summed before they are sent to another host then. It is found out again every so many gradients."""
-
-    def __init__(self) -> None:
-        self._asked, self._are_many = 0, False
-
-    def are_many(self, gradient: torch.Tensor | None) -> bool:
-        if gradient is None or not gradient.is_sparse or gradient.is_coalesced() or gradient.sparse_dim() != 1:
-            return False
-        if self._asked % _LOOK_GRADIENTS == 0:
-            indices = gradient._indices()[0]
-            self._are_many = len(torch.unique(indices)) <= _FEW * len(indices)
-        self._asked += 1
-        return self._are_many
-
-
-def write(area: torch.Tensor, values: torch.Tensor, gradient: torch.Tensor | None, *, raw: bool = False) -> None:
+def write(
+    area: torch.Tensor, values: torch.Tensor, gradient: torch.Tensor | None, *, raw: bool = False, travels: bool = False
+) -> None:
     """Write a gradient [rows, row] into a slot; ``values`` is the parameter's flat range. None writes no rows.
 
-    Duplicates are summed, but for ``raw`` where there is room for them. Of a dense gradient (the table is also used
-    densely, as by tied weights) the rows that are not zero are written.
+    Duplicates are summed, but for ``raw`` where there is room for them; then only if they ``travel`` to another host
+    and come often, as words of a text do, or goods that sell well. Of a dense gradient (the table is also used densely,
+    as by tied weights) the rows that are not zero are written.
     """
     if gradient is None:
         area[0] = 0
@@ -102,7 +86,7 @@ def write(area: torch.Tensor, values: torch.Tensor, gradient: torch.Tensor | Non
         if rows.data_ptr() == values.data_ptr():
             return  # it is made of what is there
         raw = raw and not gradient.is_coalesced() and len(indices) < len(area)
-        if not raw and not gradient.is_coalesced():
+        if not gradient.is_coalesced() and (not raw or (travels and _come_often(indices))):
             indices, rows, _ = summed(indices, rows)
     else:
         raw = False
@@ -113,6 +97,12 @@ def write(area: torch.Tensor, values: torch.Tensor, gradient: torch.Tensor | Non
     values[: rows.numel()].view(rows.shape).copy_(rows, non_blocking=True)
     area[1 : count + 1].copy_(indices, non_blocking=True)
     area[0] = -count if raw else count
+
+
+def _come_often(indices: torch.Tensor) -> bool:
+    """Do many rows come several times, as far as the first few hundred show? Of one gradient always the same."""
+    few = indices[:_LOOKED_AT]
+    return len(torch.unique(few)) <= (1 - _OFTEN) * len(few)
 
 
 def read(area: torch.Tensor, values: torch.Tensor, row: int, start: int, stop: int) -> Rows:

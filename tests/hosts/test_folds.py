@@ -137,11 +137,12 @@ def test_who_dies_on_either_host_is_missed_by_nobody_and_every_sample_counts_onc
 
 
 @pytest.mark.long
-def test_they_are_resumed_to_the_bit(runner: Runner, hosts: tuple[Host, Host]) -> None:
-    """From the middle of a pass; random numbers and buffers are those of each worker."""
+@pytest.mark.parametrize("every", [5, 6])
+def test_they_are_resumed_to_the_bit(runner: Runner, hosts: tuple[Host, Host], every: int) -> None:
+    """From the middle of a pass, or its end; random numbers and buffers are those of each worker."""
     standing.prepare(runner, [])
     runner.write("train.py", TRAINING.replace("int(sys.argv[1]), int(sys.argv[2])", "3, 0"))
-    whole = _ended(start(runner, hosts, "train.py", PACELINE_CHECKPOINT_EVERY="5", PACELINE_KEEP="9"))
+    whole = _ended(start(runner, hosts, "train.py", PACELINE_CHECKPOINT_EVERY=str(every), PACELINE_KEEP="9"))
     expected = numbers(whole)
     (whole.directory / "numbers.json").unlink()
     for late in sorted((whole.directory / "checkpoints").iterdir())[2:]:
@@ -149,7 +150,7 @@ def test_they_are_resumed_to_the_bit(runner: Runner, hosts: tuple[Host, Host]) -
     # By its name: ``last`` begins a new run where the newest is done.
     name = whole.directory.name
     resumed = _ended(start(runner, hosts, "train.py", PACELINE_RESUME=name, PACELINE_JSON="1"))
-    assert "goes on behind step 10" in resumed.err
+    assert f"goes on behind step {2 * every}" in resumed.err
     assert numbers(resumed) == expected
 
 

@@ -69,9 +69,11 @@ def deputize(context: Context, door: Door, report: int, key: JobKey | None, made
     own = context
     if isinstance(context.job.pace, Sync):
         own = replace(context, job=replace(context.job, clip=None))  # the worker does so itself
-    worker = Worker(own, _KeptElsewhere(line))
+    keeper = _KeptElsewhere(line)
+    worker = Worker(own, keeper)
     made(worker)
     deputy = Deputy(context, worker, line)
+    keeper.loaded = deputy.take_buffers
     try:
         deputy.serve()
     except (Aborted, Closed) as stopped:
@@ -137,6 +139,7 @@ class _KeptElsewhere(Keeper):
     def __init__(self, line: DeputyLine) -> None:
         super().__init__()
         self._line = line
+        self.loaded: Callable[[], None] = lambda: None  # the worker's buffers may be others now; they have come
 
     def state(self, exchanges: Sequence[Kept], tensors: Tensors, *, random: bool = False) -> dict[str, Any]:
         shown = self._line.ask_worker(remote.Show(random))
@@ -148,5 +151,6 @@ class _KeptElsewhere(Keeper):
         self, document: dict[str, Any], tensors: Tensors, exchanges: Sequence[Kept], *, random: bool = False
     ) -> None:
         self._line.ask_worker(remote.Keep(send_packed(self._line.link, "keep", document, tensors), random))
+        self.loaded()
         for exchange, settings in zip(exchanges, document["settings"], strict=True):
             exchange.load_settings(unpack(settings, tensors))

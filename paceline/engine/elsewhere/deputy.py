@@ -51,6 +51,10 @@ class Deputy:
         for exchange in self._exchanges.values():
             exchange.stop()
 
+    def take_buffers(self) -> None:
+        """The worker's have come."""
+        self._buffers.take()
+
     def _take(self, told: remote.Took) -> None:
         """The link's thread: a mirror has stepped a round."""
         if told.exchange in self._exchanges:

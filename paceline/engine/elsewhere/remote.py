@@ -341,6 +341,7 @@ class RemoteWorker:
                     shown = remote.Shown(send_packed(self._link, "kept", document, tensors))
             else:
                 keeper.load(*self._mail.take_packed("keep", asked.kept), self._exchanges, random=asked.random)
+                self._put_buffers()  # at the end of a pass of ghosts those that went with it were others
         except PacelineError as error:
             shown = remote.Shown(failure=messages.Failed(type(error).__name__, error.what, error.why, error.fix))
         with self._line.kept():
@@ -349,14 +350,17 @@ class RemoteWorker:
     def _send(self, request: remote.Request) -> None:
         notes, self._notes = self._notes, []
         if any(isinstance(note, remote.Left) for note in notes) or isinstance(request, remote.End):
-            for index, tensors in enumerate(self._buffers):
-                for place, tensor in enumerate(tensors):
-                    self._line.put(self._link, f"buffers/{index}/{place}", tensor.cpu())
+            self._put_buffers()
         for exchange in self._exchanges:
             if exchange.inner is not None:
                 self._gradients.bring_local(exchange, notes)
         with self._line.kept():
             self._link.send(remote.Ask(notes, request))
+
+    def _put_buffers(self) -> None:
+        for index, tensors in enumerate(self._buffers):
+            for place, tensor in enumerate(tensors):
+                self._line.put(self._link, f"buffers/{index}/{place}", tensor.cpu())
 
     def _take_status(self, status: remote.Status) -> None:
         if status.joined and not self._status.joined:

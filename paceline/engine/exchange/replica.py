@@ -73,7 +73,7 @@ class Replica:
         self._vectors = sorted({entry.vector for entry in entries if not entry.row})
         self._by_rows = {i: gradients[i].view(-1) for i, entry in enumerate(entries) if entry.row}
         self._raw = {i for i in self._by_rows if optimizers.adds_rows(optimizer, self.parameters[i].dtype)}
-        self._travels, self._repeats = travels, {i: rows.Repeats() for i in self._raw}
+        self._travels = travels
         self._shapes = [p.shape for p in self.parameters]
         self.shared = [view(entry, memory.params[entry.vector]) for entry in entries]
         home = memory.params | self.slot.copy
@@ -158,9 +158,8 @@ class Replica:
         gradients = self._given()
         with torch.no_grad():
             for param, values in self._by_rows.items():
-                gradient = gradients[param]
-                is_raw = param in self._raw and not (self._travels and self._repeats[param].are_many(gradient))
-                rows.write(self.brought.rows[param], values, gradient, raw=is_raw)
+                raw = param in self._raw
+                rows.write(self.brought.rows[param], values, gradients[param], raw=raw, travels=self._travels)
             given = {param: _dense(gradients[param]) for param in self._dense}
             others = {param: value for param, value in given.items() if not self._is_there(param, value)}
             self.written = set(others)

@@ -139,13 +139,12 @@ def test_a_parameter_in_two_modules_is_a_table_if_one_of_them_is_sparse(kind: ty
     assert rows.parameters_with_rows([nn.ModuleList([two, one])]) == {id(one.weight)}
 
 
-def test_rows_that_come_often_are_seen_now_and_then() -> None:
-    often, seldom = (
-        torch.sparse_coo_tensor([ids], torch.ones(len(ids), 3), (8, 3)) for ids in ([1, 5, 1, 1], [1, 5, 2])
-    )
-    repeats = rows.Repeats()
-    assert [repeats.are_many(gradient) for gradient in (often, often, seldom)] == [True] * 3
-    seen = [repeats.are_many(seldom) for _ in range(100)]
-    assert seen == sorted(seen, reverse=True)
-    assert not seen[-1]
-    assert not any(rows.Repeats().are_many(gradient) for gradient in (None, torch.ones(8, 3), often.coalesce()))
+@pytest.mark.parametrize(("ids", "count"), [([1, 5, 1, 1], -2), ([1, 5, 2], -3)], ids=["often", "seldom"])
+def test_raw_rows_that_come_often_are_summed_before_they_travel(ids: list[int], count: int) -> None:
+    gradient = torch.sparse_coo_tensor([ids], torch.ones(len(ids), 3), (8, 3))
+    area, values = torch.zeros(9, dtype=torch.int64), torch.zeros(24)
+    rows.write(area, values, gradient, raw=True, travels=True)
+    assert int(area[0]) == count
+    assert torch.equal(rows.gradient_of(rows.read(area, values, 3, 0, 8), (8, 3)).to_dense(), gradient.to_dense())
+    rows.write(area, values, gradient, raw=True)
+    assert int(area[0]) == -len(ids)
