@@ -175,7 +175,7 @@ def test_a_link_that_ends_as_rows_are_sent_makes_it_a_star(
     assert seen.left == 3
 
 
-@pytest.mark.parametrize("number", [-1, 40])
+@pytest.mark.parametrize("number", [pytest.param(-1, marks=pytest.mark.long), 40])
 def test_rows_that_the_table_has_not_are_not_stepped(number: int, monkeypatch: pytest.MonkeyPatch, seen: Seen) -> None:
     """Who sends them is not an owner any more; what it brings goes home, where it is looked at."""
     give, given = TableParts.give, 0
