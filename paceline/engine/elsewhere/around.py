@@ -111,11 +111,6 @@ class Around:
         return int(pid), int(descriptor)
 
 
-def can_be_folded(spec: Spec) -> bool:
-    """Can gradients of this exchange be folded on one host as they are on another? Dense ones."""
-    return not has_tables(spec)
-
-
 def has_tables(spec: Spec) -> bool:
     """Are any of the gradients sparse rows?"""
     return any(entry.row for entry in spec.table.entries)

@@ -63,7 +63,7 @@ class Owners:
         self._index, self._peers, self._rank, self._is_lost = index, peers, peers.rank, is_lost
         self.members = sorted([self._rank, *peers.others])
         self._cells, self._cells_of = _cut(buckets, len(self.members))
-        self._into, self._folds = folds, {vector: folds.gradient[vector] for vector in table.dense_sizes}
+        self._folds = {vector: folds.gradient[vector] for vector in table.dense_sizes}
         self._own: Vectors = self._folds  # its own gradients are not known before ``use``
         entries = [(param, entry) for param, entry in enumerate(table.entries) if entry.row]
         tables = [TableParts(param, entry, self._rank, self.members, folds) for param, entry in entries]

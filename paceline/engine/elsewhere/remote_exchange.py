@@ -268,11 +268,6 @@ class RemoteExchange:
             yield f"numbers/{self.index}/{place}", slot.rows[place][1 : count + 1], 0, count
             yield f"values/{self.index}/{place}", values[: count * entry.row], 0, count * entry.row
 
-    @property
-    def has_tables(self) -> bool:
-        """Are any of the gradients sparse rows?"""
-        return bool(self.replica.slot.rows)
-
     def rows(self) -> dict[int, int]:
         """How many rows each table's gradient has, of those that have one; negative where they are not unique."""
         slot = self.replica.slot

@@ -7,6 +7,7 @@ from contextlib import suppress
 
 import msgspec
 
+from paceline.engine.elsewhere.around import has_tables
 from paceline.engine.elsewhere.early import Bucket
 from paceline.engine.elsewhere.line import Line
 from paceline.engine.elsewhere.mail import send_range
@@ -31,7 +32,7 @@ class RemoteGradients:
         rows, and whether they are offered, as in ``remote.Step``."""
         rest = one.gather()
         offers = self._may_offer(one) and one.is_finite
-        if one.is_shared_out and one.is_measured and (rest or one.has_tables):
+        if one.is_shared_out and one.is_measured and (rest or has_tables(one.spec)):
             offers = False  # the fold of it is not made twice
         if offers and one.owns is not None and one.fold is None:
             one.owns.give(one.buckets.index(bucket) for bucket in rest)

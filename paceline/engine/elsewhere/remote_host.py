@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from paceline.config import Job
-from paceline.engine.elsewhere.around import Around, can_be_folded, can_be_owned, has_tables
+from paceline.engine.elsewhere.around import Around, can_be_owned, has_tables
 from paceline.engine.elsewhere.early import buckets
 from paceline.engine.elsewhere.host_fold import HostFold
 from paceline.engine.elsewhere.line import Line
@@ -113,7 +113,7 @@ class RemoteHost:
         if can_be and self._may_join:
             self._join(kind)
         one.is_in_crew = self._is_in_crew and can_be
-        is_folded = one.is_in_crew or (not are_many and can_be_folded(one.spec))
+        is_folded = one.is_in_crew or not (are_many or has_tables(one.spec))
         if one.is_in_crew and kind == remote.HOST and len(self._around.members(self._rank)) == 1:
             kind = remote.OWNER
         if kind in (remote.HOST, remote.OWNER) and not is_folded:

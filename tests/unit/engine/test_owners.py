@@ -167,26 +167,6 @@ def test_what_scripts_load_counts_for_all(places: tuple[str, ...], seen: Seen) -
     assert (seen.as_one, seen.left) == (4, 0)
 
 
-def test_two_optimizers_of_which_one_has_sparse_rows(seen: Seen) -> None:
-    def body(run: Any) -> list[float]:
-        table = drawn(nn.Embedding(20, 3, sparse=True, dtype=torch.float64))
-        net = drawn(nn.Linear(3, 2, dtype=torch.float64))
-        table, net, first, second = run.wrap(
-            table, net, optim.SGD(table.parameters(), lr=0.1), optim.Adam(net.parameters(), lr=0.1)
-        )
-        for step in range(6):
-            first.zero_grad()
-            second.zero_grad()
-            net(table(torch.arange(step, step + 4) * (run.rank + 1) % 20)).pow(2).sum().backward()
-            first.step()
-            second.step()
-        return [*table.weight.flatten().tolist(), *net.weight.flatten().tolist()]
-
-    apart, one = both(body, PLACES["4"])
-    assert apart == pytest.approx(one, rel=1e-12, abs=1e-12)
-    assert (seen.as_one, seen.left) == (12, 0)
-
-
 @pytest.mark.parametrize("rank", [1, pytest.param(2, marks=pytest.mark.long)])  # who has connected tries again for long
 @pytest.mark.parametrize("kind", ["Part", "Fold", "Given", "Folded"])
 def test_a_link_that_ends_between_two_of_them_makes_it_a_star(

@@ -222,8 +222,9 @@ def test_a_table_of_two_hosts_that_do_not_reach_each_other_trains_by_home(
     assert (seen.as_one, seen.left) == (0, 0)
 
 
-def test_of_two_optimizers_each_goes_its_own_way(seen: Seen) -> None:
-    """Of two hosts: rows to all, dense gradients as before."""
+@pytest.mark.parametrize(("places", "folds"), [(PLACES["2+2"], 6), (PLACES["4"], 0)], ids=["2+2", "4"])
+def test_of_two_optimizers_each_goes_its_own_way(places: tuple[str, ...], folds: int, seen: Seen) -> None:
+    """Rows to all; dense gradients of two hosts from the one to the other, of more in shares."""
 
     def body(run: Any) -> list[float]:
         table = drawn(nn.Embedding(20, 3, sparse=True, dtype=torch.float64))
@@ -239,9 +240,9 @@ def test_of_two_optimizers_each_goes_its_own_way(seen: Seen) -> None:
             second.step()
         return [*table.weight.flatten().tolist(), *net.weight.flatten().tolist()]
 
-    apart, one = both(body, PLACES["2+2"])
+    apart, one = both(body, places)
     assert apart == pytest.approx(one, rel=1e-12, abs=1e-12)
-    assert (seen.as_one, seen.folds, seen.left) == (12, 6, 0)
+    assert (seen.as_one, seen.folds, seen.left) == (12, folds, 0)
 
 
 def test_each_sample_counts_once(seen: Seen) -> None:
