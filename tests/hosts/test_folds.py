@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
+from functools import partial
 
 import pytest
 import torch
@@ -13,10 +13,10 @@ from paceline.params.table import tabulate
 from paceline.transport.keys import new_job_key
 from tests.engines.test_torchrun import TRAIN
 from tests.hosts.namespaces import Host
-from tests.process import standing
+from tests.hosts.resuming import is_resumed_to_the_bit
 from tests.process.kills import COUNTING
-from tests.process.runner import Ended, Runner, Running
-from tests.process.training import TRAINING, numbers
+from tests.process.runner import Runner, Running
+from tests.process.training import TRAINING
 
 pytestmark = pytest.mark.timeout(400)
 MASTER_PORT = "29513"
@@ -140,22 +140,5 @@ def test_who_dies_on_either_host_is_missed_by_nobody_and_every_sample_counts_onc
 @pytest.mark.parametrize("every", [5, 6])
 def test_they_are_resumed_to_the_bit(runner: Runner, hosts: tuple[Host, Host], every: int) -> None:
     """From the middle of a pass, or its end; random numbers and buffers are those of each worker."""
-    standing.prepare(runner, [])
-    runner.write("train.py", TRAINING.replace("int(sys.argv[1]), int(sys.argv[2])", "3, 0"))
-    whole = _ended(start(runner, hosts, "train.py", PACELINE_CHECKPOINT_EVERY=str(every), PACELINE_KEEP="9"))
-    expected = numbers(whole)
-    (whole.directory / "numbers.json").unlink()
-    for late in sorted((whole.directory / "checkpoints").iterdir())[2:]:
-        shutil.rmtree(late)
-    # By its name: ``last`` begins a new run where the newest is done.
-    name = whole.directory.name
-    resumed = _ended(start(runner, hosts, "train.py", PACELINE_RESUME=name, PACELINE_JSON="1"))
-    assert f"goes on behind step {2 * every}" in resumed.err
-    assert numbers(resumed) == expected
-
-
-def _ended(all_: list[Running]) -> Ended:
-    """Rank 0's, when all have ended well."""
-    *_, first = [running.end() for running in reversed(all_)]
-    assert first.code == 0, first.err
-    return first
+    script = TRAINING.replace("int(sys.argv[1]), int(sys.argv[2])", "3, 0")
+    is_resumed_to_the_bit(runner, script, partial(start, runner, hosts), every=every)

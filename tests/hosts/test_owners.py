@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -15,11 +15,11 @@ from paceline.params.table import tabulate
 from paceline.transport.keys import new_job_key
 from tests.engines.test_torchrun import TRAIN
 from tests.hosts.namespaces import Host, missing, some_hosts
+from tests.hosts.resuming import is_resumed_to_the_bit
 from tests.hosts.test_folds import DIES, STEPS
-from tests.process import standing
 from tests.process.kills import COUNTING
-from tests.process.runner import Ended, Runner, Running
-from tests.process.training import TRAINING, numbers
+from tests.process.runner import Runner, Running
+from tests.process.training import TRAINING
 
 pytestmark = pytest.mark.timeout(400)
 MASTER_PORT = "29515"
@@ -168,20 +168,5 @@ def test_two_that_do_not_reach_each_other_any_more_send_what_they_bring_home(
 @pytest.mark.long
 @pytest.mark.parametrize("several", [3], indirect=True)
 def test_they_are_resumed_to_the_bit(runner: Runner, several: tuple[Host, ...]) -> None:
-    standing.prepare(runner, [])
-    runner.write("train.py", TRAINING.replace("int(sys.argv[1]), int(sys.argv[2])", "3, 0"))
-
-    def ended(**variables: str) -> Ended:
-        *_, first = [running.end() for running in reversed(start(runner, several, "train.py", **variables))]
-        assert first.code == 0, first.err
-        return first
-
-    whole = ended(PACELINE_CHECKPOINT_EVERY="5", PACELINE_KEEP="9")
-    expected = numbers(whole)
-    (whole.directory / "numbers.json").unlink()
-    for late in sorted((whole.directory / "checkpoints").iterdir())[2:]:
-        shutil.rmtree(late)
-    # By its name: ``last`` begins a new run where the newest is done.
-    resumed = ended(PACELINE_RESUME=whole.directory.name, PACELINE_JSON="1")
-    assert "goes on behind step 10" in resumed.err
-    assert numbers(resumed) == expected
+    script = TRAINING.replace("int(sys.argv[1]), int(sys.argv[2])", "3, 0")
+    is_resumed_to_the_bit(runner, script, partial(start, runner, several))

@@ -5,20 +5,20 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
+from functools import partial
 
 import pytest
 
 from tests.hosts import test_owners
 from tests.hosts.namespaces import Host
+from tests.hosts.resuming import is_resumed_to_the_bit
 from tests.hosts.test_folds import DIES
 from tests.hosts.test_owners import COUNTS
 from tests.hosts.test_owners import several as several
-from tests.process import standing
 from tests.process.kills import COUNTING
-from tests.process.runner import Ended, Runner, Running
-from tests.process.training import TRAINING, numbers
+from tests.process.runner import Runner, Running
+from tests.process.training import TRAINING
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -184,20 +184,4 @@ def test_two_that_do_not_reach_each_other_any_more_send_what_they_bring_home(
 def test_they_are_resumed_to_the_bit(
     runner: Runner, several: tuple[Host, ...], places: tuple[int, ...], kind: str
 ) -> None:
-    standing.prepare(runner, [])
-    runner.write("train.py", READING.replace("KIND", kind))
-
-    def ended(**variables: str) -> Ended:
-        *_, first = [running.end() for running in reversed(start(runner, several, places, "train.py", **variables))]
-        assert first.code == 0, first.err
-        return first
-
-    whole = ended(PACELINE_CHECKPOINT_EVERY="5", PACELINE_KEEP="9")
-    expected = numbers(whole)
-    (whole.directory / "numbers.json").unlink()
-    for late in sorted((whole.directory / "checkpoints").iterdir())[2:]:
-        shutil.rmtree(late)
-    # By its name: ``last`` begins a new run where the newest is done.
-    resumed = ended(PACELINE_RESUME=whole.directory.name, PACELINE_JSON="1")
-    assert "goes on behind step 10" in resumed.err
-    assert numbers(resumed) == expected
+    is_resumed_to_the_bit(runner, READING.replace("KIND", kind), partial(start, runner, several, places))
