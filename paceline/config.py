@@ -164,7 +164,8 @@ class Job:
     cluster), or torchrun. Where it is not the launcher, workers elsewhere come over links: to the address of
     ``interface`` (a name, an address or a network; None: the one that the others know), from ``port`` on, one a worker
     (0: any that are free), by TLS unless ``insecure``. ``return_timeout`` is how many seconds a worker elsewhere that
-    was lost may take to come again. ``servers_apart``: no worker is on the host that home and the servers are on.
+    was lost may take to come again. ``servers_apart``: no worker is on the host that home and the servers are on;
+    ``server_hosts``: the servers are in turn on so many hosts (``servers_on``), of which home's is the first.
     ``checkpoint_every`` is in steps (None: only at Ctrl-C); the ``keep`` newest checkpoints stay.
     ``threads`` is per process (None: cores // workers, at least 1).
     ``steps`` counts rounds, or pushes of all workers divided by their number at the start, so that every pace sees as
@@ -187,6 +188,7 @@ class Job:
     port: int = 0
     insecure: bool = False
     servers_apart: bool = False
+    server_hosts: int = 1
     return_timeout: float = 60.0
     staleness_damping: bool = False
     compensate: float | None = None
@@ -238,12 +240,23 @@ class Job:
 
     def threads_at_home(self, cores: int, workers: int) -> int:
         """Of each process there, which shares so many cores; there are so many ``workers`` by now."""
-        return self.threads or max(1, cores // (self.servers if self.servers_apart else workers))
+        return self.threads or max(1, cores // (len(self.servers_on(0)) if self.servers_apart else workers))
 
     @property
     def server_places(self) -> int:
         """How many servers there may ever be."""
+        if self.server_hosts > 1:
+            return self.servers
         return self.max_servers if self.max_servers is not None else min(2 * self.servers, MAX_SERVERS)
+
+    def servers_on(self, host: int) -> range:
+        """The servers of one of their hosts; 0 is home's."""
+        return range(host, self.servers, self.server_hosts)
+
+    @property
+    def servers_elsewhere(self) -> list[int]:
+        """Those that are not on home's host."""
+        return [server for server in range(self.servers) if server not in self.servers_on(0)]
 
     def _check_pace(self) -> None:
         pace = self.pace
@@ -291,12 +304,39 @@ class Job:
                 "servers-apart is for runs on several hosts; all of this one is on this machine",
                 fix="--engine ray, or torchrun on several hosts; or PACELINE_SERVERS_APART=0",
             )
+        _within("server-hosts", self.server_hosts, 1, MAX_SERVERS)
+        if self.server_hosts > 1:
+            self._check_server_hosts()
         if self.engine == "local":
             return
         if self.data == "served":
             raise UsageError(
                 f"data is served, and workers are started by {self.engine}: batches are not sent to other hosts yet",
                 fix="shared, with the data on every host; or own, with each worker's part with itself",
+            )
+
+    def _check_server_hosts(self) -> None:
+        hosts, pace = self.server_hosts, self.pace
+        if not self.servers_apart:
+            raise UsageError(
+                f"server-hosts is {hosts}, and servers-apart is not set: no worker is on a host of the servers then",
+                fix="--servers-apart (PACELINE_SERVERS_APART=1), or --server-hosts 1",
+            )
+        if hosts > self.servers:
+            there = "is 1 server" if self.servers == 1 else f"are {self.servers} servers"
+            raise UsageError(
+                f"server-hosts is {hosts}, and there {there}: each host has one at least",
+                fix=f"--servers {hosts} or more, or --server-hosts {self.servers} at most",
+            )
+        if self.max_servers is not None and self.max_servers > self.servers:
+            raise UsageError(
+                f"max-servers is {self.max_servers}, and servers are on {hosts} hosts, where none are added to a run",
+                fix=f"--servers {self.max_servers}, from the start; or --server-hosts 1",
+            )
+        if isinstance(pace, Local) or (isinstance(pace, Async) and pace.every > 1):
+            raise UsageError(
+                f"pace {pace} brings all parameters home, and servers are on {hosts} hosts",
+                fix="--pace sync, quorum:K, bounded:S or async; or --server-hosts 1",
             )
 
 

@@ -155,7 +155,10 @@ def header(job: Job) -> str:
         processes = f"{workers} and {servers} on" if servers else f"{workers} on"
     else:
         processes = f"{workers} started by {'Ray' if job.engine == 'ray' else job.engine}, "
-        processes += f"{servers} and home {'alone ' * job.servers_apart}on" if servers else "home on"
+        if job.server_hosts > 1:
+            processes += f"{servers} on {job.server_hosts} hosts, home on"
+        else:
+            processes += f"{servers} and home {'alone ' * job.servers_apart}on" if servers else "home on"
     return f"paceline {version} · {processes} this machine ({machine()}) · pace {job.pace} · engine {job.engine}"
 
 

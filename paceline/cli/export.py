@@ -67,14 +67,14 @@ def export(
 
 
 def slurm(job: Job, command: Sequence[str], told: Sequence[str], nodes: int) -> str:
-    """A batch script: torchrun on every node; with ``--servers-apart`` on one more, the first, as a single process.
-    ``told``: the options that somebody has set."""
-    workers = job.workers // nodes
-    processes = f"$((SLURM_NODEID ? {workers} : 1))" if job.servers_apart else str(workers)
+    """A batch script: torchrun on every node; with ``--servers-apart`` on so many more, the first ones, as server hosts
+    there are, with as many processes as one of them needs. ``told``: the options that somebody has set."""
+    workers, apart = job.workers // nodes, _apart(job)
+    processes = f"$((SLURM_NODEID < {apart} ? {_waiting(job)} : {workers}))" if apart else str(workers)
     options = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in _environment(job, told).items())
     return f"""#!/bin/bash
 #SBATCH --job-name={_name(job.name)}
-#SBATCH --nodes={nodes + job.servers_apart}
+#SBATCH --nodes={nodes + apart}
 #SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task={_cpus(job, nodes)}
 #SBATCH --output=%x-%j.log
@@ -102,8 +102,15 @@ export {FILE_VARIABLE}="${{{FILE_VARIABLE}:-$PWD/{_KEY}}}"
 
 def train_job(job: Job, command: Sequence[str], told: Sequence[str], nodes: int, image: str) -> str:
     """A TrainJob of Kubeflow's Trainer, whose runtime tells torchrun where all are. All nodes are alike there: with
-    ``--servers-apart`` there is one more, whose processes wait beside the servers."""
+    ``--servers-apart`` there is one more for each of the servers' hosts, whose processes are servers, or wait beside
+    them. Raises UsageError."""
     name, workers = _name(job.name), job.workers // nodes
+    if job.server_hosts > 1 and workers < _waiting(job):
+        has = "1 process" if workers == 1 else f"{workers} processes"
+        raise UsageError(
+            f"each node has {has}, as many as workers, and {_waiting(job)} servers are to be on one",
+            fix="more --server-hosts, or fewer --servers or --nodes; or --kind rayjob",
+        )
     environment = [{"name": key, "value": value} for key, value in _environment(job, told).items()]
     return _manifest(
         job,
@@ -116,7 +123,7 @@ def train_job(job: Job, command: Sequence[str], told: Sequence[str], nodes: int,
                 "trainer": {
                     "image": image,
                     "command": ["torchrun", "--max-restarts", str(job.restarts), *command],
-                    "numNodes": nodes + job.servers_apart,
+                    "numNodes": nodes + _apart(job),
                     "numProcPerNode": workers,
                     "env": [*environment, *_key_variable(job)],
                     "resourcesPerNode": {"requests": {"cpu": str(_cpus(job, nodes))}},
@@ -127,8 +134,10 @@ def train_job(job: Job, command: Sequence[str], told: Sequence[str], nodes: int,
 
 
 def ray_job(job: Job, command: Sequence[str], told: Sequence[str], nodes: int, image: str) -> str:
-    """A RayJob of KubeRay: the run's home beside Ray's head, workers in pods of a group of their own."""
-    name, cpus = _name(job.name), job.workers // nodes * (job.threads or 1)
+    """A RayJob of KubeRay: the run's home beside Ray's head, workers in pods of a group of their own. Servers that are
+    not beside home are in pods of that group too: Ray chooses among them."""
+    name, pods = _name(job.name), nodes + job.server_hosts - 1
+    cpus = job.workers // nodes * (job.threads or 1) if pods == nodes else _cpus(job, nodes)
     options = [f"{flag(option)}={_text(job, option)}" for option in told if option not in (*_NOT_TOLD, *TRUTHS)]
     options += [flag(option) for option in told if option in TRUTHS]
     entry = ["paceline", "run", "--engine=ray", f"--workers={job.workers}", *options, "--", *command]
@@ -159,14 +168,14 @@ def ray_job(job: Job, command: Sequence[str], told: Sequence[str], nodes: int, i
                     **version,
                     "headGroupSpec": {
                         "rayStartParams": {"num-cpus": "0"},  # no worker beside home, which has work of its own
-                        "template": pod("ray-head", {"cpu": str(2 + job.servers)}),
+                        "template": pod("ray-head", {"cpu": str(2 + len(job.servers_on(0)))}),
                     },
                     "workerGroupSpecs": [
                         {
                             "groupName": "workers",
-                            "replicas": nodes,
-                            "minReplicas": nodes,
-                            "maxReplicas": nodes,
+                            "replicas": pods,
+                            "minReplicas": pods,
+                            "maxReplicas": pods,
                             "rayStartParams": {"num-cpus": str(cpus)},
                             "template": pod("ray-worker", {"cpu": str(cpus)}),
                         }
@@ -180,7 +189,17 @@ def ray_job(job: Job, command: Sequence[str], told: Sequence[str], nodes: int, i
 def _cpus(job: Job, nodes: int) -> int:
     """Of each node."""
     for_workers = job.workers // nodes * (job.threads or 1)
-    return max(for_workers, job.servers * (job.threads or 1)) if job.servers_apart else for_workers
+    return max(for_workers, len(job.servers_on(0)) * (job.threads or 1)) if job.servers_apart else for_workers
+
+
+def _apart(job: Job) -> int:
+    """How many nodes have servers and no workers."""
+    return job.server_hosts if job.servers_apart else 0
+
+
+def _waiting(job: Job) -> int:
+    """So many processes suffice on each of these: one for home, and one for each server that is not there."""
+    return len(job.servers_on(1)) if job.server_hosts > 1 else 1
 
 
 def _sources(sources: Mapping[str, str]) -> list[tuple[str, str]]:

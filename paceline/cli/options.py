@@ -108,6 +108,9 @@ class JobFlags:
         bool,
         Parameter(help="ray: no worker on this machine, servers only", negative="", show_default=False, group=HOSTS),
     ] = False
+    server_hosts: Annotated[
+        str | None, _option("S", "ray: servers-apart on so many hosts, in turn [default: 1, this one]", HOSTS)
+    ] = None
     return_timeout: Annotated[
         str | None, _option("S", "ray: wait so long for a lost worker to come again [default: 60]", HOSTS)
     ] = None

@@ -26,7 +26,8 @@ class Elsewhere:
 
     Deputies listen at ``host``, each at a port of its own, by rank, which is held for them (transport/listener.py), and
     write "RANK WHAT" to ``report``, a descriptor: that it WAITS for its worker, that this CAME, or has not come again
-    in time and is GONE. ``job`` is what both ends of a link call it; ``starter`` the pid of the process that has asked
+    in time and is GONE. So do those of servers elsewhere, as "s1" in place of a rank; in ``server_ports``, by server,
+    those at home have 0. ``job`` is what both ends of a link call it; ``starter`` the pid of the process that has asked
     for all this.
     """
 
@@ -38,6 +39,18 @@ class Elsewhere:
     starter: int
     report: int
     insecure: bool = False
+    server_ports: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Doors:
+    """What home reports first, as a line of JSON: where deputies listen, as in Elsewhere; on how many hosts, the first
+    ones, no rank is a worker."""
+
+    host: str
+    ports: tuple[int, ...]
+    server_ports: tuple[int, ...]
+    without_workers: int
 
 
 @dataclass(frozen=True)
@@ -46,14 +59,13 @@ class Order:
 
     script: str
     args: list[str]
-    workers: int  # processes that will come; with --servers-apart those
-    beside: int  # of them on home's host do not train
+    hosts: list[int]  # processes that will come, so many on each; home's host is the first
     options: dict[str, Any]  # of Job, as given to paceline.init
     restarts: bool  # will somebody start a process again that has died?
     host: str  # where deputies listen; may be told otherwise by the options
     job: str
     starter: int
-    report: int  # a descriptor: host and ports are written there, see cli/home.py, and what deputies say
+    report: int  # a descriptor: Doors are written there, and what deputies say
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ class Door(msgspec.Struct, frozen=True):
     job: str
     starter: int
     insecure: bool
+    server_ports: list[int] = []
 
 
 class Setup(msgspec.Struct, frozen=True):

@@ -1,7 +1,7 @@
 """The home that rank 0 starts beside itself, or finds there when it is started again; what all ranks are told of it.
 
 It is a process of its own, in a session of its own, so it outlives rank 0's. Which ranks are workers is settled with
-it: all of them, or all but those of its host (``--servers-apart``).
+it: all of them, or all but those of its host, and of the other hosts of servers (``--servers-apart``).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import Any
 import msgspec
 
 from paceline.config import Pace
-from paceline.engine.program import STARTED, WAITS, Order
+from paceline.engine.program import STARTED, WAITS, Doors, Order
 from paceline.errors import HostError, PacelineError
 from paceline.events import RunInfo
 from paceline.run.doors import own_address
@@ -37,8 +38,9 @@ _HOME = "import sys; sys.path.append({root!r}); from paceline.cli.home import ma
 
 class Place(msgspec.Struct, frozen=True):
     """What is published of home. ``failed``: why there is none. ``key_file``: a key made for this run, on one host.
-    ``pid`` is its process on the host that calls itself ``node``, ``directory`` the run's there. ``apart``: of this
-    host (``this_host``) no rank is a worker."""
+    ``pid`` is its process on the host that calls itself ``node``, ``directory`` the run's there. ``apart``: of these
+    hosts (``this_host``), home's first, no rank is a worker: they have the servers, whose deputies listen at
+    ``server_ports``, 0 for one at home."""
 
     job: str = ""
     host: str = ""
@@ -48,11 +50,20 @@ class Place(msgspec.Struct, frozen=True):
     node: str = ""
     pid: int = 0
     directory: str = ""
-    apart: str = ""
+    apart: list[str] = []
+    server_ports: list[int] = []
 
     def workers(self, hosts: Sequence[str]) -> list[int]:
         """Which of the ranks are workers, in order; ``hosts``: on which each rank is."""
-        return [rank for rank, host in enumerate(hosts) if host != self.apart]
+        return [rank for rank, host in enumerate(hosts) if host not in self.apart]
+
+    def servers(self, hosts: Sequence[str]) -> dict[int, int]:
+        """Which of the ranks are servers elsewhere: so many of each server host's as it has servers, in order."""
+        found: dict[int, int] = {}
+        for place, host in enumerate(self.apart[1:], 1):
+            ranks = [rank for rank, there in enumerate(hosts) if there == host]
+            found |= zip(ranks, range(place, len(self.server_ports), len(self.apart)), strict=False)
+        return found
 
     @property
     def exit_code(self) -> int | None:
@@ -105,7 +116,7 @@ def known(store: Any) -> Place | None:
     if not store.check(["home"]):
         return None
     place = msgspec.json.decode(store.get("home"), type=Place)
-    is_done = place.apart == this_host() and place.exit_code == 0
+    is_done = place.apart[:1] == [this_host()] and place.exit_code == 0
     return place if not place.failed and (is_done or _lives(place)) else None
 
 
@@ -202,8 +213,7 @@ def _start_process(
     order = Order(
         script=str(Path(sys.argv[0]).resolve()),
         args=sys.argv[1:],
-        workers=rank.world,
-        beside=list(hosts).count(this_host()),
+        hosts=list(Counter(hosts).values()),  # in the order of their first ranks
         options={name: str(value) if isinstance(value, Pace | Path) else value for name, value in options.items()},
         restarts=rank.restarts,
         host="127.0.0.1" if rank.is_one_host else _address(rank.master),
@@ -223,16 +233,18 @@ def _start_process(
     with contextlib.suppress(BrokenPipeError):
         process.stdin.write(msgspec.json.encode(order))
         process.stdin.close()
-    return Started(process, _read_report(process, readable, Place(order.job, key_file=key_file)))
+    return Started(process, _read_report(process, readable, Place(order.job, key_file=key_file), hosts))
 
 
-def _read_report(process: subprocess.Popen[bytes], readable: int, place: Place) -> Place:
-    """Of that process, when all deputies listen. Raises HostError."""
+def _read_report(process: subprocess.Popen[bytes], readable: int, place: Place, hosts: Sequence[str]) -> Place:
+    """Of that process, when all deputies listen. ``hosts``: on which each rank is. Raises HostError."""
     directory = ""
-    ranks: set[int] = set()
     with os.fdopen(readable) as lines:
-        host, is_apart, *ports = lines.readline().split() or ["", "0"]
-        while not directory or len(ranks) < len(ports):
+        first = lines.readline()
+        doors = msgspec.json.decode(first, type=Doors) if first else Doors("", (), (), 0)
+        missing = {str(rank) for rank in range(len(doors.ports))}
+        missing |= {f"s{server}" for server, port in enumerate(doors.server_ports) if port}
+        while not directory or missing:
             line = lines.readline()
             if not line:
                 code = process.wait()
@@ -240,17 +252,18 @@ def _read_report(process: subprocess.Popen[bytes], readable: int, place: Place) 
             if line.startswith(STARTED):
                 directory = line.removeprefix(STARTED).strip()
                 continue
-            rank, what = line.split()
+            who, what = line.split()
             if what == WAITS:
-                ranks.add(int(rank))
+                missing.discard(who)
     return msgspec.structs.replace(
         place,
-        host=host,
-        ports=[int(port) for port in ports],
+        host=doors.host,
+        ports=list(doors.ports),
+        server_ports=list(doors.server_ports),
         node=socket.gethostname(),
         pid=process.pid,
         directory=directory,
-        apart=this_host() if is_apart == "1" else "",
+        apart=list(dict.fromkeys(hosts))[: doors.without_workers],
     )
 
 

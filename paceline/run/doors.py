@@ -9,10 +9,11 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from paceline.config import Job
 from paceline.errors import ConfigError
 from paceline.transport.interfaces import Advertised, advertised, default_route, of_this_machine
 from paceline.transport.keys import FILE_VARIABLE, VARIABLE, new_job_key
@@ -29,9 +30,18 @@ def own_address(wanted: str | None) -> Advertised:
     return advertised(of_this_machine(), wanted, route)
 
 
-def hold_ports(host: str, first: int, count: int) -> list[socket.socket]:
-    """A port for each place, from ``first`` on (0: any that are free), until these are closed. Raises HostError."""
-    return [hold(host, first + place if first else 0) for place in range(count)]
+def hold_ports(host: str, job: Job) -> list[socket.socket]:
+    """A port for each place, then for each server elsewhere, from the job's on (0: any that are free), until these are
+    closed. Raises HostError."""
+    count = job.places + len(job.servers_elsewhere)
+    return [hold(host, job.port + place if job.port else 0) for place in range(count)]
+
+
+def ports_of(job: Job, held: Sequence[socket.socket]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of those held: workers' by rank, and servers' by number, 0 for one at home."""
+    ports = [sock.getsockname()[1] for sock in held]
+    elsewhere = dict(zip(job.servers_elsewhere, ports[job.places :], strict=True))
+    return tuple(ports[: job.places]), tuple(elsewhere.get(server, 0) for server in range(job.servers))
 
 
 def told(host: str, why: str, held: list[socket.socket], *, insecure: bool) -> str:

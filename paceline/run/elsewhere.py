@@ -85,6 +85,18 @@ def attend(home: Home, *, may_come_again: bool) -> NoReturn:
     sys.exit(home.wait())
 
 
+def be_server(server: int, job: str, address: tuple[str, int], key: JobKey | None) -> NoReturn:
+    """Be server ``server`` of ``job``, whose deputy listens at ``address``, until the run is over, and exit."""
+    from paceline.run.serving import serve
+
+    try:
+        code = serve(server, job, address, key, None)
+    except PacelineError as error:
+        sys.stderr.write(f"error: {error}\n")
+        code = error.exit_code
+    sys.exit(code)
+
+
 class _Bystander:
     """In a worker's stead: a process that has home and has nothing else to say of itself."""
 

@@ -34,7 +34,7 @@ from paceline.engine.program import CAME, WAITS, Elsewhere, Errand, Script
 from paceline.errors import ConfigError, HostError, PacelineError, WorkersLost
 from paceline.events import Record, RunInfo, Started, Summary
 from paceline.protocol import messages
-from paceline.run.doors import hold_ports, key_in_file, own_address, told, warn_insecure
+from paceline.run.doors import hold_ports, key_in_file, own_address, ports_of, told, warn_insecure
 from paceline.run.room import Room, cpus
 from paceline.transport.interfaces import Advertised
 from paceline.transport.keys import JobKey, job_key
@@ -63,7 +63,7 @@ class Cluster:
             _connect(ray, job)
             self._opened.callback(ray.shutdown)
         address = _address(ray, job)
-        self._host, self._held = address.address, hold_ports(address.address, job.port, job.places)
+        self._host, self._held = address.address, hold_ports(address.address, job)
         for sock in self._held:
             self._opened.callback(sock.close)
         say(told(address.address, address.reason, self._held, insecure=job.insecure))
@@ -79,9 +79,11 @@ class Cluster:
         """As ``run_local``."""
         made = "" if job.insecure else self._opened.enter_context(key_in_file(os.environ))
         readable, writable = os.pipe()
-        ports = tuple(sock.getsockname()[1] for sock in self._held)
+        ports, server_ports = ports_of(job, self._held)
         name = os.urandom(8).hex()
-        elsewhere = Elsewhere(program.path, program.args, self._host, ports, name, os.getpid(), writable, job.insecure)
+        elsewhere = Elsewhere(
+            program.path, program.args, self._host, ports, name, os.getpid(), writable, job.insecure, server_ports
+        )
         seats = _Seats(self._ray, self._room, job, elsewhere, readable, Path(made).read_text().strip() if made else "")
 
         def seen(record: Record) -> None:

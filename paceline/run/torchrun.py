@@ -6,13 +6,15 @@
     every rank --link--> its deputy
 
 Home is beside rank 0. Every rank, also that one, is a worker elsewhere (``engine/elsewhere/remote.py``); with
-``--servers-apart`` those of home's host are none: they wait for the run's end. Home outlives rank 0's process: when
-torchrun starts its processes again, they find it and go on in the places that they had.
+``--servers-apart`` those of home's host are none: they wait for the run's end. With ``--server-hosts`` more hosts are
+without workers, and ranks of these are servers. Home outlives rank 0's process: when torchrun starts its processes
+again, they find it and go on in the places that they had.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
@@ -25,7 +27,7 @@ from paceline.errors import ConfigError, HostError
 from paceline.run import beside
 from paceline.run.beside import Found, Place, Rank, Started
 from paceline.run.doors import is_insecure
-from paceline.run.elsewhere import Life, attend, meet
+from paceline.run.elsewhere import Life, attend, be_server, meet
 from paceline.transport.borrow import this_host
 from paceline.transport.keys import FILE_VARIABLE, job_key, read_job_key
 
@@ -66,7 +68,12 @@ def join(options: Mapping[str, Any]) -> RemoteWorker:
         raise HostError(f"home, beside rank 0, has not started: {there.failed}")
     hosts = _hosts(store, place)
     workers = there.workers(hosts)
+    key = given or (read_job_key(there.key_file) if there.key_file else None)
+    if (server := there.servers(hosts).get(place.rank)) is not None:
+        be_server(server, there.job, (there.host, there.server_ports[server]), key)
     if place.rank not in workers:
+        if hosts[place.rank] != there.apart[0]:
+            sys.exit(0)  # it has nothing to do on its host, and no home to wait for
         attend(home or Found(there, interrupts=False), may_come_again=place.restarts)
     number = workers.index(place.rank)
     if number >= len(there.ports):
@@ -74,7 +81,6 @@ def join(options: Mapping[str, Any]) -> RemoteWorker:
             f"rank is {place.rank}, and the run was started with {len(there.ports)} workers",
             fix="start as many processes as at first: torchrun --nnodes N, not MIN:MAX",
         )
-    key = given or (read_job_key(there.key_file) if there.key_file else None)
     around = Around([hosts[rank] for rank in workers], PrefixStore(f"attempt/{place.attempt}", store))
     worker = meet(number, place.attempt, there.job, (there.host, there.ports[number]), key, around)
     Life(worker, home, may_come_again=place.restarts).begin()

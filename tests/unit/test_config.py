@@ -27,6 +27,7 @@ from paceline.config import (
 )
 from paceline.errors import UsageError
 
+APART = {"engine": "ray", "servers_apart": True}
 WHOLE = st.integers(1, 2**53)
 PACE: st.SearchStrategy[Pace] = st.one_of(
     st.just(Sync()),
@@ -190,12 +191,43 @@ def test_the_outer_step_takes_numbers(value: Any) -> None:
             {"servers": 1, "servers_apart": True},
             "servers-apart is for runs on several hosts; all of this one is on this machine",
         ),
+        ({"server_hosts": 0}, "server-hosts is 0; it must be 1 or more"),
+        (
+            {"engine": "ray", "servers": 2, "server_hosts": 2},
+            "server-hosts is 2, and servers-apart is not set: no worker is on a host of the servers then",
+        ),
+        (
+            {**APART, "servers": 2, "server_hosts": 3},
+            "server-hosts is 3, and there are 2 servers: each host has one at least",
+        ),
+        (
+            {**APART, "servers": 1, "server_hosts": 2},
+            "server-hosts is 2, and there is 1 server: each host has one at least",
+        ),
+        (
+            {**APART, "servers": 2, "server_hosts": 2, "max_servers": 3},
+            "max-servers is 3, and servers are on 2 hosts, where none are added to a run",
+        ),
     ],
 )
 def test_each_field_is_answered_with_its_range(options: dict[str, Any], says: str) -> None:
     with pytest.raises(UsageError) as raised:
         Job("test", **options)
     assert raised.value.what == says
+
+
+@pytest.mark.parametrize("pace", [Sync(), Quorum(2), Bounded(), Async(), Async(4), Local()], ids=str)
+def test_servers_on_several_hosts_are_for_paces_that_bring_gradients(pace: Pace) -> None:
+    options: dict[str, Any] = {**APART, "servers": 5, "pace": pace}
+    assert Job("test", **options).server_places == 10
+    if isinstance(pace, Async | Local) and pace.every > 1:
+        with pytest.raises(UsageError, match=f"pace {pace} brings all parameters home, and servers are on 2 hosts"):
+            Job("test", **options, server_hosts=2)
+        return
+    job = Job("test", **options, server_hosts=2)
+    assert (job.server_places, list(job.servers_on(0)), job.servers_elsewhere) == (5, [0, 2, 4], [1, 3])
+    assert job.threads_at_home(12, workers=2) == 4
+    assert Job("test", **options, server_hosts=2, max_servers=5).server_places == 5
 
 
 def test_a_quorum_is_of_the_workers_there_are() -> None:

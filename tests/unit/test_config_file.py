@@ -36,6 +36,12 @@ def job(of: dict[str, Any], workers: int, **options: Any) -> Job:
     if options["engine"] != "local":
         options |= {"data": "shared", "checkpoint_every": None}
     options["servers_apart"] &= bool(options["servers"]) and options["engine"] != "local"
+    if options["servers_apart"] and not (isinstance(of["pace"], Local | Async) and of["pace"].every > 1):
+        options["server_hosts"] = min(options["server_hosts"], options["servers"])
+    else:
+        options["server_hosts"] = 1
+    if options["server_hosts"] > 1:
+        options["max_servers"] = None
     return Job(**of, workers=max(workers, needed), **options)
 
 
@@ -67,6 +73,7 @@ jobs = st.builds(
     port=st.integers(0, 2**16 - 1),
     insecure=st.booleans(),
     servers_apart=st.booleans(),
+    server_hosts=st.integers(1, 64),
     return_timeout=st.floats(1e-300, 1e300),
 )
 
@@ -115,6 +122,7 @@ def test_none_is_left_out_and_the_rest_is_plain_toml() -> None:
         "port = 0",
         "insecure = false",
         "servers_apart = false",
+        "server_hosts = 1",
         "return_timeout = 60.0",
         "staleness_damping = false",
         "restarts = 3",

@@ -299,10 +299,13 @@ def _describe(
         call=program.main if isinstance(program, Call) else None,
         resume=str(resume.path.resolve()) if resume is not None else "",
         trained=trained_before(resume.documents["state"], job) if resume is not None else (),
-        door=Door(program.host, list(program.ports), program.job, program.starter, program.insecure)
-        if isinstance(program, Elsewhere)
-        else None,
+        door=_door(program) if isinstance(program, Elsewhere) else None,
     )
+
+
+def _door(program: Elsewhere) -> Door:
+    ports, server_ports = list(program.ports), list(program.server_ports)
+    return Door(program.host, ports, program.job, program.starter, program.insecure, server_ports)
 
 
 def _start(module: str, log: Path | None, environment: dict[str, str]) -> tuple[subprocess.Popen[bytes], socket.socket]:

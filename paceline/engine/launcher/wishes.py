@@ -28,6 +28,12 @@ class Wishes:
 
     def _refusal(self, wish: Scale) -> Failed | None:
         job, pace, workers = self._job, self._job.pace, wish.workers
+        if wish.servers is not None and job.server_hosts > 1:
+            what = f"a run with servers on {job.server_hosts} hosts has the {job.servers} servers it was started with"
+            why = "each keeps a part of the parameters that nobody else has"
+            return Failed(
+                "UsageError", what, why, f"Ctrl-C, and go on from the checkpoint with {_count(wish.servers, 'server')}"
+            )
         if wish.servers is not None and wish.servers > job.server_places:
             fix = f"{job.server_places} at most, or start the run with --max-servers {wish.servers}"
             what = f"servers is {wish.servers}; the run has room for {job.server_places}"

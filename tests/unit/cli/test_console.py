@@ -172,6 +172,8 @@ def test_header_does_not_say_that_workers_are_here_where_others_start_them() -> 
     assert by_ray.endswith(" · pace sync · engine ray")
     apart = header(Job("train", servers=2, engine="ray", servers_apart=True))
     assert " · 2 workers started by Ray, 2 servers and home alone on this machine (" in apart
+    on_two = header(Job("train", servers=3, engine="torchrun", servers_apart=True, server_hosts=2))
+    assert " · 2 workers started by torchrun, 3 servers on 2 hosts, home on this machine (" in on_two
 
 
 def test_ending_says_how_it_went() -> None:

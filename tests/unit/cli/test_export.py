@@ -90,6 +90,21 @@ def test_where_servers_are_apart_there_is_a_node_for_them(folder: Path, capsys: 
     assert "--servers-apart" in shlex.split(job["spec"]["entrypoint"])
 
 
+def test_where_servers_have_several_hosts_each_is_a_node(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--nodes", "2", "--workers", "6", "--servers", "5", "--servers-apart", "--server-hosts", "2"]
+    script = exported(capsys, "slurm", *options, "train.py")
+    assert "#SBATCH --nodes=4\n" in script
+    assert "#SBATCH --cpus-per-task=3\n" in script
+    for arguments, environment in submitted(folder, script):  # on two nodes, and these are the servers'
+        assert arguments[4:6] == ["--nproc-per-node", "2"]
+        assert environment["PACELINE_SERVER_HOSTS"] == "2"
+    assert manifest(capsys, *options, "train.py")["spec"]["trainer"]["numNodes"] == 4
+    job = manifest(capsys, "--kind", "rayjob", *options, "train.py")
+    assert "--server-hosts=2" in shlex.split(job["spec"]["entrypoint"])
+    (group,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    assert (group["replicas"], group["rayStartParams"]) == (3, {"num-cpus": "3"})
+
+
 def test_no_key_is_asked_for_where_links_are_to_be_insecure(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     script = exported(capsys, "slurm", "train.py", "--insecure", "--nodes", "2")
     assert [environment for _, environment in submitted(folder, script)] == [{"PACELINE_INSECURE": "1"}] * 2
@@ -138,6 +153,10 @@ def test_a_ray_job_has_what_kuberay_asks_for(folder: Path, capsys: pytest.Captur
         ("slurm absent.py", "script 'absent.py' does not exist"),
         ("k8s train.py", "no image is given"),
         ("k8s --image a --kind job train.py", "--kind is 'job'; it must be one of: trainjob, rayjob"),
+        (
+            "k8s --image a --workers 2 --nodes 2 --servers 4 --servers-apart --server-hosts 2 train.py",
+            "each node has 1 process, as many as workers, and 2 servers are to be on one",
+        ),
         ("k8s --image a --data served train.py", "data is served, and workers are started by torchrun"),
     ],
 )

@@ -45,9 +45,9 @@ def test_the_first_place_that_has_a_value_wins(tmp_path_factory: pytest.TempPath
 def test_every_option_can_stand_in_the_environment() -> None:
     texts = {
         "workers": "3",
-        "servers": "1",
+        "servers": "2",
         "max_workers": "9",
-        "max_servers": "3",
+        "max_servers": "2",
         "pace": "bounded:4",
         "assign": "hash",
         "data": "shared",
@@ -72,6 +72,7 @@ def test_every_option_can_stand_in_the_environment() -> None:
         "port": "29600",
         "insecure": "1",
         "servers_apart": "1",
+        "server_hosts": "2",
         "return_timeout": "90",
     }
     assert set(texts) == set(OPTIONS)
@@ -82,9 +83,9 @@ def test_every_option_can_stand_in_the_environment() -> None:
     assert settings.job("train") == Job(
         "train",
         workers=3,
-        servers=1,
+        servers=2,
         max_workers=9,
-        max_servers=3,
+        max_servers=2,
         pace=Bounded(4),
         assign="hash",
         data="shared",
@@ -109,6 +110,7 @@ def test_every_option_can_stand_in_the_environment() -> None:
         port=29600,
         insecure=True,
         servers_apart=True,
+        server_hosts=2,
         return_timeout=90.0,
     )
     truths = dict.fromkeys(TRUTHS, True)
