@@ -89,6 +89,42 @@ def asked_for(worker: int, offered: Column, asked: Column, slots: Sequence[Slot]
     return norm if is_offer and is_pushed(worker, number, asked, slots, norm) else asked[worker]
 
 
+class Columns(Protocol):
+    """What the workers have published of themselves in an exchange, as ``rounds.py`` has it."""
+
+    @property
+    def pushed(self) -> Column: ...
+
+    @property
+    def asked(self) -> Column: ...
+
+    @property
+    def answered(self) -> Column: ...
+
+    @property
+    def since(self) -> Column: ...
+
+    @property
+    def offered(self) -> Column: ...
+
+
+def awaits(worker: int, me: int, number: int, columns: Columns) -> bool:
+    """Does a worker stand in round ``number``, which is the next of an exchange, or at a norm of it, until ``me`` comes
+    there? For one that counts in the round and has not come to it."""
+    if columns.since[worker] > number:
+        return False
+    if columns.pushed[worker] >= number or comes_to(number, worker, columns.offered):
+        return True
+    norm = _norm_of(worker, number, columns)
+    return norm > max(columns.answered[worker], _norm_of(me, number, columns))
+
+
+def _norm_of(worker: int, number: int, columns: Columns) -> int:
+    """The last norm of round ``number`` that a worker has come to; 0 if it has come to none."""
+    norm = max(columns.asked[worker], 0 if columns.offered[worker] == LEAVES else columns.offered[worker] // 2)
+    return norm if norm // NORMS == number and norm % NORMS else 0
+
+
 def version(number: int, loads: int) -> int:
     """Of home's values after round ``number``, ``loads`` checkpoints having been loaded: rises with each. 0 is none."""
     return number + loads + 1

@@ -86,6 +86,8 @@ class DeputyExchange:
     def _set_way(self) -> None:
         rounds = self.at_home.in_rounds
         if rounds is not None:
+            if self._host is not None:
+                self._host.checked = rounds.checked
             rounds.bring = None if self._host is None else self._host.bring
             rounds.ask = None if self._host is None else self._host.ask
 

@@ -27,6 +27,7 @@ class HostPush:
         self._members, self._lead = tuple(members), members[0]
         self._first = self._lead  # of those who share a mirror
         self._fetch_fold, self._fetch_own = fetch_fold, fetch_own
+        self.checked: Callable[[bool | Waiting], bool | Waiting] = lambda answer: answer  # as ``Rounds.checked``
         self.offers = False  # is the next gradient on the worker's host, for the fold?
         self._at_home: tuple[int, list[float]] | None = None  # of the lead: the round and weights of the fold there
 
@@ -125,6 +126,7 @@ class HostPush:
             for member in self._members:
                 if hosts.comes_to(number, member, self._memory.offered) and self._memory.asked[member] < norm:
                     raise not_asked(self._rank, member, number)
+            return self.checked(self._are_together(number, norm))
         return self._are_together(number, norm)
 
     def _bring_as_one(self, number: int, norm: int | None) -> None:

@@ -106,6 +106,12 @@ class Exchange:
                     self._meeting.attach_again(deaths[context.rank])
         self.inner = make_inner(self._replica, pace)
 
+    def know(self, exchanges: Sequence[Exchange]) -> None:
+        """Of all of this worker, also of those to come, where there are rounds."""
+        rounds = self.in_rounds
+        if rounds is not None:
+            rounds.others = lambda: [o.in_rounds for o in exchanges if o is not self and o.in_rounds is not None]
+
     # --- checkpoints ---
 
     def shared_names(self) -> list[tuple[str, tuple[int, ...]]]:

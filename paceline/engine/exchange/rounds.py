@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 from paceline.engine.exchange.meeting import Push, Round
 from paceline.engine.exchange.stepper import Stepper
 from paceline.errors import ConfigError
-from paceline.protocol.hosts import asked_for, pushed_for
+from paceline.protocol.hosts import asked_for, awaits, pushed_for
 from paceline.protocol.rounds import (
     NEVER,
     NORMS,
@@ -30,6 +31,8 @@ from paceline.transport.board import Board
 from paceline.transport.lock import Lock
 from paceline.transport.slots import ExchangeMemory, Spec
 
+T = TypeVar("T")
+
 
 class Rounds:
     """A worker's side of the rounds of one exchange; ``stepper`` is its hands."""
@@ -45,6 +48,7 @@ class Rounds:
         # Pushes in place of this, where what those of a host bring is one (engine/elsewhere/host_push.py).
         self.bring: Callable[[int, float], None] | None = None
         self.ask: Callable[[int, float, int], None] | None = None  # likewise, for a norm of the round
+        self.others: Callable[[], Iterable[Rounds]] = tuple  # those of the worker's other exchanges
 
     @property
     def number(self) -> int:
@@ -244,7 +248,20 @@ class Rounds:
         for worker, pushed in enumerate(memory.pushed):
             if pushed >= round_ and memory.asked[worker] < number:
                 raise not_asked(self._rank, worker, round_)
-        return close_round(number, memory.asked, self._board, memory.since, memory.asked, round_)
+        return self.checked(close_round(number, memory.asked, self._board, memory.since, memory.asked, round_))
+
+    def checked(self, answer: T) -> T:
+        """What was answered to this worker, which asks for a norm. Raises ConfigError if the one that it is to wait for
+        waits for this one, in a step or at a norm of another exchange."""
+        if isinstance(answer, Waiting) and answer.on < len(self._memory.pushed):
+            for other in self.others():
+                if other.awaits(answer.on):
+                    raise _chosen_otherwise(self._rank, answer.on)
+        return answer
+
+    def awaits(self, worker: int) -> bool:
+        """Does that worker stand in the next round, or at a norm of it, until this one comes there?"""
+        return awaits(worker, self._rank, self.number + 1, self._memory)
 
     def losses(self, number: int, contributors: tuple[int, ...]) -> tuple[float, float]:
         """Sums over the contributors of round ``number``, the last, of (loss x samples, samples)."""
@@ -270,5 +287,13 @@ def not_asked(rank: int, other: int, number: int) -> ConfigError:
     return ConfigError(
         f"worker {rank} clips its gradients in round {number}, worker {other} does not",
         why="the norm is that of all workers' gradient, so all must ask for it",
-        fix="call clip_grad_norm_ on every worker, or on none",
+        fix="call clip_grad_norm_ on every worker, or on none; over the same parameters, with a gradient or without",
+    )
+
+
+def _chosen_otherwise(rank: int, other: int) -> ConfigError:
+    return ConfigError(
+        f"worker {rank} clips gradients of an optimizer that worker {other} leaves out",
+        why=f"worker {other} waits for it in another optimizer's step or norm, so both would wait for ever",
+        fix="call clip_grad_norm_ over the same parameters on every worker, with a gradient or without",
     )

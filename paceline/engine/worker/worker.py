@@ -170,6 +170,7 @@ class Worker:
         )
         self.progress.weights.add_exchange()
         if isinstance(self._pace, Sync):
+            exchange.know(self._exchanges)
             clipping.register(self)  # at other paces there is no gradient of all: what is clipped is the push
         return exchange
 

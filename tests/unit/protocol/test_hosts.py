@@ -12,6 +12,7 @@ from paceline.protocol.hosts import (
     are_together,
     arrived,
     asked_for,
+    awaits,
     comes_to,
     has_version,
     is_one,
@@ -27,6 +28,17 @@ from tests.unit.protocol.test_rounds import board
 
 MEMBERS, ROUND = (2, 3), 7
 NOBODY = [0, 0, 0, 0]
+
+
+@dataclass
+class Words:
+    """Of an exchange, by worker; the round before is over."""
+
+    pushed: list[int]
+    asked: list[int]
+    answered: list[int]
+    since: list[int]
+    offered: list[int]
 
 
 @dataclass
@@ -143,3 +155,29 @@ def test_nothing_is_sent_before_what_was_sent_over_another_link_is_there() -> No
     assert is_there(arrived(newest)) is True
     assert [has_version(word, newest) for word in (0, arrived(before), sent(before, 3))] == [False] * 3
     assert [has_version(word, newest) for word in (sent(newest, 0), arrived(newest))] == [True] * 2
+
+
+BEFORE, FIRST = (ROUND - 1) * NORMS + 1, ROUND * NORMS + 1  # norms
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, False),
+        ({"pushed": [ROUND - 1, ROUND]}, True),
+        ({"offered": [0, offer(ROUND)]}, True),  # its host is to push it
+        ({"offered": [0, alone(ROUND)]}, True),
+        ({"offered": [LEAVES, LEAVES]}, False),
+        ({"offered": [0, offer(ROUND - 1)]}, False),
+        ({"asked": [BEFORE, FIRST]}, True),
+        ({"offered": [0, offer(ROUND, FIRST)]}, True),
+        ({"asked": [FIRST, FIRST]}, False),  # this one has come there too
+        ({"asked": [BEFORE, FIRST], "offered": [offer(ROUND, FIRST), 0]}, False),
+        ({"asked": [BEFORE, FIRST], "answered": [BEFORE, FIRST]}, False),  # it has gone on
+        ({"asked": [BEFORE, FIRST], "since": [0, ROUND + 1]}, False),  # it was another process that did
+    ],
+    ids=str,
+)
+def test_who_stands_where_another_has_not_come_awaits_it(changes: dict[str, list[int]], expected: bool) -> None:
+    words = {"pushed": [ROUND - 1] * 2, "asked": [BEFORE] * 2, "answered": [BEFORE] * 2, "since": [0, 0]}
+    assert awaits(1, 0, ROUND, Words(**({"offered": [0, 0]} | words | changes))) is expected
