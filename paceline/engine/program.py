@@ -70,9 +70,10 @@ class Order:
 
 @dataclass(frozen=True)
 class Errand:
-    """What a worker's process is told by the actor of Ray that starts it; as JSON on its standard input.
+    """What a worker's process is told by the actor of Ray that starts it, or a server's; as JSON on its standard input.
 
-    ``key``: of this run, in hex; empty where the node has the job's. ``threads`` is for torch.
+    ``key``: of this run, in hex; empty where the node has the job's. ``threads`` is for torch. It is worker ``rank``,
+    unless it is a ``server``.
     """
 
     rank: int
@@ -84,6 +85,7 @@ class Errand:
     threads: int
     insecure: bool
     key: str
+    server: int = -1
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@
 
 Ray finds the nodes (room.py), starts processes there and tells of their ends; nothing of the training passes through
 it. A worker that is lost is replaced by a new actor as soon as its next deputy waits for it; where no node has room,
-the others go on without it if they may (``--min-workers``), and it comes again when a node does.
+the others go on without it if they may (``--min-workers``), and it comes again when a node does. Servers elsewhere
+(``--server-hosts``) are in actors too; one that was lost is not replaced.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -70,7 +71,7 @@ class Cluster:
         self._room = Room(ray, job)
         has, needed = self._room.cpus, job.workers * cpus(job)
         if has < needed:
-            where = " beside home's" if job.servers_apart else ""
+            where = (" beside home's" if job.server_hosts == 1 else " beside the servers'") if job.servers_apart else ""
             say(f"Ray's cluster has {has:g} CPUs{where}, and {needed} are asked for: waiting until it has grown")
         if job.insecure:
             warn_insecure()
@@ -167,9 +168,23 @@ class Seat:
         return process.wait(), tail.decode(errors="replace")
 
 
+class _Who(NamedTuple):
+    """A worker or a server elsewhere, as deputies call it: "1", "s1"."""
+
+    role: str
+    number: int
+
+    @staticmethod
+    def read(text: str) -> _Who:
+        return _Who("server", int(text[1:])) if text.startswith("s") else _Who("worker", int(text))
+
+    def __str__(self) -> str:
+        return f"{self.role} {self.number}"
+
+
 @dataclass
 class _Taken:
-    """A worker's actor; ``ended``: of its process. ``tries``: so many have been started without coming home."""
+    """An actor of somebody's; ``ended``: of its process. ``tries``: so many have been started without coming home."""
 
     actor: Any
     ended: Any
@@ -178,7 +193,7 @@ class _Taken:
 
 
 class _Seats(threading.Thread):
-    """Has an actor for every worker that is waited for. A thread of the driver's."""
+    """Has an actor for everyone that is waited for. A thread of the driver's."""
 
     def __init__(self, ray: Any, room: Room, job: Job, elsewhere: Elsewhere, report: int, key: str) -> None:
         """``report``: a descriptor, which the deputies write to; ``key``: in hex, if workers are to be given one."""
@@ -186,7 +201,9 @@ class _Seats(threading.Thread):
         self._ray, self._room, self._job, self._elsewhere, self._key = ray, room, job, elsewhere, key
         self._actor = ray.remote(num_cpus=cpus(job), max_restarts=0)(Seat)
         self._report, self._unread = report, b""
-        self._taken: dict[int, _Taken] = {}
+        self._taken: dict[_Who, _Taken] = {}
+        self._servers: set[_Who] = set()  # that were waited for: once each
+        self._refusal: PacelineError | None = None  # that the run has not been told of yet
         self._stopping = threading.Event()
         self._nodes: set[str] = set()
         self._has_room = True  # may there be room for one more?
@@ -202,10 +219,11 @@ class _Seats(threading.Thread):
                 self._look_at_ends()
                 if time.monotonic() > self._looked_s + _LOOK_S:
                     self._looked_s = time.monotonic()
+                    self._look_at_servers()
                     self._look_at_nodes()
         except Exception as error:  # noqa: BLE001  the thread's outermost line; Ray has many kinds
             if not self._stopping.is_set():
-                self._refuse(0, HostError(f"Ray fails: {str(error).strip().splitlines()[0]}"))
+                self._refuse(_Who("worker", 0), HostError(f"Ray fails: {str(error).strip().splitlines()[0]}"))
 
     def close(self) -> None:
         """All actors end, and what was reserved is free again."""
@@ -219,7 +237,7 @@ class _Seats(threading.Thread):
     # --- who is waited for ---
 
     def _hear(self) -> None:
-        """What deputies have said: a rank that is waited for, or that is not any more."""
+        """What deputies have said: who is waited for, or is not any more."""
         if not select.select([self._report], [], [], 0 if self._pending() else _TURN_S)[0]:
             return
         data = os.read(self._report, 4096)
@@ -228,41 +246,49 @@ class _Seats(threading.Thread):
         *lines, self._unread = (self._unread + data).split(b"\n")
         for line in lines:
             text, what = line.decode().split()
-            rank = int(text)
+            who = _Who.read(text)
             if what == CAME:
-                if rank in self._taken:
-                    self._taken[rank].came = True
+                if who in self._taken:
+                    self._taken[who].came = True
                 continue
-            self._free(rank)
+            if who.role == "server":
+                if who not in self._servers:
+                    self._servers.add(who)
+                    self._seat(who)
+                continue
+            self._free(who)
             if what == WAITS:
-                self._gone.discard(rank)
-                self._seat(rank)
+                self._gone.discard(who.number)
+                self._seat(who)
             else:
-                self._gone.add(rank)  # there was no room; as soon as there is, it comes again
+                self._gone.add(who.number)  # there was no room; as soon as there is, it comes again
                 self._has_room = True
 
-    def _seat(self, rank: int, tries: int = 1) -> None:
+    def _seat(self, who: _Who, tries: int = 1) -> None:
         """Have an actor started, as soon as there is room."""
-        actor = self._actor.options(scheduling_strategy=self._room.strategy(rank), name=None).remote()
+        is_server, number = who.role == "server", who.number
+        strategy = self._room.strategy_of_server(number) if is_server else self._room.strategy(number)
+        actor = self._actor.options(scheduling_strategy=strategy, name=None).remote()
         there = self._elsewhere
         errand = Errand(
-            rank,
+            -1 if is_server else number,
             there.job,
             there.host,
-            there.ports[rank],
+            there.server_ports[number] if is_server else there.ports[number],
             str(there.path),
             there.args,
             cpus(self._job),
             there.insecure,
             self._key,
+            number if is_server else -1,
         )
         # An argument of a method goes to the actor's process alone; one of its constructor, or a variable of its
         # environment, would be kept by Ray's control service, and shown by it.
         ended = actor.run.remote(msgspec.json.encode(errand), os.getcwd())
-        self._taken[rank] = _Taken(actor, ended, tries)
+        self._taken[who] = _Taken(actor, ended, tries)
 
-    def _free(self, rank: int) -> None:
-        taken = self._taken.pop(rank, None)
+    def _free(self, who: _Who) -> None:
+        taken = self._taken.pop(who, None)
         if taken is not None:
             self._kill(taken)
 
@@ -272,8 +298,8 @@ class _Seats(threading.Thread):
 
     # --- who has ended ---
 
-    def _pending(self) -> dict[Any, int]:
-        return {taken.ended: rank for rank, taken in self._taken.items()}
+    def _pending(self) -> dict[Any, _Who]:
+        return {taken.ended: who for who, taken in self._taken.items()}
 
     def _look_at_ends(self) -> None:
         pending = self._pending()
@@ -281,36 +307,51 @@ class _Seats(threading.Thread):
         for ended in ready:
             self._ended(pending[ended])
 
-    def _ended(self, rank: int) -> None:
+    def _ended(self, who: _Who) -> None:
         """A process is over, or what it was on. If it had come home its deputy knows, and may wait for another."""
-        taken = self._taken[rank]
+        taken = self._taken[who]
         try:
             code, said = self._ray.get(taken.ended)
             why = f"exit code {code}; its last words: {said.strip()}"
         except self._ray.exceptions.RayTaskError as error:
-            self._refuse(rank, ConfigError(f"worker {rank} cannot be started: {error.cause}", fix=_FIX_NODE))
+            self._refuse(who, ConfigError(f"{who} cannot be started: {error.cause}", fix=_FIX_NODE))
             return
         except self._ray.exceptions.RayError as error:
             why = str(error).strip().splitlines()[0]
-        self._free(rank)
+        self._free(who)
         if taken.came:
             return
         if taken.tries < _TRIES:
-            self._seat(rank, taken.tries + 1)
+            self._seat(who, taken.tries + 1)
             return
-        what = f"worker {rank} has been started {_TRIES} times and never came home"
-        self._refuse(rank, WorkersLost(what, why=why, fix="does its node reach home's address? --interface"))
+        what = f"{who} has been started {_TRIES} times and never came home"
+        self._refuse(who, WorkersLost(what, why=why, fix="does its node reach home's address? --interface"))
 
-    def _refuse(self, rank: int, error: PacelineError) -> None:
-        """End the run with this, in the worker's name."""
+    def _refuse(self, who: _Who, error: PacelineError) -> None:
+        """End the run with this, in the worker's name; or a server's."""
         from paceline.run.elsewhere import meet  # and torch: only here
 
-        self._free(rank)
-        there = self._elsewhere
+        self._free(who)
+        if who.role == "server":
+            self._refusal = self._refusal or error
+            return
+        there, rank = self._elsewhere, who.number
         key = None if there.insecure else JobKey(bytes.fromhex(self._key)) if self._key else job_key(os.environ)
         with contextlib.suppress(PacelineError, SystemExit):
             worker = meet(rank, 0, there.job, (there.host, there.ports[rank]), key)
-            worker.broke(messages.Failed(type(error).__name__, error.what, error.why, error.fix))
+            worker.broke(_failed(error))
+
+    def _look_at_servers(self) -> None:
+        """One that has come is its deputy's; the node of one that has not may be lost before."""
+        for server in self._room.lost_servers:
+            if (who := _Who("server", server)) in self._taken and not self._taken[who].came:
+                self._refuse(
+                    who, HostError(f"the node of {who} is lost", fix="start the run again, or paceline resume")
+                )
+        if self._refusal is not None and self.directory is not None:
+            with contextlib.suppress(PacelineError):  # the run is ending
+                ask(self.directory, _failed(self._refusal))
+            self._refusal = None
 
     # --- nodes that come ---
 
@@ -332,6 +373,10 @@ class _Seats(threading.Thread):
         assert self.directory is not None
         with contextlib.suppress(PacelineError):  # the run is ending
             ask(self.directory, messages.Scale(workers))
+
+
+def _failed(error: PacelineError) -> messages.Failed:
+    return messages.Failed(type(error).__name__, error.what, error.why, error.fix)
 
 
 _FIX_NODE = (

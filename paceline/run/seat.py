@@ -1,4 +1,5 @@
-"""A worker's process that an actor of Ray has started, on any node: the script, once its way home is made.
+"""A process that an actor of Ray has started, on any node: a worker's, which runs the script once its way home is made,
+or a server's.
 
 What it prints travels home along its link, in order with all else, so that nothing is shown twice or after the end.
 """
@@ -23,7 +24,7 @@ from paceline.engine.elsewhere.remote import RemoteWorker
 from paceline.engine.program import Errand
 from paceline.errors import ConfigError, PacelineError, ScriptError
 from paceline.run import session
-from paceline.run.elsewhere import Life, meet
+from paceline.run.elsewhere import Life, be_server, meet
 from paceline.transport.keys import JobKey, job_key
 
 _PR_SET_PDEATHSIG = 1
@@ -32,13 +33,18 @@ _LAST_S = 2.0  # for what was printed to be on its way
 
 
 def main(parent: int) -> NoReturn:
-    """Be the worker that the order on standard input asks for."""
+    """Be the worker, or the server, that the errand on standard input asks for."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)
     errand = msgspec.json.decode(sys.stdin.buffer.read(), type=Errand)
     try:
-        worker = meet(errand.rank, 0, errand.job, (errand.host, errand.port), _key(errand))
+        key = _key(errand)
+        if errand.server >= 0:
+            torch.set_num_threads(errand.threads)
+            _import_beside(errand.script)  # the optimizer's class may be there
+            be_server(errand.server, errand.job, (errand.host, errand.port), key)
+        worker = meet(errand.rank, 0, errand.job, (errand.host, errand.port), key)
     except PacelineError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(error.exit_code)
@@ -50,7 +56,7 @@ def main(parent: int) -> NoReturn:
     torch.set_num_threads(errand.threads)
     seed_all(worker.job.seed)  # a script that seeds nothing still starts alike on all workers
     sys.argv = [errand.script, *errand.args]
-    sys.path.insert(0, str(Path(errand.script).resolve().parent))
+    _import_beside(errand.script)
     try:
         runpy.run_path(errand.script, run_name="__main__")
     except SystemExit as end:
@@ -62,6 +68,10 @@ def main(parent: int) -> NoReturn:
         prints.end()
         raise
     sys.exit(0)
+
+
+def _import_beside(script: str) -> None:
+    sys.path.insert(0, str(Path(script).resolve().parent))
 
 
 def _key(errand: Errand) -> JobKey | None:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from paceline.engine.launcher.control import ask
+from paceline.protocol import messages
 from tests.process.kills import COUNTING
 from tests.process.runner import Runner, Running
 from tests.process.standing import at, prepare
@@ -128,7 +130,10 @@ def test_wishes_that_cannot_be_are_refused_in_words(runner: Runner) -> None:
     assert (code, text.splitlines()[0]) == (2, "error: workers is 1; the run was started with --min-workers 2")
     code, text = scale("--servers", "1")
     assert (code, text.splitlines()[0]) == (2, "error: a run that was started without servers stays so")
-    running.close()
+    ask(directory, messages.Failed("HostError", "server 1 cannot be started", fix="another node"))
+    ended = running.end()  # who starts servers elsewhere has said so
+    assert (ended.code, ended.error.splitlines()[0]) == (4, "server 1 cannot be started")
+    assert "another node" in ended.error
     code, text = scale("--workers", "2")
     assert code == 2
     assert "is not going on" in text

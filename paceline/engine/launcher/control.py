@@ -1,6 +1,7 @@
 """The way into a run that is going on: a Unix socket in its directory, for its own user.
 
-    question: a message of protocol/messages.py (Scale)        answer: another (Scaled)
+    question: a message of protocol/messages.py (Scale; or Failed, of a server that cannot be started)
+    answer: another (Scaled)
 
 Whoever connects may ask as often as it likes, and is answered in turn.
 """

@@ -297,7 +297,10 @@ class _Launcher:
         self._hands.do(effects)
 
     def _answer(self, question: messages.Any) -> messages.Any:
-        """To a user, see control.py."""
+        """To a user, see control.py; or to whoever starts servers elsewhere, and cannot."""
+        if isinstance(question, messages.Failed):
+            self._hearing.note("launcher", question)
+            return messages.Scaled()
         if not isinstance(question, messages.Scale):
             return messages.Scaled(kind="UsageError", what=f"a run does not answer {type(question).__name__}")
         if self._info.status != "running" or self._hands.failure is not None:
