@@ -28,6 +28,7 @@ from paceline.engine.checkpoint import checkpoints, safetensors
 from paceline.protocol import messages
 from paceline.protocol.link import Hello, Peer, Refused, Welcome
 from paceline.transport import batches, frame, greeting, wire
+from tests import fuzz_said
 from tests.unit.transport.test_frame import EXAMPLES
 
 STUCK_S = 20.0
@@ -43,6 +44,9 @@ class Target:
     feed: Callable[[bytes], object]
     refuses: tuple[type[Exception], ...]
     mend: Callable[[bytearray], None] = lambda data: None
+    twist: Callable[[bytes, random.Random, Callable[[bytes], bytearray]], bytes] | None = (
+        None  # in place of ``damaged``
+    )
 
 
 def targets() -> dict[str, Target]:
@@ -55,6 +59,10 @@ def targets() -> dict[str, Target]:
         ),
         "batch": Target(_batch_samples(), lambda data: batches.decode(bytearray(data)), (ValueError,)),
         "safetensors": Target(_safetensors_samples(), _feed_safetensors, (safetensors.Unusable,)),
+        "owners": Target(fuzz_said.by_owners(), fuzz_said.HeardByOwners(), fuzz_said.REFUSES, twist=fuzz_said.twisted),
+        "remote": Target(
+            fuzz_said.by_deputies(), fuzz_said.HeardByDeputy(), fuzz_said.REFUSES, twist=fuzz_said.twisted
+        ),
         "manifest": Target(_manifest_samples(), checkpoints._unseal, (safetensors.Unusable,), _mend_manifest),
     }
 
@@ -77,7 +85,7 @@ def damaged(sample: bytes, others: Sequence[bytes], random_: random.Random) -> b
                 data[place:place] = random_.randbytes(random_.randrange(16))
             case 5:
                 other = random_.choice(others)
-                start = random_.randrange(len(other))
+                start = random_.randrange(max(len(other), 1))
                 data[place:place] = other[start : start + random_.randrange(64)]
             case 6:
                 number, code = random_.choice(_EXTREMES), random_.choice(_CODES)
@@ -88,6 +96,8 @@ def damaged(sample: bytes, others: Sequence[bytes], random_: random.Random) -> b
 
 def case(target: Target, seed: int, number: int) -> bytes:
     random_ = random.Random(seed << 40 | number)
+    if target.twist is not None:
+        return target.twist(random_.choice(target.samples), random_, lambda data: damaged(data, [data], random_))
     data = damaged(random_.choice(target.samples), target.samples, random_)
     if random_.random() < 0.7:
         target.mend(data)

@@ -154,7 +154,9 @@ def settings(optimizer: optim.Optimizer) -> list[Group]:
 
 
 def load_settings(optimizer: optim.Optimizer, groups: Sequence[Group]) -> None:
-    """Set those hyper-parameters that the optimizer has."""
+    """Set those hyper-parameters that the optimizer has. Raises ConfigError for another number of groups."""
+    if len(groups) != len(optimizer.param_groups):
+        raise ConfigError(f"settings of {len(groups)} groups are not for {len(optimizer.param_groups)}")
     for group, new in zip(optimizer.param_groups, groups, strict=True):
         for key, value in new.items():
             if key not in group:
@@ -229,7 +231,11 @@ def encode(groups: list[Group]) -> bytes:
 
 
 def decode(data: bytes) -> list[Group]:
-    groups: list[Group] = msgspec.msgpack.decode(data, type=list[dict[str, Any]])
+    """Raises ConfigError for what are no settings."""
+    try:
+        groups: list[Group] = msgspec.msgpack.decode(data, type=list[dict[str, Any]])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, TypeError) as error:
+        raise ConfigError(f"settings have come that are none: {error}") from None
     return [restore(group) for group in groups]
 
 
@@ -272,7 +278,7 @@ def find_class(path: str) -> type:
         found: Any = importlib.import_module(module)
         for part in name.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError):
+    except (ImportError, AttributeError, TypeError, ValueError):  # also for what is no name of a module
         found = None
     if module == "__main__" or not isinstance(found, type):
         raise ConfigError(

@@ -78,7 +78,7 @@ def unpack(document: Any, tensors: Tensors) -> Any:
         case {"$": "tensor", "key": str(key)}:
             return tensors[key].clone()
         case {"$": "array", "key": str(key), "dtype": str(dtype)}:
-            return tensors[key].numpy().copy().view(np.dtype(dtype))
+            return tensors[key].numpy().copy().view(_number(dtype))
         case {"$": "tuple", "is": list(items)}:
             return tuple(unpack(item, tensors) for item in items)
         case {"$": "pairs", "is": list(pairs)}:
@@ -86,6 +86,14 @@ def unpack(document: Any, tensors: Tensors) -> Any:
         case dict():
             return {key: unpack(item, tensors) for key, item in document.items()}
     return document
+
+
+def _number(name: str) -> np.dtype[Any]:
+    """The dtype that was packed. Raises ValueError, TypeError for what is none of those."""
+    dtype = np.dtype(name)
+    if dtype.kind not in "biuf":
+        raise ValueError(f"{name!r} is no kind of numbers that is kept")
+    return dtype
 
 
 def _torch_can(dtype: np.dtype[Any]) -> np.dtype[Any]:

@@ -64,9 +64,14 @@ def check(gradient: torch.Tensor, shape: Sequence[int], what: str) -> None:
     if not gradient.is_sparse or not gradient._nnz():
         return
     for indices, size in zip(gradient._indices(), shape, strict=False):
-        low, high = (int(bound) for bound in torch.aminmax(indices))
-        if low < 0 or high >= size:
-            raise ConfigError(f"{what} has row {low if low < 0 else high}; there are rows 0 to {size - 1}")
+        check_numbers(indices, size, what)
+
+
+def check_numbers(numbers: torch.Tensor, size: int, what: str) -> None:
+    """Raise ConfigError for numbers of rows that a table of ``size`` rows has not."""
+    low, high = (int(bound) for bound in torch.aminmax(numbers)) if len(numbers) else (0, -1)
+    if low < 0 or high >= size:
+        raise ConfigError(f"{what} has row {low if low < 0 else high}; there are rows 0 to {size - 1}")
 
 
 def write(

@@ -96,6 +96,14 @@ class Table(msgspec.Struct, frozen=True):
         return vector.as_strided(entry.shape, entry.stride, vector.storage_offset() + entry.offset)
 
 
+def decode(data: bytes) -> Table:
+    """A table as another process has told it. Raises ConfigError for what is none."""
+    try:
+        return msgspec.msgpack.decode(data, type=Table)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"a table has come that is none: {error}") from None
+
+
 def zeros(shape: tuple[int, ...], stride: tuple[int, ...], dtype: str) -> torch.Tensor:
     """A tensor of its own, laid out as an entry says."""
     return torch.empty_strided(shape, stride, dtype=DTYPES[dtype]).zero_()

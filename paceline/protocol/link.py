@@ -14,17 +14,25 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Annotated, Generic, TypeVar
 
 import msgspec
 
 T = TypeVar("T")
 
 VERSION = 1  # of everything that is said between hosts
+_MAX_NUMBER = 2**62
+# In a message: a count, a place, a number of something. Another is refused as it is decoded.
+Number = Annotated[int, msgspec.Meta(ge=0, lt=_MAX_NUMBER)]
 
 
 class LinkBroken(Exception):
     """The peer said what no peer says who holds to the laws; this connection is of no use. A new one may be."""
+
+
+class Senseless(Exception):
+    """The peer's application sent what nobody here understands or expects; sent again it would be the same. Ends the
+    session."""
 
 
 class SessionLost(Exception):
@@ -234,7 +242,6 @@ class Refused(msgspec.Struct, frozen=True, tag_field="t", tag=3, array_like=True
 Greeting = Hello | Welcome | Refused
 SESSION_BYTES = 16
 _MAX_NAME = 64
-_MAX_NUMBER = 2**62
 
 
 def mistaken(hello: Hello) -> str | None:

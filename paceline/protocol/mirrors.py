@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from paceline.protocol.link import Number
+
 
 class Said(msgspec.Struct, frozen=True, tag_field="t", array_like=True):
     """Base of all that is said over the link: a msgpack array that begins with the tag."""
@@ -22,13 +24,13 @@ OWN, HOME, MIRROR, HOST, OWNER = "own", "home", "mirror", "host", "owner"
 class Leave(Said, frozen=True, tag=52):
     """...from now on my parameters lie in memory of my own. Nothing, and the newest values have come before."""
 
-    exchange: int
+    exchange: Number
 
 
 class IsWhole(Said, frozen=True, tag=53):
     """...I wait for others of my host. Do all of them live, and share its mirror?"""
 
-    exchange: int
+    exchange: Number
 
 
 # Asked by the deputy, while the worker waits for an answer to a step, or a norm, for which it has offered its gradient.
@@ -41,15 +43,15 @@ class SendFold(Said, frozen=True, tag=65):
     An owner folds its share, and answers when it has what all have folded, with how many bytes it has sent to others
     since it was asked last; or, without anything, that this will not be."""
 
-    exchange: int
-    number: int
+    exchange: Number
+    number: Number
     weights: list[float]
 
 
 class SendOwn(Said, frozen=True, tag=66):
     """...send your own gradient: it will be in no fold. Answer: Shown, without anything."""
 
-    exchange: int
+    exchange: Number
 
 
 # Told with an answer, by exchange; or before it.
@@ -60,16 +62,29 @@ class Follow(msgspec.Struct, frozen=True, array_like=True):
     the parameters in these masks; what had not come before has come now. ``settings``: of the first of them, if they
     have changed. ``loads``: checkpoints that have been loaded by then."""
 
-    number: int
-    loads: int
-    sources: list[tuple[int, float, float, bytes]]
+    number: Number
+    loads: Number
+    sources: list[tuple[Number, float, float, bytes]]
     settings: bytes
+
+
+def mistaken(told: Follow, workers: int, parameters: int, settings_bytes: int) -> str | None:
+    """Why a mirror of so many workers and parameters, with so much room for settings, cannot step this; or None."""
+    ranks = [source[0] for source in told.sources]
+    if not ranks or len(set(ranks)) < len(ranks) or max(ranks) >= workers:
+        return f"what workers {ranks} of {workers} have pushed"
+    for rank, _, _, mask in told.sources:
+        if mask and len(mask) != parameters:
+            return f"worker {rank} has pushed {len(mask)} gradients for {parameters} parameters"
+    if len(told.settings) > settings_bytes:
+        return f"settings of {len(told.settings)} bytes in room for {settings_bytes}"
+    return None
 
 
 class Close(Said, frozen=True, tag=67):
     """...the round that you have asked a step for is closed: step it now, as home does. Answer: Took."""
 
-    exchange: int
+    exchange: Number
     follow: Follow
 
 
@@ -78,13 +93,13 @@ class Brought(msgspec.Struct, frozen=True, array_like=True):
     have come before this (``comes``), or to another of its workers. To an owner the parameters have come in any case,
     where it has not home's, but the optimizer's state only if it ``comes``; only then is the next round folded."""
 
-    number: int
-    loads: int
+    number: Number
+    loads: Number
     comes: bool
 
 
 class Took(Said, frozen=True, tag=5):
     """...my mirror has stepped this round: what others push in the next may come. No answer."""
 
-    exchange: int
-    number: int
+    exchange: Number
+    number: Number

@@ -15,29 +15,34 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from typing import Annotated
 
 import msgspec
 
+from paceline.protocol.link import Number, Senseless
+
 _GRAIN = 16  # values: shares begin at a cache line
+_MOST_BACK = 2**10  # rounds: what one thread of a member says may be behind what another says, but hardly by one
+Signed = Annotated[int, msgspec.Meta(gt=-(2**62), lt=2**62)]
 
 
 class Said(msgspec.Struct, frozen=True, tag_field="t", array_like=True):
     """Base of all that workers of different hosts tell each other. ``exchange``, ``number``: of the round."""
 
-    exchange: int
-    number: int
+    exchange: Number
+    number: Number
 
 
 class Part(Said, frozen=True, tag=1):
     """...the payload is my gradient, of your share of this cell."""
 
-    cell: int
+    cell: Number
 
 
 class Fold(Said, frozen=True, tag=2):
     """...the payload is the fold of my share of this cell."""
 
-    cell: int
+    cell: Number
 
 
 class Given(Said, frozen=True, tag=3):
@@ -56,9 +61,9 @@ class Rows(Said, frozen=True, tag=6):
     """...the payload is of the rows of my gradient, of the table that is this cell, from this byte on: so many rows,
     negative where they are not unique; their numbers and then their values. ``ends``: it is the last of them."""
 
-    cell: int
-    count: int
-    start: int
+    cell: Number
+    count: Signed
+    start: Number
     ends: bool
 
 
@@ -82,7 +87,8 @@ class Gathering:
     """What of a round has come to member ``me``, which folds something of each of ``cells``, and what it has folded.
 
     Shares of weights are by member, in the order of ``members``. Rounds before its own are over; of the next one parts
-    may come while it is still in this one, from who has stepped already.
+    may come while it is still in this one, from who has stepped already. What a member says of a round raises Senseless
+    where it has spoken of one far behind: that was none, and would be waited for without end.
     """
 
     def __init__(self, me: int, members: Sequence[int], cells: Sequence[int]) -> None:
@@ -91,6 +97,7 @@ class Gathering:
         self.shares: tuple[float, ...] = (1 / len(members),) * len(members)
         self._parts = {member: dict.fromkeys(cells, 0) for member in members}  # of which round what is there is
         self._given, self._folded = dict.fromkeys(members, 0), dict.fromkeys(members, 0)
+        self._latest = dict.fromkeys(members, 0)  # of which round each has spoken
         self._off: set[int] = set()  # rounds, of which one may be the next: who has stepped already is ahead
         self._settled = 0
         self._come = dict.fromkeys(cells, 0)  # how many parts of this round
@@ -110,6 +117,7 @@ class Gathering:
 
     def part(self, member: int, number: int, cell: int) -> None:
         """A member's part has come, perhaps again; also one's own."""
+        self._hear(member, number)
         parts = self._parts[member]
         if cell not in parts or number < parts[cell]:
             return
@@ -125,13 +133,21 @@ class Gathering:
         if self._come[cell] == len(self._members) and cell not in self._ready:
             self._ready.append(cell)
 
+    def _hear(self, member: int, number: int) -> None:
+        latest = self._latest[member] = max(self._latest[member], number)
+        if number < latest - _MOST_BACK:
+            raise Senseless(f"worker {member} has spoken of round {latest}, and now speaks of round {number}")
+
     def given(self, member: int, number: int) -> None:
+        self._hear(member, number)
         self._given[member] = max(self._given[member], number)
 
     def folded(self, member: int, number: int) -> None:
+        self._hear(member, number)
         self._folded[member] = max(self._folded[member], number)
 
-    def off(self, number: int) -> None:
+    def off(self, member: int, number: int) -> None:
+        self._hear(member, number)
         self._off.add(number)
 
     def settle(self, number: int, shares: Sequence[float]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from paceline.protocol.deals import Deal
+from paceline.protocol.link import Number
 from paceline.protocol.messages import Failed
 from paceline.protocol.mirrors import (
     HOME,
@@ -56,8 +57,8 @@ class Piece(Said, frozen=True, tag=1):
     """...these bytes (the payload) belong at ``start`` of what is called ``what``, of ``total`` bytes."""
 
     what: str
-    start: int
-    total: int
+    start: Number
+    total: Number
 
 
 # Notes: what the script did. The deputy does it in their order.
@@ -66,14 +67,14 @@ class Piece(Said, frozen=True, tag=1):
 class Fetched(Said, frozen=True, tag=10):
     """...the next of my batches of this loader is there."""
 
-    loader: int
+    loader: Number
 
 
 class Drawn(Said, frozen=True, tag=11):
     """...a batch of so many samples goes to the script."""
 
-    loader: int
-    samples: int
+    loader: Number
+    samples: Number
 
 
 class Border(Said, frozen=True, tag=12):
@@ -83,7 +84,7 @@ class Border(Said, frozen=True, tag=12):
 class Left(Said, frozen=True, tag=13):
     """...the script has left a pass early; ``marks`` as in Begin."""
 
-    loader: int
+    loader: Number
     marks: int
 
 
@@ -98,9 +99,9 @@ class LocalStep(Said, frozen=True, tag=15):
     """...a step of my own within a period. ``bad``: the parameter whose gradient was not finite. ``brings``: what the
     period has come to since it was brought last has come before this, for the parameters in ``mask``."""
 
-    exchange: int
+    exchange: Number
     void: bool
-    bad: int | None = None
+    bad: Number | None = None
     brings: bool = False
     mask: bytes = b""
 
@@ -108,7 +109,7 @@ class LocalStep(Said, frozen=True, tag=15):
 class Dropped(Said, frozen=True, tag=16):
     """...the script has dropped the gradients of an exchange; ``in_hand``: with that of the batch in hand."""
 
-    exchange: int
+    exchange: Number
     in_hand: bool
 
 
@@ -124,17 +125,17 @@ class Who(Said, frozen=True, tag=30):
     does the run go on from a checkpoint, and then what had been trained on, by loader."""
 
     host: str
-    pid: int
+    pid: Number
 
 
 class Parameter(msgspec.Struct, frozen=True, array_like=True):
     """One parameter of an optimizer; ``rows``: its gradients are sparse rows."""
 
     name: str
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
+    shape: tuple[Number, ...]
+    stride: tuple[Number, ...]
     dtype: str
-    group: int
+    group: Number
     rows: bool
 
 
@@ -154,8 +155,8 @@ class WrapOptimizer(Said, frozen=True, tag=31):
     state: Any
     spec: bytes
     memory: str = OWN
-    members: Sequence[int] = ()
-    crew: Sequence[int] = ()
+    members: Sequence[Number] = ()
+    crew: Sequence[Number] = ()
 
 
 class CopyFirst(Said, frozen=True, tag=32):
@@ -184,8 +185,8 @@ class Begin(Said, frozen=True, tag=36):
     """...a pass begins; ``is_training``: the models are in training mode. ``marks`` is another number whenever a
     backward pass has added to a gradient. (Is it a real one? how many batches to skip; are there leases?)"""
 
-    loader: int
-    length: int | None
+    loader: Number
+    length: Number | None
     is_training: bool
     marks: int
 
@@ -193,34 +194,34 @@ class Begin(Said, frozen=True, tag=36):
 class DrawLease(Said, frozen=True, tag=37):
     """...draw me a batch; ``begins``: it goes to the script next, so begin it too. Its ordinal, or None."""
 
-    loader: int
-    total: int | None
-    at_least: int
+    loader: Number
+    total: Number | None
+    at_least: Number
     begins: bool
 
 
 class DropLease(Said, frozen=True, tag=38):
     """...what I have drawn lies behind the stream's end. Nothing."""
 
-    loader: int
+    loader: Number
 
 
 class BeginLease(Said, frozen=True, tag=39):
     """...my oldest batch goes to the script. Is it still mine?"""
 
-    loader: int
+    loader: Number
 
 
 class More(Said, frozen=True, tag=40):
     """...none is left for me to draw, or of my part. Have others given some back, or is there another deal?"""
 
-    loader: int
+    loader: Number
 
 
 class End(Said, frozen=True, tag=41):
     """...the script has come to the pass's end. Nothing, when all have."""
 
-    loader: int
+    loader: Number
     is_training: bool
     marks: int
 
@@ -231,10 +232,10 @@ class Step(Said, frozen=True, tag=42):
     ``offers``: the gradients, which are finite, are in my host's mirror, and are sent when they are asked for.
     ``factor``: they are those of which I asked a norm, times this, which is above 0. Nothing."""
 
-    exchange: int
+    exchange: Number
     void: bool
     mask: bytes
-    rows: dict[int, int]
+    rows: dict[Number, int]
     settings: bytes
     offers: bool = False
     factor: float | None = None
@@ -243,15 +244,15 @@ class Step(Said, frozen=True, tag=42):
 class Meet(Said, frozen=True, tag=43):
     """...a period of local steps may be over; its steps stand in the notes. Nothing."""
 
-    settings: dict[int, bytes]
+    settings: dict[Number, bytes]
 
 
 class Norm(Said, frozen=True, tag=44):
     """...what is the norm of the gradient of all? As in Step; ``chosen``: over which parameters. The norm."""
 
-    exchange: int
+    exchange: Number
     mask: bytes
-    rows: dict[int, int]
+    rows: dict[Number, int]
     chosen: bytes
     order: float
     offers: bool = False
@@ -260,7 +261,7 @@ class Norm(Said, frozen=True, tag=44):
 class Load(Said, frozen=True, tag=45):
     """...the script has loaded a checkpoint: parameters, whose values have come before, or this state. Nothing."""
 
-    exchange: int
+    exchange: Number
     parameters: bool
     state: Any
 
@@ -268,7 +269,7 @@ class Load(Said, frozen=True, tag=45):
 class ShowState(Said, frozen=True, tag=46):
     """...what does the optimizer keep? A document; its tensors have come before."""
 
-    exchange: int
+    exchange: Number
 
 
 class Finish(Said, frozen=True, tag=47):
@@ -297,7 +298,7 @@ class Fetching(Said, frozen=True, tag=50):
 class NeedsGhost(Said, frozen=True, tag=51):
     """...a pass of this loader had no batch for me. Is a ghost to keep the script from finding it empty?"""
 
-    loader: int
+    loader: Number
 
 
 Request = (

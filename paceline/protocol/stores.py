@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from paceline.protocol.link import Number
 from paceline.protocol.mirrors import Said
 
 STORE = "store"  # where the parameters of an optimizer lie that is a store's: at home; they are asked for one by one
@@ -11,19 +12,19 @@ class PushStore(Said, frozen=True, tag=70):
     """...push what has come before for the tensors in ``pushed``, which tells of how many dimensions its sparse
     indices are, 0 of a dense one. ``settings`` as in Step. Nothing."""
 
-    store: int
-    pushed: dict[int, int]
+    store: Number
+    pushed: dict[Number, Number]
     settings: bytes
 
 
 class PullStore(Said, frozen=True, tag=71):
     """...what is the newest value of this tensor? Nothing; it has come before."""
 
-    store: int
-    tensor: int
+    store: Number
+    tensor: Number
 
 
 class AwaitStore(Said, frozen=True, tag=72):
     """...is my last push applied? Nothing, when it is."""
 
-    store: int
+    store: Number

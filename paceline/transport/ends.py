@@ -72,9 +72,10 @@ class End:
 
     ``messages`` is a union of tagged msgspec structs. ``sink(event)`` and ``place(link, message, size_bytes)`` are
     called by the links' reading threads, and must not wait for the network: a link is deaf as long. ``place`` returns
-    ``size_bytes`` writable bytes for the payload of ``message``, or None if no payload is expected, which ends the
-    session; it may be called again with the same message after a connection has broken. Raises ConfigError without
-    credentials, unless ``insecure`` says that whoever reaches the port may speak. Its links write payloads in turn.
+    ``size_bytes`` writable bytes for the payload of ``message``, or None if no payload is expected; it may be called
+    again with the same message after a connection has broken. None ends the session, and so does Senseless, which both
+    may raise. Raises ConfigError without credentials, unless ``insecure`` says that whoever reaches the port may speak.
+    Its links write payloads in turn.
     """
 
     me: Peer

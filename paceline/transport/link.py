@@ -32,6 +32,7 @@ from paceline.protocol.link import (
     Outgoing,
     Peer,
     Pulse,
+    Senseless,
     SessionLost,
     retry_in_s,
 )
@@ -94,10 +95,6 @@ class NotWanted(Exception):
 
 class _PeerLeft(Exception):
     """The peer has said goodbye."""
-
-
-class _Senseless(Exception):
-    """The peer's application sent what nobody here understands or expects; sent again it would be the same."""
 
 
 class Link:
@@ -300,7 +297,7 @@ class Link:
                 self.joined.set()
                 was_up = True
                 why = self._read_connection(connection)
-            except (SessionLost, _Senseless, _PeerLeft, greeting.OtherVersion, NotWanted) as end:
+            except (SessionLost, Senseless, _PeerLeft, greeting.OtherVersion, NotWanted) as end:
                 return str(end)
             with self._changed:
                 if self._ended is not None or self._leaving:
@@ -358,7 +355,7 @@ class Link:
         try:
             message = wire.decode_body(self._decoder, body)
         except FrameError as error:  # the bytes are what was sent: the peer means it
-            raise _Senseless(f"{self.peer} sent what is no message here: {error}") from None
+            raise Senseless(f"{self.peer} sent what is no message here: {error}") from None
         payload = None
         if header.payload_bytes:
             payload = self._placed(message, header.payload_bytes)
@@ -374,10 +371,10 @@ class Link:
     def _placed(self, message: Any, size_bytes: int) -> memoryview:
         view = self._end.place(self, message, size_bytes)
         if view is None:
-            raise _Senseless(f"{self.peer} sent {size_bytes} bytes with a {type(message).__name__}; none are expected")
+            raise Senseless(f"{self.peer} sent {size_bytes} bytes with a {type(message).__name__}; none are expected")
         view = memoryview(view).cast("B")
         if len(view) != size_bytes:
-            raise _Senseless(
+            raise Senseless(
                 f"{self.peer} sent {size_bytes} bytes with a {type(message).__name__}; {len(view)} are expected"
             )
         return view

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from paceline.errors import ConfigError, HostError
-from paceline.protocol.link import Patience, Peer
+from paceline.protocol.link import Patience, Peer, Senseless
 from paceline.transport.connect import connect
-from paceline.transport.ends import Back, End, Ended, Joined, LinkEnded, Lost
+from paceline.transport.ends import Back, End, Ended, Event, Joined, LinkEnded, Lost, Received
 from paceline.transport.frame import FrameError
 from paceline.transport.link import Link
 from paceline.transport.listener import Listener
@@ -188,6 +188,22 @@ def test_what_is_too_large_or_no_message_of_the_peers_is_told() -> None:
             near.send(Push(1), memoryview(bytearray(MAX_PAYLOAD + 1)))
         near.send(Peer(1, "not a message here"))
         assert "no message here" in pair.server.later(Ended).reason
+
+
+def test_what_the_application_finds_senseless_ends_the_session_in_its_words() -> None:
+    def judge(event: Event) -> None:
+        if isinstance(event, Received):
+            raise Senseless("there is no such word")
+        server.events.put(event)
+
+    server, client = Side(0, sink=judge), Side(1)
+    listener = Listener(server.end, "127.0.0.1")
+    near = connect(client.end, ("127.0.0.1", listener.port), WAIT_S)
+    near.send(Word("absurd"))
+    assert server.later_end() == "there is no such word"
+    listener.close()
+    near.end("it is over")
+    near.close()
 
 
 def test_a_new_incarnation_takes_the_place_of_the_old_one() -> None:

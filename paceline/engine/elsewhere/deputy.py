@@ -13,8 +13,6 @@ import os
 from contextlib import suppress
 from typing import Any, NoReturn
 
-import msgspec
-
 from paceline.engine.context import Context
 from paceline.engine.elsewhere.deputy_buffers import DeputyBuffers
 from paceline.engine.elsewhere.deputy_exchange import DeputyExchange, wrap
@@ -22,12 +20,13 @@ from paceline.engine.elsewhere.deputy_line import DeputyLine
 from paceline.engine.elsewhere.deputy_passes import DeputyPasses
 from paceline.engine.elsewhere.deputy_store import DeputyStore
 from paceline.engine.elsewhere.mail import send
+from paceline.engine.elsewhere.making import make_all
 from paceline.engine.elsewhere.mirror import arithmetic
 from paceline.engine.setup import encode_job
 from paceline.engine.worker.left_out import LeftOut
 from paceline.engine.worker.worker import Worker
 from paceline.errors import ConfigError, PacelineError
-from paceline.params.table import Table, zeros
+from paceline.params.table import Table, decode
 from paceline.protocol import messages, remote
 from paceline.transport.board import Aborted
 from paceline.transport.borrow import this_host
@@ -92,9 +91,9 @@ class Deputy:
         worker, passes = self._worker, self._worker.passes
         match note:
             case remote.Fetched(loader=loader):
-                passes.fetched(loader)
+                self._passes.fetched(loader)
             case remote.Drawn(loader=loader, samples=samples):
-                passes.drawn(loader, samples)
+                passes.drawn(self._passes.known(loader), samples)
             case remote.Border():
                 passes.border(saves=False)  # the script has drawn its next batch since
             case remote.Left(loader=loader, marks=marks):
@@ -121,9 +120,9 @@ class Deputy:
                 self._exchanges[exchange.index] = exchange
                 return place
             case remote.CopyFirst(table=data):
-                self._copy_first(msgspec.msgpack.decode(data, type=Table))
+                self._copy_first(decode(data))
             case remote.WrapBuffers(table=data):
-                self._buffers.wrap(msgspec.msgpack.decode(data, type=Table))
+                self._buffers.wrap(decode(data))
             case remote.WrapLoader(fingerprint=mark):
                 return worker.add_loader(mark)
             case remote.Barrier():
@@ -133,11 +132,11 @@ class Deputy:
             case remote.DrawLease():
                 return self._passes.draw(request)
             case remote.DropLease(loader=loader):
-                self._passes.leases[loader].drop()
+                self._passes.lease(loader).drop()
             case remote.BeginLease(loader=loader):
-                return self._passes.leases[loader].begin()
+                return self._passes.lease(loader).begin()
             case remote.More(loader=loader):
-                return passes.more(loader)
+                return passes.more(self._passes.begun(loader))
             case remote.End():
                 self._buffers.take()
                 self._passes.end(request)
@@ -153,6 +152,8 @@ class Deputy:
             case remote.Norm():
                 exchange = self._exchange(request.exchange)
                 exchange.take(request)
+                if len(request.chosen) != len(exchange.at_home.parameters):
+                    raise ConfigError(f"a norm is asked of {len(request.chosen)} parameters")
                 return worker.norm(exchange.at_home, request.chosen, request.order)
             case remote.Load():
                 self._load(request)
@@ -167,7 +168,7 @@ class Deputy:
             case remote.Fetching():
                 passes.fetching()
             case remote.NeedsGhost(loader=loader):
-                return passes.needs_ghost(loader)
+                return passes.needs_ghost(self._passes.known(loader))
             case remote.Leave(exchange=index):
                 self._exchange(index).leave()
             case remote.IsWhole(exchange=index):
@@ -211,7 +212,7 @@ class Deputy:
         return self._stores[index]
 
     def _copy_first(self, table: Table) -> None:
-        tensors = [zeros(entry.shape, entry.stride, entry.dtype) for entry in table.entries]
+        tensors = make_all(table.entries)
         for place, tensor in enumerate(tensors):
             self._line.mail.take_into(f"copy/{place}", tensor)
         named = [(entry.name, tensor) for entry, tensor in zip(table.entries, tensors, strict=True)]

@@ -6,8 +6,9 @@ import torch
 
 from paceline.engine.elsewhere.deputy_line import DeputyLine
 from paceline.engine.elsewhere.mail import send
+from paceline.engine.elsewhere.making import make_all
 from paceline.engine.worker.worker import Worker
-from paceline.params.table import Table, zeros
+from paceline.params.table import Table
 
 
 class DeputyBuffers:
@@ -18,7 +19,7 @@ class DeputyBuffers:
 
     def wrap(self, table: Table) -> None:
         """As ``Worker.average_buffers``: a collective."""
-        tensors = [zeros(entry.shape, entry.stride, entry.dtype) for entry in table.entries]
+        tensors = make_all(table.entries)
         self._buffers.append(tensors)
         self._worker.average_buffers([(e.name, tensor) for e, tensor in zip(table.entries, tensors, strict=True)])
 

@@ -12,20 +12,20 @@ from typing import Any
 
 import msgspec
 import torch
-from torch import nn, optim
 
 from paceline.config import Local, Sync
 from paceline.engine.context import Context
 from paceline.engine.elsewhere.deputy_line import DeputyLine
 from paceline.engine.elsewhere.forward import Forward
 from paceline.engine.elsewhere.host_push import HostPush
-from paceline.engine.elsewhere.mail import Mail, send, send_document
+from paceline.engine.elsewhere.mail import send, send_document
+from paceline.engine.elsewhere.making import make
 from paceline.engine.elsewhere.owners_push import OwnersPush
 from paceline.engine.exchange.exchange import Exchange
 from paceline.engine.worker.worker import Worker
 from paceline.errors import ConfigError
 from paceline.params import optimizers, rows
-from paceline.params.table import DTYPES, zeros
+from paceline.params.table import DTYPES
 from paceline.protocol import remote
 from paceline.transport.ends import LinkEnded
 
@@ -37,6 +37,7 @@ def wrap(
     to have that in use. Raises ConfigError."""
     index, collectives, is_home = len(worker.exchanges), worker.collectives, request.memory == remote.HOME
     optimizer, names, with_rows = make(request, line.mail)
+    check_crew(request, worker.rank, worker.context.job.workers)
     collectives.keeps = is_home
     exchange = worker.add_exchange(optimizer, names, with_rows, share=True)
     collectives.keeps = False
@@ -117,6 +118,8 @@ class DeputyExchange:
 
     def _fetch_folds(self, number: int, weights: list[float]) -> bool:
         sent_bytes = self._line.ask_worker(remote.SendFold(self.index, number, weights)).kept
+        if not isinstance(sent_bytes, int | None):
+            raise ConfigError(f"worker {self._line.rank} has sent {sent_bytes!r} bytes")
         self._sent_bytes += sent_bytes or 0
         return sent_bytes is not None
 
@@ -214,6 +217,8 @@ class DeputyExchange:
             if view is not None:
                 parameter.grad = view
                 continue
+            if place not in counts:
+                raise ConfigError(f"it is not told how many rows of {self._table.entries[place].name} have come")
             numbers, values = self._rows_of(place, counts[place])
             if len(numbers) != len(values):
                 raise ConfigError(f"{len(values)} rows have come with {len(numbers)} numbers")
@@ -232,6 +237,8 @@ class DeputyExchange:
         elif note.brings:
             self.give(note.mask, {})
         if note.bad is not None:
+            if note.bad >= len(parameters):
+                raise ConfigError(f"the gradient of parameter {note.bad} is not finite; there are {len(parameters)}")
             parameters[note.bad].grad = torch.full_like(parameters[note.bad], torch.nan)
 
     def set(self, settings: bytes) -> None:
@@ -243,12 +250,12 @@ class DeputyExchange:
         """All their values have come."""
         with torch.no_grad():
             for place, parameter in enumerate(self.at_home.parameters):
-                parameter.copy_(self._mail.take(f"value/{place}", parameter.dtype).view(parameter.shape))
+                parameter.copy_(self._mail.take(f"value/{place}", parameter.dtype, parameter.shape))
 
     def take_state(self, told: Any) -> None:
         """The optimizer's state has come."""
-        for place, values in self._mail.take_document("state", told).items():
-            self.at_home.optimizer.state[self.at_home.parameters[int(place)]] = values
+        for parameter, values in self._mail.take_states("state", told, self.at_home.parameters):
+            self.at_home.optimizer.state[parameter] = values
 
     def _forget(self) -> None:
         for parameter in self.at_home.parameters:
@@ -264,7 +271,7 @@ class DeputyExchange:
         entry, count, index = self._table.entries[place], abs(signed), self.index
         if not self._in_slots:
             numbers = self._mail.take(f"numbers/{index}/{place}", torch.int64)
-            return numbers, self._mail.take(f"values/{index}/{place}", DTYPES[entry.dtype]).view(-1, entry.row)
+            return numbers, self._mail.take(f"values/{index}/{place}", DTYPES[entry.dtype], (-1, entry.row))
         area = self._count_rows(place, signed)
         values = self._slot.gradient[entry.vector][entry.offset : entry.offset + count * entry.row]
         return area[1 : count + 1], values.view(-1, entry.row)
@@ -370,38 +377,8 @@ class DeputyExchange:
         self._sent_bytes += send(self._link, what, tensor)
 
 
-def make(request: remote.WrapOptimizer, mail: Mail) -> tuple[optim.Optimizer, dict[int, str], set[int]]:
-    """The worker's optimizer over parameters of this process, their names by id, and the ids of those with sparse rows.
-    Raises ConfigError."""
-    groups = optimizers.decode(request.settings)
-    for group in groups:
-        group["params"] = []
-    parameters, names, with_rows = [], {}, set()
-    for place, told in enumerate(request.parameters):
-        tensor = zeros(told.shape, told.stride, told.dtype)
-        mail.take_into(f"value/{place}", tensor)
-        parameter = nn.Parameter(tensor, requires_grad=tensor.is_floating_point() or tensor.is_complex())
-        groups[told.group]["params"].append(parameter)
-        parameters.append(parameter)
-        names[id(parameter)] = told.name
-        if told.rows:
-            with_rows.add(id(parameter))
-    optimizer = optimizers.clone({}, _find(request.optimizer), groups)
-    for place, values in mail.take_document("state", request.state).items():
-        optimizer.state[parameters[int(place)]] = values
-    return optimizer, names, with_rows
-
-
-def _find(path: str) -> type[optim.Optimizer]:
-    """The optimizer's class. Raises ConfigError."""
-    try:
-        found = optimizers.find_class(path)
-    except ConfigError:
-        found = object
-    if not issubclass(found, optim.Optimizer):
-        module, _, name = path.partition(":")
-        raise ConfigError(
-            f"optimizer {name} cannot be imported at home (module {module}), where it is to step the parameters",
-            fix="put the class in a module beside the script, on the host of rank 0 too",
-        )
-    return found
+def check_crew(request: remote.WrapOptimizer, rank: int, workers: int) -> None:
+    """Raises ConfigError where those with whom worker ``rank`` folds cannot be."""
+    for some in (request.members, request.crew):
+        if some and not (rank in some and set(some) <= set(range(workers))):
+            raise ConfigError(f"worker {rank} folds what it brings with workers {list(some)} of {workers}")

@@ -42,7 +42,7 @@ class DeputyLine:
     ) -> None:
         """``hang_s``: so long the worker may stand still while others wait for it. ``terminated``: it is to end."""
         self.link, self.mail = link, mail
-        self._rank, self._board, self._hang_s, self._terminated = rank, board, hang_s, terminated
+        self.rank, self._board, self._hang_s, self._terminated = rank, board, hang_s, terminated
         self._process = -1  # the worker's, as a descriptor, if it is on this host
         self.maps_home = False  # has the worker memory of home's in use?
 
@@ -87,7 +87,7 @@ class DeputyLine:
                     case Received(link=link, message=remote.Printed(data=data)) if link is self.link:
                         os.write(1, data)  # its log
                     case Received(link=link, message=remote.Still(seconds=still_s)) if link is self.link:
-                        if still_s >= self._hang_s and self._board.is_awaited(self._rank):
+                        if still_s >= self._hang_s and self._board.is_awaited(self.rank):
                             raise self._lost(f"it has done nothing for {still_s:.0f} s while others wait for it")
                     case Received(link=link, message=remote.Terminated()) if link is self.link:
                         self._terminated()
@@ -104,6 +104,6 @@ class DeputyLine:
                 signal.pidfd_send_signal(self._process, signal.SIGKILL)
             select.select([self._process], [], [], _KILLED_S)
         return WorkersLost(
-            f"worker {self._rank} is lost: {reason}",
+            f"worker {self.rank} is lost: {reason}",
             why="its process has ended, its host is down, or the network between is cut",
         )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from paceline.engine.elsewhere.deputy_exchange import make
 from paceline.engine.elsewhere.deputy_line import DeputyLine
 from paceline.engine.elsewhere.mail import send
+from paceline.engine.elsewhere.making import make
 from paceline.engine.worker.worker import Worker
 from paceline.errors import ConfigError
 from paceline.params import optimizers, rows

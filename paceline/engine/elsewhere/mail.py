@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import msgspec
 import torch
+from torch import nn
 
+from paceline.errors import ConfigError
 from paceline.params.packing import Tensors, pack, unpack
 from paceline.params.table import DTYPES, dtype_name
-from paceline.protocol.link import Patience
+from paceline.protocol.link import Number, Patience
 from paceline.protocol.remote import Piece, Took
 from paceline.transport.ends import Event, Received
 from paceline.transport.link import Link
@@ -18,18 +21,23 @@ from paceline.transport.link import Link
 # A host that is cut off, or a process that was killed, is lost within 8 s.
 PATIENCE = Patience(heartbeat_s=0.5, silence_s=3.0, give_up_s=5.0)
 _PIECE_BYTES = 2 * 2**20
-_MOST_BYTES = 2**38  # of one array; the peer has the job key, but may be of another mind about its own size
+# Of what has come and is not taken: the peer has the job key, but may be of another mind about its own size.
+MOST_BYTES = 2**38
+
+_Packed = tuple[Any, dict[str, tuple[str, tuple[Number, ...]]]]  # a document; its tensors' dtypes and shapes
 
 
 class Mail:
     """What has come over one link. ``events`` are taken by the thread that works; ``place`` is called by the link's."""
 
-    def __init__(self) -> None:
+    def __init__(self, most_bytes: int = MOST_BYTES) -> None:
+        self._most_bytes = most_bytes
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._places: dict[str, memoryview] = {}
         self._rooms: dict[str, memoryview] = {}
         self.on_took: Callable[[Took], None] = lambda took: None
         self._boxes: dict[str, bytearray] = {}
+        self._boxes_bytes = 0
         self.received_bytes = 0
 
     def expect(self, what: str, tensor: torch.Tensor) -> None:
@@ -48,28 +56,57 @@ class Mail:
         else:
             self.events.put(event)
 
-    def take(self, what: str, dtype: torch.dtype) -> torch.Tensor:
-        """An array that has come and was not expected, flat."""
+    def take(self, what: str, dtype: torch.dtype, shape: Sequence[int] = (-1,)) -> torch.Tensor:
+        """An array that has come and was not expected; flat, or in this shape. Raises ConfigError where it has
+        another."""
         data = self._boxes.pop(what, bytearray())
-        return torch.frombuffer(data, dtype=dtype) if data else torch.zeros(0, dtype=dtype)
+        self._boxes_bytes -= len(data)
+        try:
+            flat = torch.frombuffer(data, dtype=dtype) if data else torch.zeros(0, dtype=dtype)
+            return flat.view(tuple(shape))
+        except (ValueError, RuntimeError):  # what torch says of it is not for people
+            raise ConfigError(f"{what} came as {len(data)} bytes; {dtype} of shape {list(shape)} is expected") from None
 
     def take_into(self, what: str, tensor: torch.Tensor) -> None:
-        """Copy an array of the tensor's shape that has come into it. Where none has, the tensor stays as it is."""
-        value = self.take(what, tensor.dtype)
-        if value.numel():
+        """Copy an array of the tensor's shape that has come into it. Where none has, the tensor stays as it is. Raises
+        ConfigError."""
+        if what in self._boxes:
             with torch.no_grad():
-                tensor.copy_(value.view(tensor.shape))
+                tensor.copy_(self.take(what, tensor.dtype, tensor.shape))
 
     def take_document(self, prefix: str, told: Any) -> Any:
-        """What ``send_document`` has sent. Empty for nothing."""
-        return unpack(*self.take_packed(prefix, told)) if told else {}
+        """What ``send_document`` has sent. Empty for nothing. Raises ConfigError for what that does not send."""
+        if not told:
+            return {}
+        document, tensors = self.take_packed(prefix, told)
+        try:
+            return unpack(document, tensors)
+        except (LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"no {prefix} can be made of what has come: {error!r}") from None
+
+    def take_states(
+        self, prefix: str, told: Any, parameters: Sequence[nn.Parameter]
+    ) -> list[tuple[nn.Parameter, dict[str, Any]]]:
+        """An optimizer's state that has come as a document, by parameter. Raises ConfigError."""
+        document = self.take_document(prefix, told)
+        places = {str(place): parameter for place, parameter in enumerate(parameters)}
+        if not isinstance(document, dict) or not all(
+            place in places and isinstance(values, dict) for place, values in document.items()
+        ):
+            raise ConfigError(f"a {prefix} has come that is not of {len(places)} parameters")
+        return [(places[place], values) for place, values in document.items()]
 
     def take_packed(self, prefix: str, told: Any) -> tuple[Any, Tensors]:
-        """What ``send_packed`` has sent."""
-        document, described = told
+        """What ``send_packed`` has sent. Raises ConfigError for what that does not send."""
+        try:
+            document, described = msgspec.convert(told, _Packed)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"no {prefix} can be made of what has come: {error}") from None
         tensors = {}
         for place, (key, (dtype, shape)) in enumerate(described.items()):
-            tensors[key] = self.take(f"{prefix}/{place}", DTYPES[dtype]).view(shape)
+            if dtype not in DTYPES:
+                raise ConfigError(f"{key} came as {dtype}, which is not one of {', '.join(DTYPES)}")
+            tensors[key] = self.take(f"{prefix}/{place}", DTYPES[dtype], shape)
         return document, tensors
 
     def place(self, link: Link, message: Any, size_bytes: int) -> memoryview | None:
@@ -81,15 +118,27 @@ class Mail:
         if home is None:
             box = self._boxes.get(message.what)
             if box is None or (message.start == 0 and len(box) != message.total):
-                if not 0 < message.total <= _MOST_BYTES:
+                box = self._make_box(message.what, message.total)
+                if box is None:
                     return None
-                box = self._boxes[message.what] = bytearray(message.total)
             home = memoryview(box)
         stop = message.start + size_bytes
         if message.start < 0 or stop > len(home) or len(home) != message.total:
             return None
         self.received_bytes += size_bytes
         return home[message.start : stop]
+
+    def _make_box(self, what: str, size_bytes: int) -> bytearray | None:
+        """For an array of this name; None for one that is too large. Pages that nothing comes to take no memory."""
+        others_bytes = self._boxes_bytes - len(self._boxes.get(what, b""))
+        if not 0 < size_bytes <= self._most_bytes - others_bytes:
+            return None
+        try:
+            box = self._boxes[what] = bytearray(size_bytes)
+        except MemoryError:
+            return None
+        self._boxes_bytes = others_bytes + size_bytes
+        return box
 
 
 def send(link: Link, what: str, tensor: torch.Tensor) -> int:

@@ -26,6 +26,7 @@ from paceline.params.fold import Pushed, fold_into
 from paceline.params.rows import Rows
 from paceline.params.table import Table, vector_dtype
 from paceline.protocol import owners
+from paceline.protocol.link import Senseless
 
 SHARE_BYTES = 2**19  # of one owner in one cell, at most
 PIECE_BYTES = 2**21  # of rows
@@ -126,7 +127,7 @@ class Owners:
                 said = owners.Part(self._index, number, cell)
                 for other in self._peers.others:
                     self._send(other, said, self._bytes_of(self._own, cell, other))
-                self.heard(self._rank, said)
+                self.heard(self._rank, said, 0)
 
     def give(self, places: Iterable[int]) -> None:
         """All of them are as they are to be; those of these buckets have not been told so, nor have rows."""
@@ -147,7 +148,7 @@ class Owners:
                 said = owners.Rows(self._index, number, cell, count, start, stop == size)
                 for other in self._peers.others:
                     self._peers.send(other, said, payload[start:stop])
-            self.heard(self._rank, said)
+            self.heard(self._rank, said, 0)
 
     def finish(self, number: int, weights: Sequence[float]) -> bool:
         """With these weights the round counts. True when the folds of all are here, False if they will not be."""
@@ -199,15 +200,19 @@ class Owners:
             room = self._places.get((sender, isinstance(message, owners.Fold), message.cell))
         return room if room is not None and len(room) == size_bytes else None
 
-    def heard(self, sender: int, message: Any) -> None:
+    def heard(self, sender: int, message: Any, size_bytes: int) -> None:
+        if isinstance(message, owners.Part | owners.Fold) and not size_bytes and sender != self._rank:
+            raise Senseless(
+                f"a {type(message).__name__} of cell {message.cell} came from worker {sender} without values"
+            )
         if isinstance(message, owners.Fold):
             return  # of which Folded tells
         gathering = self._gathering
         with self._changed:
             match message:
-                case owners.Rows(number=number, cell=cell, count=count, ends=True) if cell in self._tables:
-                    if sender != self._rank:
-                        self._tables[cell].take(sender, count)
+                case owners.Rows(number=number, cell=cell):
+                    if sender != self._rank and not self._take_rows(sender, message, size_bytes):
+                        return
                     gathering.part(sender, number, cell)
                 case owners.Part(number=number, cell=cell):
                     gathering.part(sender, number, cell)
@@ -216,9 +221,16 @@ class Owners:
                 case owners.Folded(number=number):
                     gathering.folded(sender, number)
                 case owners.Off(number=number):
-                    gathering.off(number)
+                    gathering.off(sender, number)
             if gathering.has_next or not isinstance(message, owners.Part | owners.Rows):
                 self._changed.notify_all()
+
+    def _take_rows(self, sender: int, said: owners.Rows, size_bytes: int) -> bool:
+        """Are these the last of them?"""
+        if said.cell not in self._tables:
+            raise Senseless(f"worker {sender} has sent rows of cell {said.cell}, which is no table")
+        self._tables[said.cell].take(sender, said, size_bytes)
+        return said.ends
 
     # --- folding ---
 
@@ -289,7 +301,7 @@ class Owners:
     def _tell_all(self, message: owners.Given | owners.Folded | owners.Off) -> None:
         for other in self._peers.others:
             self._peers.send(other, message)
-        self.heard(self._rank, message)
+        self.heard(self._rank, message, 0)
 
 
 def _cut(buckets: Sequence[Bucket], count: int) -> tuple[list[Cell], list[list[int]]]:

@@ -14,7 +14,7 @@ from paceline.engine.elsewhere.around import Around
 from paceline.engine.elsewhere.mirror import arithmetic
 from paceline.errors import HostError
 from paceline.protocol import owners
-from paceline.protocol.link import Peer
+from paceline.protocol.link import Peer, Senseless
 from paceline.transport.connect import connect
 from paceline.transport.ends import Ended, Event, Joined, LinkEnded, Received
 from paceline.transport.link import Link
@@ -34,7 +34,8 @@ class Hears(Protocol):
     def changed(self) -> None:
         """A link has ended."""
 
-    def heard(self, sender: int, message: Any) -> None: ...
+    def heard(self, sender: int, message: Any, size_bytes: int) -> None:
+        """With a payload of so many bytes. Raises Senseless."""
 
     def place(self, sender: int, message: Any, size_bytes: int) -> memoryview | None: ...
 
@@ -125,10 +126,12 @@ class Peers:
 
     def _sink(self, event: Event) -> None:
         match event:
-            case Joined(link=link) if link.peer.role == ROLE and link.peer.host > self.rank:
+            case Joined(link=link) if link.peer.host not in self.others or link.peer.role != ROLE:
+                raise Senseless(f"{link.peer} is none of the first workers of all hosts, {self.others}")
+            case Joined(link=link) if link.peer.host > self.rank:
                 self._links[link.peer.host] = link
-            case Received(link=link, message=message) if message.exchange in self._heard:
-                self._heard[message.exchange].heard(link.peer.host, message)
+            case Received(link=link, message=message, payload=payload) if message.exchange in self._heard:
+                self._heard[message.exchange].heard(link.peer.host, message, len(payload or b""))
             case Ended():
                 for hears in self._heard.values():
                     hears.changed()

@@ -264,8 +264,8 @@ class RemoteWorker:
     def _show_state(self, one: RemoteExchange) -> None:
         """Let the script's optimizer show the state that home has."""
         told = self._ask(remote.ShowState(one.index))
-        for place, values in self._mail.take_document("shown", told).items():
-            one.optimizer.state[one.parameters[int(place)]] = values
+        for parameter, values in self._mail.take_states("shown", told, one.parameters):
+            one.optimizer.state[parameter] = values
 
     # --- the end ---
 
@@ -333,7 +333,7 @@ class RemoteWorker:
         keeper, shown = self.saving.keeper, remote.Shown()
         try:
             if isinstance(asked, remote.SendFold | remote.SendOwn):
-                shown = remote.Shown(self._host.heed(asked, self._exchanges[asked.exchange]))
+                shown = remote.Shown(self._host.heed(asked, self._exchange(asked.exchange)))
             elif isinstance(asked, remote.Show):
                 tensors: Tensors = {}
                 document = keeper.state(self._exchanges, tensors, random=asked.random)
@@ -372,21 +372,30 @@ class RemoteWorker:
             if exchange.inner is not None and not steps:
                 exchange.inner.begin()
         for index, tables in status.fresh.items():
-            self._exchanges[index].take_newest(self._mail, tables)
+            self._exchange(index).take_newest(self._mail, tables)
         if status.buffers:
             for index, tensors in enumerate(self._buffers):
                 self._take(tensors, f"averaged/{index}")
         for index, told in status.follow.items():
             self._follow(index, told)
         for index, values in status.brought.items():
-            self._host.bring(self._exchanges[index], values)
+            self._host.bring(self._exchange(index), values)
         for index in status.apart:
-            self._host.leave(self._exchanges[index])
+            self._host.leave(self._exchange(index))
 
     def _follow(self, index: int, told: remote.Follow) -> None:
-        if self._host.follow(self._exchanges[index], told):
+        one = self._exchange(index)
+        if (mistake := one.mistaken(told)) is not None:
+            raise HostError(f"home has told this worker to step what cannot be: {mistake}")
+        if self._host.follow(one, told):
             with self._line.kept():
                 self._link.send(remote.Took(index, told.number))
+
+    def _exchange(self, index: int) -> RemoteExchange:
+        """Raises HostError."""
+        if not 0 <= index < len(self._exchanges):
+            raise HostError(f"home speaks of exchange {index}; this worker has {len(self._exchanges)}")
+        return self._exchanges[index]
 
     def forget_gradients(self) -> None:
         """Those of ghost batches, which are not to be in the next step."""
@@ -397,7 +406,7 @@ class RemoteWorker:
     def _take(self, tensors: Sequence[torch.Tensor], name: str) -> None:
         with torch.no_grad():
             for place, tensor in enumerate(tensors):
-                tensor.copy_(self._mail.take(f"{name}/{place}", tensor.dtype).view(tensor.shape))
+                tensor.copy_(self._mail.take(f"{name}/{place}", tensor.dtype, tensor.shape))
 
 
 def _draws_ahead(loader: Any) -> bool:

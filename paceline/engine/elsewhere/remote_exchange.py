@@ -24,8 +24,8 @@ from paceline.engine.exchange.replica import Apart, Replica
 from paceline.engine.exchange.spec import describe
 from paceline.errors import ConfigError
 from paceline.params import optimizers
-from paceline.params.rows import Rows
-from paceline.protocol import remote
+from paceline.params.rows import Rows, check_numbers
+from paceline.protocol import mirrors, remote
 from paceline.transport.borrow import borrow
 from paceline.transport.slots import ExchangeMemory, Spec, size_bytes
 
@@ -186,6 +186,12 @@ class RemoteExchange:
             assert self._memory is not None
             self._memory.tell_ready(rank, max(self._memory.stepped) + 1, len(self.buckets) + 1)
 
+    def mistaken(self, told: remote.Follow) -> str | None:
+        """Why this cannot be a round of the mirror."""
+        if self.mirror is None:
+            return "it has no mirror"
+        return mirrors.mistaken(told, self.spec.workers, len(self.parameters), self.spec.settings_bytes)
+
     def follow(self, told: remote.Follow) -> None:
         """The round is over: let the mirror step it."""
         assert self.mirror is not None
@@ -211,10 +217,14 @@ class RemoteExchange:
             return  # they lie in home's, which is taken into use with this answer
         with torch.no_grad():
             for place in tables:
+                if place not in self.replica.slot.rows:
+                    raise ConfigError(f"rows of parameter {place} have come, which is no table")
                 entry = self.spec.table.entries[place]
                 numbers = mail.take(f"numbers/{self.index}/{place}", torch.int64)
                 shared = self.replica.shared[place]
-                shared[numbers] = mail.take(f"rows/{self.index}/{place}", shared.dtype).view(-1, entry.row)
+                values = mail.take(f"rows/{self.index}/{place}", shared.dtype, (len(numbers), entry.row))
+                check_numbers(numbers, len(shared), f"what has come of {entry.name}")
+                shared[numbers] = values
         self.replica.pull()
 
     def gather(self) -> Sequence[Bucket]:

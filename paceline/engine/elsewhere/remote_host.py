@@ -4,6 +4,7 @@ as an owner of a share of what all hosts bring. Making or finding it, and leavin
 from __future__ import annotations
 
 import logging
+import math
 import mmap
 import os
 from collections.abc import Callable
@@ -221,7 +222,11 @@ class RemoteHost:
         """Send what the deputy asks for; see ``remote.SendFold``."""
         if isinstance(asked, remote.SendOwn):
             self._gradients.send_own(one)
-        elif one.owners is None:
+            return None
+        count = len(self._around.hosts) if one.owners is not None else len(one.host.members) if one.host else 0
+        if not count or len(asked.weights) != count or not 0 < sum(asked.weights) < math.inf:
+            raise HostError(f"home asks for a fold of {count} workers with weights {asked.weights}")
+        if one.owners is None:
             self._gradients.send_fold(asked, one)
         elif self._finish(one, one.owners, asked):
             if one.is_home:

@@ -44,9 +44,9 @@ class RemoteStore:
         """Take the newest value of this tensor."""
         parameter = self._parameters[place]
         self._ask(remote.PullStore(self._number, place))
-        value = self._line.mail.take(f"pulled/{place}", parameter.dtype)
+        value = self._line.mail.take(f"pulled/{place}", parameter.dtype, parameter.shape)
         with torch.no_grad():
-            parameter.copy_(value.view(parameter.shape))
+            parameter.copy_(value)
 
     def finish(self) -> None:
         """Wait until this worker's last push is applied."""

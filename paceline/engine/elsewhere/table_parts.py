@@ -15,6 +15,8 @@ from paceline.params import rows
 from paceline.params.fold import WIDE, Pushed
 from paceline.params.rows import Rows
 from paceline.params.table import Entry, vector_dtype
+from paceline.protocol import owners
+from paceline.protocol.link import Senseless
 
 
 class TableParts:
@@ -27,6 +29,7 @@ class TableParts:
         self._values = values[entry.offset : entry.offset + entry.size].view(-1, entry.row)
         self._kind = torch.int32 if entry.rows < 2**31 else torch.int64  # of numbers, as they are sent
         self._given = {member: self._part_of(member, 0) for member in self._members}
+        self._come = dict.fromkeys(self._members, (0, 0))  # of each one's: how many rows, and bytes of them
         # Pages of them that no row has come to take no memory.
         most_bytes = self._begins(entry.rows) + self._values.nbytes
         self._rooms = {member: torch.zeros(most_bytes, dtype=torch.uint8) for member in self._members}
@@ -48,15 +51,23 @@ class TableParts:
             return None
         return as_bytes(self._rooms[sender][start : start + size_bytes])
 
-    def take(self, sender: int, count: int) -> None:
-        """They are there. Raises ValueError for rows that the table has not: who steps them may not look."""
-        if abs(count) > self._entry.rows:
-            raise ValueError(f"{abs(count)} rows have come of a table of {self._entry.rows}")
+    def take(self, sender: int, said: owners.Rows, size_bytes: int) -> None:
+        """These bytes of them are there. Raises Senseless for rows that the table has not, as who steps them may not
+        look, and where some of them have not come."""
+        count, entry = said.count, self._entry
+        if abs(count) > entry.rows:
+            raise Senseless(f"{abs(count)} rows have come of a table of {entry.rows}")
+        is_next, stop = said.start == 0 or self._come[sender] == (count, said.start), said.start + size_bytes
+        self._come[sender] = count, stop
+        if not is_next or (said.ends and stop != self._size_bytes(count)):
+            raise Senseless(f"of {abs(count)} rows only some have come, or in no order")
+        if not said.ends:
+            return
         part = self._part_of(sender, count)
         if count:
             low, high = (int(bound) for bound in torch.aminmax(part.indices))
-            if low < 0 or high >= self._entry.rows:
-                raise ValueError(f"row {low if low < 0 else high} has come of a table of {self._entry.rows}")
+            if low < 0 or high >= entry.rows:
+                raise Senseless(f"row {low if low < 0 else high} has come of a table of {entry.rows}")
         self._given[sender] = part
 
     def fold(self, shares: Sequence[float]) -> None:

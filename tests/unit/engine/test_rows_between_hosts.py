@@ -16,6 +16,8 @@ from paceline.engine.elsewhere.table_parts import TableParts
 from paceline.engine.exchange.replica import Apart
 from paceline.params.rows import Rows
 from paceline.params.table import Table, tabulate
+from paceline.protocol import owners as protocol
+from paceline.protocol.link import Senseless
 from tests.driver import run_job
 from tests.unit.engine.test_hosts import Seen, both
 from tests.unit.engine.test_hosts import seen as seen
@@ -287,7 +289,13 @@ def _give(giver: TableParts, taker: TableParts, sender: int, rows: Rows) -> None
         place = taker.place(sender, count, start, len(piece))
         assert place is not None
         place[:] = piece
-    taker.take(sender, count)
+        taker.take(sender, said(count, start, ends=start + 5 >= len(payload)), len(piece))
+    if not payload:
+        taker.take(sender, said(0), 0)
+
+
+def said(count: int, start: int = 0, *, ends: bool = True) -> protocol.Rows:
+    return protocol.Rows(0, 1, 0, count, start, ends)
 
 
 @pytest.mark.parametrize(
@@ -338,8 +346,30 @@ def test_what_cannot_be_rows_of_the_table_is_not_taken(count: int, numbers: list
     place = parts.place(1, len(numbers), 0, 4 * len(numbers))
     assert place is not None
     place.cast("i")[:] = memoryview(torch.tensor(numbers, dtype=torch.int32).numpy())
-    with pytest.raises(ValueError, match="of a table of 8"):
-        parts.take(1, count)
+    with pytest.raises(Senseless, match="of a table of 8"):
+        parts.take(1, said(count), 16 + abs(count) * 24)
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [(said(2), 63)],
+        [(said(2), 0)],
+        [(said(0), 1)],
+        [(said(2, 32), 32)],
+        [(said(2, ends=False), 32), (said(2, 16), 48)],
+        [(said(2, ends=False), 32), (said(-2, 32), 32)],
+        [(said(2, ends=False), 32), (said(2, 32), 16)],
+        [(said(2, 2**61, ends=False), 32)],
+    ],
+)
+def test_rows_of_which_some_have_not_come_are_not_taken(pieces: list[tuple[protocol.Rows, int]]) -> None:
+    parts, _ = _table(0)
+    *before, (last, size_bytes) = pieces
+    for one, size in before:
+        parts.take(1, one, size)
+    with pytest.raises(Senseless, match="only some have come"):
+        parts.take(1, last, size_bytes)
 
 
 @pytest.mark.parametrize("places", [PLACES["2+2"], PLACES["3"]], ids=["2+2", "3"])

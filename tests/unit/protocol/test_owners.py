@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from paceline.protocol.link import Senseless
 from paceline.protocol.owners import Gathering, cut, share
 
 CELLS = (0, 2, 3)  # cell 1 is so small that this owner has no share of it
@@ -129,7 +131,7 @@ def test_a_round_is_off_when_one_brings_its_own_or_when_it_is_over() -> None:
     gathering = Gathering(0, range(2), (0,))
     gathering.begin(7)
     assert not gathering.is_off(7)
-    gathering.off(7)
+    gathering.off(1, 7)
     assert gathering.is_off(7)
     assert not gathering.is_off(8)
     gathering.begin(8)
@@ -141,10 +143,27 @@ def test_who_is_ahead_and_brings_its_own_to_the_next_round_takes_nothing_from_th
     gathering.begin(7)
     for member in range(3):
         gathering.folded(member, 7)
-    gathering.off(8)
+    gathering.off(2, 8)
     assert gathering.is_whole(7)
     assert not gathering.is_off(7)
     gathering.begin(8)
     assert gathering.is_off(8)
     gathering.begin(9)
     assert not gathering.is_off(9)
+
+
+def test_a_round_that_was_none_is_told_by_what_comes_behind_it() -> None:
+    """What it says is kept for that round, so that without it all would wait for its parts of this one."""
+    for say in (
+        lambda gathering, number: gathering.part(1, number, 0),
+        lambda gathering, number: gathering.given(1, number),
+        lambda gathering, number: gathering.folded(1, number),
+        lambda gathering, number: gathering.off(1, number),
+    ):
+        gathering = Gathering(0, range(2), (0,))
+        gathering.begin(4)
+        for number in (4, 5, 4, 700):  # a round or a pass ahead
+            say(gathering, number)
+        say(gathering, 2**61)
+        with pytest.raises(Senseless, match=f"worker 1 has spoken of round {2**61}, and now speaks of round 5"):
+            say(gathering, 5)
