@@ -165,7 +165,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(told: str, place: dict
         (remote.PushStore(0, {9: 0}, b""), "the store has 1 tensors, there is no number 9"),
         (remote.PushStore(0, {0: 0}, b""), r"push of a does not fit \[4, 3\]"),
         (remote.PushStore(0, {0: 5}, b""), "push of a has indices of 5 dimensions, the tensor has 2"),
-        (remote.PullStore(0, -1), "the store has 1 tensors, there is no number -1"),
+        (remote.PullStore(0, 1), "the store has 1 tensors, there is no number 1"),
         (remote.AwaitStore(1), "there is no store 1; worker 0 has made 1"),
     ],
 )
