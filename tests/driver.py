@@ -7,6 +7,7 @@ try many.
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
@@ -17,8 +18,10 @@ from torch.distributed import HashStore
 
 from paceline.config import Job
 from paceline.engine.context import Context
+from paceline.engine.elsewhere import range_deputy
 from paceline.engine.elsewhere.around import Around
 from paceline.engine.elsewhere.deputizing import deputize
+from paceline.engine.elsewhere.range_server import RangeServer, Stopped
 from paceline.engine.exchange.server import serve
 from paceline.engine.setup import Door
 from paceline.protocol import messages
@@ -30,6 +33,7 @@ from paceline.protocol.effects import (
     Died,
     Done,
 )
+from paceline.protocol.ranges import is_elsewhere
 from paceline.run.elsewhere import meet
 from paceline.run.session import Run
 from paceline.transport import segment
@@ -75,6 +79,7 @@ def run_job(
     channels: dict[tuple[str, int], Channel] = {}
     results: dict[int, Any] = {}
     notes = HashStore()
+    directory = Path(tempfile.mkdtemp())
     errors: list[BaseException] = []
 
     def put(role: str, rank: int, event: Any) -> None:
@@ -92,11 +97,12 @@ def run_job(
             put(role, rank, None)
 
     def live(role: str, rank: int, channel: Channel) -> None:
-        directory = Path(tempfile.gettempdir())
         board = Board(segment.attach(board_fd))
         context = Context(job, role, rank, directory, channel, board, Lock(board_fd, board.journal))
         try:
-            if role == "server":
+            if role == "server" and is_elsewhere(rank, job.server_hosts):
+                _serve_elsewhere(context)
+            elif role == "server":
                 serve(context)
             elif elsewhere:
                 around = Around([name or this_host() for name in hosts], notes)
@@ -155,6 +161,7 @@ def run_job(
     for channel in channels.values():
         channel.close()
     os.close(board_fd)
+    shutil.rmtree(directory)
     if errors:
         raise errors[0]
     if failure is not None:
@@ -199,6 +206,36 @@ def _live_elsewhere(context: Context, body: Callable[[Run], Any], around: Around
         raise
     deputy.join(timeout=10)
     return result
+
+
+def _serve_elsewhere(context: Context) -> None:
+    """The deputy here, and its server in a thread of its own."""
+    readable, writable = os.pipe()
+    held = hold("127.0.0.1")
+    ports = [held.getsockname()[1]] * (context.rank + 1)
+    raised: list[BaseException] = []
+
+    def be() -> None:
+        with os.fdopen(readable) as lines:
+            lines.readline()
+        try:
+            RangeServer(context.rank, "job", ("127.0.0.1", ports[-1]), _KEY).serve()
+        except Stopped:
+            pass
+        except BaseException as error:  # noqa: BLE001  the outermost line of a thread that stands for a process
+            raised.append(error)
+
+    server = threading.Thread(target=be, daemon=True)
+    server.start()
+    door = Door("127.0.0.1", [], "job", os.getpid(), insecure=False, server_ports=ports)
+    try:
+        range_deputy.deputize(context, door, writable, _KEY)
+    finally:
+        os.close(writable)
+        held.close()
+        server.join(timeout=10)
+    if raised:
+        raise raised[0]
 
 
 def _give(channels: dict[tuple[str, int], Channel], request: messages.Wrap, servers: bool) -> None:

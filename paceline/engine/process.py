@@ -30,6 +30,7 @@ from paceline.engine.setup import Setup, decode_job
 from paceline.engine.worker.worker import Worker
 from paceline.errors import PacelineError
 from paceline.protocol import messages
+from paceline.protocol.ranges import is_elsewhere
 from paceline.transport import segment
 from paceline.transport.board import Aborted, Board
 from paceline.transport.channel import Channel, Closed
@@ -66,10 +67,9 @@ def main(role: str, rank: int, setup: bytes, descriptors: tuple[int, ...], paren
         )
         contexts.current = context
         if role == "server":
-            from paceline.engine.exchange.server import serve
-
             _import_as_workers(known)
-            status = _guarded(context, lambda: serve(context))
+            payload = descriptors[3] if len(descriptors) > 3 else None
+            status = _guarded(context, lambda: _serve(context, known, payload))
         else:
             payload = descriptors[3] if len(descriptors) > 3 else None
             status = _guarded(context, lambda: _work(context, known, payload))
@@ -80,6 +80,18 @@ def main(role: str, rank: int, setup: bytes, descriptors: tuple[int, ...], paren
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(status)
+
+
+def _serve(context: Context, known: Setup, payload: int | None) -> None:
+    from paceline.engine.elsewhere import range_deputy
+    from paceline.engine.exchange.server import serve
+
+    door = known.door
+    if door is None or not is_elsewhere(context.rank, context.job.server_hosts):
+        serve(context)
+        return
+    assert payload is not None
+    range_deputy.deputize(context, door, payload, None if door.insecure else job_key(os.environ))
 
 
 def _work(context: Context, known: Setup, payload: int | None) -> None:

@@ -64,6 +64,26 @@ class StatePlan:
         """Where the cells of blocks ``[first, stop)`` lie: offset and number of bytes."""
         return self._cells_end[first], self._cells_end[stop] - self._cells_end[first]
 
+    def ranges(self, blocks: Sequence[Piece]) -> list[tuple[int, int]]:
+        """Where all that belongs to these blocks lies: ``[start, stop)`` in bytes, adjacent ones as one."""
+        found = []
+        for block in blocks:
+            number, entry = self.number(block), self._table.entries[block.param]
+            offset, size = self.cells_of(number, number + 1)
+            found += [(number, number + 1), (offset, offset + size)]
+            for (_, dtype, of), (first, _) in self.vectors.items():
+                if of == entry.vector:
+                    item = DTYPES[dtype].itemsize
+                    start, stop = entry.offset + block.start, entry.offset + block.stop
+                    found.append((first + start * item, first + stop * item))
+        merged: list[tuple[int, int]] = []
+        for start, stop in sorted(found):
+            if merged and start <= merged[-1][1]:
+                merged[-1] = merged[-1][0], max(stop, merged[-1][1])
+            elif stop > start:
+                merged.append((start, stop))
+        return merged
+
     def value_bytes(self, vector: str) -> int:
         """A parameter value of this vector and the state beside it, in bytes."""
         likes = sum(DTYPES[dtype].itemsize for _, dtype, of in self.vectors if of == vector)

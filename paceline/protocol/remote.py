@@ -364,12 +364,21 @@ class Ask(Said, frozen=True, tag=2):
     request: Request
 
 
+class Await(msgspec.Struct, frozen=True, array_like=True):
+    """The worker is to have what servers elsewhere have (ranges.py) after round, or entry, ``number``. They send it by
+    themselves (``comes``), or are to be asked for it, once ``loads`` checkpoints are loaded."""
+
+    number: int
+    comes: bool
+    loads: int
+
+
 class Status(msgspec.Struct, frozen=True, array_like=True):
     """Where the worker is now. ``epochs``: by loader; ``verdicts``: whether a push of a loader's batches counted, where
     that is new; ``periods``: local steps not brought yet, by exchange; ``fresh``: exchanges whose newest values have
     come before this, with the parameters of which only rows have; ``buffers``: so have the buffers; ``follow``: by
     exchange, the round that a mirror is to step; ``brought``: what a host's mirror is to have; ``apart``: exchanges of
-    which the host's workers share a mirror no more.
+    which the host's workers share a mirror no more; ``awaits``: exchanges of which servers elsewhere have a part.
 
     ``deals``: by loader, see ``data.passes.Passes.deal``; ``workers``: how many there are to be. Of one that comes in
     another's place: ``joined``, whether the others count with it; ``behind``, whether it has passes to catch up with;
@@ -393,6 +402,7 @@ class Status(msgspec.Struct, frozen=True, array_like=True):
     behind: bool = False
     takes: bool = False
     saves: bool = False
+    awaits: dict[int, Await] = {}
 
 
 class Answer(Said, frozen=True, tag=3):

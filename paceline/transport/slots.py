@@ -5,7 +5,8 @@
             first round, or entry of the log, that the process counts in which is this worker now; attached[worker]:
             how many have been this worker before it; crew[0]: by how many servers the last round was stepped;
             ready[worker]: which of its next gradient is in its slot before it is pushed (engine/elsewhere/early.py);
-            offered[worker], brought[worker]: of workers on one host that push as one (protocol/hosts.py).
+            offered[worker], brought[worker]: of workers on one host that push as one (protocol/hosts.py);
+            fetched[0]: how often home was to have what servers elsewhere have, fetched[1 + server]: so often has it
             ``workers`` and ``servers`` are how many places there are, most of them unused
     undo    an area for each who steps (of each part, where there are parts): params/undo.py
     log     where there are parts (paces quorum, bounded, async): the log (protocol/log.py), applied[part], and
@@ -53,8 +54,9 @@ class Spec(msgspec.Struct, frozen=True):
 
     ``settings`` is the groups' hyper-parameters as they are stepped, encoded; a slot has room for
     ``settings_bytes`` of them. ``whole``: parameters are never cut. ``workers``, ``servers``: places for so many.
-    ``shares``: what the grid is made for. ``parts``: into how many the parameters are cut for good; 0 where each round
-    cuts them anew. ``damping`` and ``compensate`` are what is done about stale gradients (engine/exchange/applier.py).
+    ``shares``: what the grid is made for; ``hosts``: on how many the servers are. ``parts``: into how many the
+    parameters are cut for good; 0 where each round cuts them anew. ``damping`` and ``compensate`` are what is done
+    about stale gradients (engine/exchange/applier.py).
     """
 
     table: Table
@@ -69,6 +71,7 @@ class Spec(msgspec.Struct, frozen=True):
     damping: bool = False
     compensate: float = 0.0
     shares: int = 0
+    hosts: int = 1
 
     @property
     def seats(self) -> int:
@@ -100,7 +103,7 @@ class _Offsets:
         count = len(spec.table.entries)
         vectors = spec.table.offsets_bytes()
         self.plan = StatePlan(spec.table, spec.state, spec.blocks)
-        self.headers = (9 * spec.workers + spec.servers + 2 + 7) // 8 * 8
+        self.headers = (9 * spec.workers + 2 * spec.servers + 3 + 7) // 8 * 8
         self.log = page_up((self.headers + spec.seats * HEADER_WORDS) * _WORD)
         self.log_words = log.words_needed(spec.workers) if spec.parts else 0
         self.state = page_up(self.log + (self.log_words + spec.parts + spec.workers) * _WORD)
@@ -286,6 +289,8 @@ class ExchangeMemory:
         hosts = self._ready_at + spec.workers
         self.offered = words[hosts : hosts + spec.workers]
         self.brought = words[hosts + spec.workers : hosts + 2 * spec.workers]
+        fetched = hosts + 2 * spec.workers
+        self.fetched = words[fetched : fetched + 1 + spec.servers]
         entries = memoryview(memory)[offsets.log : offsets.state].cast("Q")
         self.log = log.Log(entries[: offsets.log_words], spec.workers)
         self._log_at = offsets.log // _WORD

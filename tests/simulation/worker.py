@@ -553,7 +553,9 @@ def job_of(plan: Plan) -> Job:
 
 
 def spec_of(host: Host) -> Any:
-    return SimpleNamespace(workers=host.workers, servers=host.servers, parts=host.parts, damping=False, compensate=0)
+    return SimpleNamespace(
+        workers=host.workers, servers=host.servers, parts=host.parts, damping=False, compensate=0, hosts=1
+    )
 
 
 def serve(host: Host, claims: Claims, rank: int, channel: int) -> None:

@@ -10,6 +10,7 @@ Its process is ``deputizing.py``'s; what is an exchange's, a loader's or a buffe
 from __future__ import annotations
 
 import os
+import time
 from contextlib import suppress
 from typing import Any, NoReturn
 
@@ -22,15 +23,19 @@ from paceline.engine.elsewhere.deputy_store import DeputyStore
 from paceline.engine.elsewhere.mail import send
 from paceline.engine.elsewhere.making import make_all
 from paceline.engine.elsewhere.mirror import arithmetic
+from paceline.engine.elsewhere.range_deputy import addresses
 from paceline.engine.setup import encode_job
 from paceline.engine.worker.left_out import LeftOut
 from paceline.engine.worker.worker import Worker
 from paceline.errors import ConfigError, PacelineError
 from paceline.params.table import Table, decode
 from paceline.protocol import messages, remote
+from paceline.protocol.ranges import elsewhere
 from paceline.transport.board import Aborted
 from paceline.transport.borrow import this_host
 from paceline.transport.ends import LinkEnded
+
+_LOOK_S = 0.02
 
 
 class Deputy:
@@ -196,10 +201,21 @@ class Deputy:
             "arithmetic": arithmetic(),
             "host": this_host(),
             "trained": self._worker.trained_before,
+            "servers": self._await_servers(),
             "resumes": self._worker.resumes,
             # A descriptor that the worker may try to open, as it would open that of an exchange's memory.
             "try": (os.getpid(), os.memfd_create("paceline-door")) if is_here else None,
         }
+
+    def _await_servers(self) -> dict[int, tuple[str, int]]:
+        """Where the worker finds servers on other hosts than home's; when all have come. Raises Aborted."""
+        job, board = self._context.job, self._context.board
+        servers = elsewhere(job.servers, job.server_hosts)
+        while (found := addresses(self._context.directory, servers)) is None:
+            if board.abort:
+                raise Aborted("the run is being stopped")
+            time.sleep(_LOOK_S)
+        return found
 
     def _exchange(self, index: int) -> DeputyExchange:
         if index not in self._exchanges:
@@ -247,7 +263,7 @@ class Deputy:
             return remote.Status(over=worker.over, step=worker.step_number, workers=worker.num_workers)
         has_just_joined = worker.has_joined and not self._had_joined
         self._had_joined = worker.has_joined
-        fresh, follow, brought, apart = {}, {}, {}, []
+        fresh, follow, brought, apart, awaits = {}, {}, {}, [], {}
         for index, exchange in self._exchanges.items():
             if exchange.at_home.in_period or not (has_just_joined or exchange.is_due(request)):
                 continue
@@ -258,6 +274,8 @@ class Deputy:
             elif (values := exchange.bring()) is not None:
                 brought[index] = values
             else:
+                if exchange.is_spread:
+                    awaits[index] = exchange.what_servers_have()
                 fresh[index] = exchange.send_newest()
         self._count_travelled()
         buffers = self._buffers.send_if_due(anyway=has_just_joined)
@@ -280,6 +298,7 @@ class Deputy:
             behind=worker.is_behind,
             takes=worker.is_to_take,
             saves=worker.saving.is_due,
+            awaits=awaits,
         )
 
     def _count_travelled(self) -> None:

@@ -7,6 +7,7 @@ link <-- the newest values that the worker has not, or what its mirror is to ste
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -21,12 +22,14 @@ from paceline.engine.elsewhere.host_push import HostPush
 from paceline.engine.elsewhere.mail import send, send_document
 from paceline.engine.elsewhere.making import make
 from paceline.engine.elsewhere.owners_push import OwnersPush
+from paceline.engine.elsewhere.ranges import send_span, whole
 from paceline.engine.exchange.exchange import Exchange
 from paceline.engine.worker.worker import Worker
 from paceline.errors import ConfigError
 from paceline.params import optimizers, rows
 from paceline.params.table import DTYPES
 from paceline.protocol import remote
+from paceline.protocol.ranges import at_home as at_home_of
 from paceline.transport.ends import LinkEnded
 
 
@@ -60,10 +63,14 @@ class DeputyExchange:
     ) -> None:
         memory, members, crew = asked.memory, asked.members or [context.rank], asked.crew
         self.at_home, self.index, self._memory = at_home, index, memory
-        self._line, self._link, self._mail = line, line.link, line.mail
+        self._line, self._link, self._mail, self._lock = line, line.link, line.mail, context.lock
         self._table, self._slot = at_home.spec.table, at_home.memory.slots[context.rank]
         self._is_local = isinstance(context.job.pace, Local)
-        self._in_slots = isinstance(context.job.pace, Sync)
+        # Are servers on other hosts part of it, which have what they step? Home's range is with home.
+        self.is_spread = at_home.spec.hosts > 1
+        spec = at_home.spec
+        self._range = whole(spec, at_home_of(spec.servers, spec.hosts)) if self.is_spread else None
+        self._in_slots = isinstance(context.job.pace, Sync) or self.is_spread
         self._told = -1  # the number of the values that the worker has
         self._has_state = False  # an owner: with the state that belongs to them?
         self._tables: dict[int, torch.Tensor] = {}  # those with sparse rows, as the worker has them
@@ -106,9 +113,14 @@ class DeputyExchange:
             self.give(request.mask, request.rows)
 
     def _offer(self, mask: bytes, counts: dict[int, int]) -> None:
-        if self._host is None or len(mask) != len(self.at_home.parameters):
+        if (self._host is None and not self.is_spread) or len(mask) != len(self.at_home.parameters):
             raise ConfigError(f"a fold was offered of {len(mask)} parameters")
         self._forget()
+        if self._host is None:  # all servers have their part of it
+            for place, count in counts.items():
+                self._count_rows(place, count)
+            self.at_home.offered = mask
+            return
         for place in self._slot.rows if self._memory != remote.HOME else ():
             self._count_rows(place, counts.get(place, 0))  # they follow, if the gradient is to come alone
         self.at_home.offered, self._host.offers = mask, True
@@ -341,10 +353,31 @@ class DeputyExchange:
             self._send_all()
             self._forward.took(self.at_home.number)
             return []
+        if self.is_spread:
+            return self._send_range(vectors)
         for vector in self._table.dense_sizes:
             self._send(f"parameters/{self.index}/{vector}", vectors[vector])
         tables = [place for place, entry in enumerate(self._table.entries) if entry.row]
         return [place for place in tables if self._send_rows(place, vectors)]
+
+    def what_servers_have(self) -> remote.Await:
+        """What the worker is to have from servers elsewhere, which send it by themselves to who was in the step."""
+        at_home = self.at_home
+        if at_home.spec.parts:
+            return remote.Await(at_home.taken, True, 0)
+        number = at_home.number
+        comes = 0 <= self._told < number and self._slot.pushed_in(number)
+        return remote.Await(number, comes, at_home.memory.loads[0])
+
+    def _send_range(self, vectors: dict[str, torch.Tensor]) -> list[int]:
+        """What home's own servers have."""
+        assert self._range is not None
+        for span in self._range.spans:
+            self._sent_bytes += send_span(self._link, self.index, vectors, *span)
+        tables: dict[int, list[tuple[int, int]]] = {place: [] for place, _, _ in self._range.tables}
+        for place, first, end in self._range.tables:
+            tables[place].append((first, end))
+        return [place for place, some in tables.items() if self._send_rows(place, vectors, some)]
 
     def _send_all(self, *, with_state: bool = True) -> None:
         """The parameters and the optimizer's state, to a mirror."""
@@ -355,21 +388,32 @@ class DeputyExchange:
         if with_state:
             self._send(f"state/{self.index}", self.at_home.memory.state_bytes())
 
-    def _send_rows(self, place: int, vectors: dict[str, torch.Tensor]) -> bool:
-        """Send the rows of a table that the worker has otherwise. Are there any?"""
+    def _send_rows(
+        self, place: int, vectors: dict[str, torch.Tensor], some: Sequence[tuple[int, int]] | None = None
+    ) -> bool:
+        """Send the rows of a table, or ``some`` of them, that the worker has otherwise. Are there any?"""
         entry, known = self._table.entries[place], self._tables
         now = self._table.view(entry, vectors[entry.vector])
-        if place not in known:
-            known[place], changed = now.clone(), torch.arange(len(now))
-        else:
-            changed = now.ne(known[place]).any(1).nonzero()[:, 0]
-            known[place][changed] = now[changed]
+        is_new = place not in known
+        if is_new:
+            known[place] = now.clone()
+        changed = torch.cat(
+            [
+                torch.arange(first, end)
+                if is_new
+                else now[first:end].ne(known[place][first:end]).any(1).nonzero()[:, 0] + first
+                for first, end in some or [(0, len(now))]
+            ]
+        )
+        known[place][changed] = now[changed]
         self._send(f"numbers/{self.index}/{place}", changed)
         self._send(f"rows/{self.index}/{place}", known[place][changed])
         return len(changed) > 0
 
     def show_state(self) -> Any:
         """Send the optimizer's state: a document, see ``Mail.take_document``."""
+        with self._lock:
+            self.at_home.bring_home(parameters=False)
         state = {str(place): values for place, (_, values) in enumerate(self.at_home.shared_state()) if values}
         return send_document(self._link, "shown", state)
 

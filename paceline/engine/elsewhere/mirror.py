@@ -37,6 +37,19 @@ def arithmetic() -> str:
     return f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
 
 
+def note(memory: ExchangeMemory, told: remote.Follow) -> None:
+    """Write what belongs to the pushes of a round beside the gradients."""
+    memory.loads[0] = told.loads
+    for worker, weight, factor, mask in told.sources:
+        slot = memory.slots[worker]
+        slot.write_weight(told.number, weight)
+        slot.write_factor(told.number, factor)
+        if mask:
+            slot.mask[:] = mask
+    if told.settings:
+        memory.slots[told.sources[0][0]].write_settings(told.settings)
+
+
 class Mirror:
     """Of exchange ``index``, for worker ``rank``; ``memory`` is laid out as home's."""
 
@@ -65,21 +78,8 @@ class Mirror:
 
     def follow(self, told: remote.Follow, optimizer: optim.Optimizer) -> None:
         """Step this round, of which everything has come."""
-        self._note(told)
+        note(self.memory, told)
         self._step(told, optimizer, 0, 1)
-
-    def _note(self, told: remote.Follow) -> None:
-        """Write what belongs to the pushes beside the gradients."""
-        memory = self.memory
-        memory.loads[0] = told.loads
-        for worker, weight, factor, mask in told.sources:
-            slot = memory.slots[worker]
-            slot.write_weight(told.number, weight)
-            slot.write_factor(told.number, factor)
-            if mask:
-                slot.mask[:] = mask
-        if told.settings:
-            memory.slots[told.sources[0][0]].write_settings(told.settings)
 
     def _step(self, told: remote.Follow, optimizer: optim.Optimizer, share: int, shares: int) -> None:
         if self._stepper is None:
@@ -129,7 +129,7 @@ class HostMirror(Mirror):
 
     def _take_in(self, told: remote.Follow) -> None:
         """Of the first one: what is to be stepped is here."""
-        self._note(told)
+        note(self.memory, told)
         for worker, *_ in told.sources:
             is_here = worker in self.members
             self.memory.slots[worker].write_lies_in(told.number, None if is_here else self._others)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import optim
 
-from paceline.engine.elsewhere.mirror import Broken, HostMirror, Mirror
+from paceline.engine.elsewhere.mirror import Broken, HostMirror, Mirror, note
 from paceline.engine.elsewhere.owners import FOLDS, Owners
 from paceline.protocol import remote
 from paceline.transport.slots import ExchangeMemory, Spec
@@ -22,7 +22,7 @@ class OwnerMirror(Mirror):
     def follow(self, told: remote.Follow, optimizer: optim.Optimizer) -> None:
         """Step this round. Raises Broken if it is not all here, nor will be."""
         _await(told, self._owners)
-        self._note(told)
+        note(self.memory, told)
         _say_where(told, self.memory)
         self._step(told, optimizer, 0, 1)
         self._owners.begin(told.number + 1, is_on=True)
@@ -44,7 +44,7 @@ class OwnerHostMirror(HostMirror):
 
     def _take_in(self, told: remote.Follow) -> None:
         _await(told, self._owners)
-        self._note(told)
+        note(self.memory, told)
         _say_where(told, self.memory)
 
 

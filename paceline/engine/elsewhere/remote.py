@@ -29,6 +29,7 @@ from paceline.data.trained import Trained
 from paceline.engine.elsewhere.around import Around
 from paceline.engine.elsewhere.line import Asked, Line
 from paceline.engine.elsewhere.mail import send_packed
+from paceline.engine.elsewhere.range_links import RangeLinks, Spread
 from paceline.engine.elsewhere.remote_exchange import RemoteExchange, check_elsewhere
 from paceline.engine.elsewhere.remote_gradients import RemoteGradients
 from paceline.engine.elsewhere.remote_host import RemoteHost
@@ -77,6 +78,8 @@ class RemoteWorker:
         self._is_newcomer = not self._status.joined and not told["resumes"]
         self.job: Job = decode_job(told["job"])
         self._kind = self._host.choose(self.job, told, link, is_newcomer=self._is_newcomer)
+        servers: dict[int, tuple[str, int]] = {int(server): tuple(place) for server, place in told["servers"].items()}
+        self._servers = RangeLinks(link, servers) if servers else None
         self.directory = Path(told["directory"])
         self._part = Part(
             *((0, 1) if self.job.data == "own" else (rank, self.job.workers)),
@@ -124,6 +127,8 @@ class RemoteWorker:
         exchange = RemoteExchange(
             optimizer, names, with_rows, self.job, len(self._exchanges), share=share, travels=self._is_from_afar
         )
+        if self._servers is not None:
+            exchange.spread = Spread(exchange.index, exchange.spec, self._servers)
         kind = self._host.lay_out(exchange, self._kind)
         request = self._to_wrap(optimizer, exchange.spec, with_rows, kind)
         members, crew = self._host.members(exchange, kind)
@@ -296,6 +301,8 @@ class RemoteWorker:
         self.is_over = self._line.is_over = True
         self._gradients.stop()
         self._host.stop()
+        if self._servers is not None:
+            self._servers.stop()
 
     def printed(self, data: bytes) -> None:
         """For the log at home. May be called by another thread."""
@@ -371,6 +378,9 @@ class RemoteWorker:
         for exchange, steps in zip(self._exchanges, status.periods, strict=False):
             if exchange.inner is not None and not steps:
                 exchange.inner.begin()
+        for index, awaited in status.awaits.items():
+            with self._line.kept():
+                self._exchanges[index].take_from_servers(awaited)
         for index, tables in status.fresh.items():
             self._exchange(index).take_newest(self._mail, tables)
         if status.buffers:

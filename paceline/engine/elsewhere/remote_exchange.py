@@ -17,6 +17,7 @@ from paceline.engine.elsewhere.host_fold import HostFold
 from paceline.engine.elsewhere.mail import Mail
 from paceline.engine.elsewhere.mirror import HostMirror, Mirror
 from paceline.engine.elsewhere.owners import Owners
+from paceline.engine.elsewhere.range_links import Spread
 from paceline.engine.elsewhere.table_parts import lay_rows, rows_of
 from paceline.engine.exchange.exchange import make_inner
 from paceline.engine.exchange.inner import Inner
@@ -48,7 +49,8 @@ class RemoteExchange:
         check_elsewhere(optimizer)
         self.optimizer, self.index, self._pace = optimizer, index, job.pace
         self._travels = travels  # does what it brings go to another host?
-        self._clip = job.clip if isinstance(job.pace, Sync) else None  # at other paces the deputy clips the push
+        # At other paces the deputy clips the push, if it has it.
+        self._clip = job.clip if isinstance(job.pace, Sync) or job.server_hosts > 1 else None
         self._views = share and not isinstance(job.pace, Local)
         self.parameters: list[nn.Parameter] = [p for g in optimizer.param_groups for p in g["params"]]
         self.spec, stepped_by = describe(optimizer, names, with_rows, job, job.pace)
@@ -64,6 +66,7 @@ class RemoteExchange:
         self.fold: HostFold | None = None  # and if there are others
         self._make_fold: Callable[[ExchangeMemory, Apart | None], HostFold] | None = None
         self._apart: Apart | None = None  # at home, then: its own gradients, whose place in the slot folds take
+        self.spread: Spread | None = None  # where servers on several hosts have a part
         self.is_finite = True  # what was gathered last
         self.is_measured = False  # was a norm asked of it, for the step that is to come?
         # Since a norm was asked of what is in the slot: by what the script's gradients have been multiplied.
@@ -87,6 +90,8 @@ class RemoteExchange:
             for vector in self.spec.table.dense_sizes:
                 mail.expect(f"parameters/{self.index}/{vector}", memory.params[vector])
             self._use(memory, own, 0)
+            if self.spread is not None:
+                self.spread.expect(memory)
 
     def own(
         self,
@@ -227,6 +232,11 @@ class RemoteExchange:
                 shared[numbers] = values
         self.replica.pull()
 
+    def take_from_servers(self, told: remote.Await) -> None:
+        """Wait for what servers elsewhere have. Raises LinkEnded."""
+        assert self.spread is not None
+        self.spread.take_newest(told, lambda param: self.replica.shared[param])
+
     def gather(self) -> Sequence[Bucket]:
         """Write the gradients into the slot; what of it home has not got yet, without rows."""
         if self.early is not None:
@@ -253,7 +263,8 @@ class RemoteExchange:
     def measured(self) -> None:
         """A norm is asked of what was gathered."""
         self.is_measured = True
-        self._factor = torch.ones(()) if self.early is not None and self.is_finite else None
+        multiplies = self.early is not None and self.is_finite and self.spread is None
+        self._factor = torch.ones(()) if multiplies else None
 
     def clipped(self, factor: torch.Tensor) -> None:
         """The script's gradients have been multiplied by this."""

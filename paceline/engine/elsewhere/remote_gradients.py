@@ -13,6 +13,7 @@ from paceline.engine.elsewhere.line import Line
 from paceline.engine.elsewhere.mail import send_range
 from paceline.engine.elsewhere.outbox import Outbox
 from paceline.engine.elsewhere.owners import Owners
+from paceline.engine.elsewhere.range_links import Spread
 from paceline.engine.elsewhere.remote_exchange import RemoteExchange
 from paceline.protocol import remote
 from paceline.protocol.rounds import NEVER
@@ -31,6 +32,8 @@ class RemoteGradients:
         """Have them where home, or this host, looks for them: what is not there yet. Which parameters have one, their
         rows, and whether they are offered, as in ``remote.Step``."""
         rest = one.gather()
+        if one.spread is not None and one.is_finite:
+            return bytes(one.replica.slot.mask), self._spread_out(one, one.spread, rest), True
         offers = self._may_offer(one) and one.is_finite
         if one.is_shared_out and one.is_measured and (rest or has_tables(one.spec)):
             offers = False  # the fold of it is not made twice
@@ -48,6 +51,17 @@ class RemoteGradients:
         else:
             self._put(one, rest)
         return bytes(one.replica.slot.mask), one.rows(), offers
+
+    def _spread_out(self, one: RemoteExchange, spread: Spread, rest: Sequence[Bucket]) -> dict[int, int]:
+        """To the servers that step it, which have all of it then; how many rows of tables went home. Of what is asked
+        for behind this, home takes it that they have."""
+        slot = one.replica.slot
+        with self._line.kept():
+            for bucket in rest:
+                spread.put(self._link, bucket, slot.gradient)
+            counts = spread.put_rows(self._link, slot)
+            spread.flush()
+        return counts
 
     @staticmethod
     def _may_offer(one: RemoteExchange) -> bool:
@@ -79,6 +93,9 @@ class RemoteGradients:
     def measure(self, one: RemoteExchange, chosen: bytes, order: float) -> remote.Norm:
         """What is asked for with them, as they are when the script asks for a norm."""
         mask, rows, offers = self._give(one)
+        if one.spread is not None and offers:
+            self._put(one, one.whole)  # all of it: the norm is taken at home
+            rows = one.rows()
         one.measured()
         return remote.Norm(one.index, mask, rows, chosen, order, offers)
 
@@ -126,6 +143,8 @@ class RemoteGradients:
         one.send_early(self._tell_early)
         if one.owners is not None and one.fold is None:
             one.replica.before_rewriting = lambda: self._await_owners(one)
+        elif one.spread is not None:
+            one.replica.before_rewriting = lambda: self._await_servers(one)
         elif not one.lies_with_others:
             one.replica.before_rewriting = self._await_home
 
@@ -163,12 +182,22 @@ class RemoteGradients:
             return
         bucket = one.buckets[place]
         with suppress(LinkEnded):  # the step finds it out
+            if one.spread is not None:
+                one.spread.put(self._link, bucket, one.replica.slot.gradient)
+                return
             name, vector = f"gradient/{one.index}/{bucket.vector}", one.replica.slot.gradient[bucket.vector]
             send_range(self._link, name, vector, bucket.start, bucket.stop)
 
     def _await_home(self) -> None:
         """Until home has all that was sent: what is sent may be written again, the same, until then."""
         with self._line.kept():
+            self._link.flush()
+
+    def _await_servers(self, one: RemoteExchange) -> None:
+        """The same, of servers elsewhere too."""
+        assert one.spread is not None
+        with self._line.kept():
+            one.spread.flush()
             self._link.flush()
 
     def _await_owners(self, one: RemoteExchange) -> None:

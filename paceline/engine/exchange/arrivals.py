@@ -35,6 +35,7 @@ class Arrivals:
         self._bound = pace.staleness if isinstance(pace, Bounded) else None
         self._slot = memory.slots[rank]
         self._version = 0  # of the copy that this worker computes on
+        self.taken = 0  # the entry that has brought it
         self._unfinished: Entry | None = None
         self._last_fate = 0  # the last entry that this worker was a member of
         self.applier: Applier | None = None
@@ -228,7 +229,7 @@ class Arrivals:
                 self._board.ring(self._rank)
             else:
                 self._board.wait(lambda part=part: self._is_applied(part, entry))  # type: ignore[misc]
-        self._version = entry.version
+        self._version, self.taken = entry.version, entry.number
 
     def _await_turn(self, part: int, number: int) -> None:
         applied = self._memory.applied

@@ -9,6 +9,7 @@ it is applied (``rounds.py``, ``arrivals.py``), and whose optimizer applies it (
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -28,8 +29,12 @@ from paceline.engine.exchange.spec import describe, sends_gradients
 from paceline.engine.exchange.stepper import Stepper
 from paceline.params import optimizers
 from paceline.protocol.log import Entry
+from paceline.protocol.ranges import elsewhere, fetch_word
 from paceline.protocol.rounds import Waiting
+from paceline.transport.board import Aborted
 from paceline.transport.slots import ExchangeMemory
+
+_LOOK_S = 0.1  # how often who waits for a server on another host looks whether the run is being stopped
 
 
 class Exchange:
@@ -73,6 +78,11 @@ class Exchange:
     def in_rounds(self) -> Rounds | None:
         """The rounds, where the pace has them."""
         return self._meeting if isinstance(self._meeting, Rounds) else None
+
+    @property
+    def taken(self) -> int:
+        """The last entry of the log whose copy this worker has; at rounds the last round."""
+        return self._arrivals.taken if self.spec.parts else self.number
 
     @property
     def in_period(self) -> bool:
@@ -163,11 +173,32 @@ class Exchange:
     def save(self, entry: Entry | None, copy: Callable[[], None]) -> None:
         """Call ``copy`` while nobody steps the parameters: in turn ``entry`` of the log, or between two rounds, where
         who is in the next has this worker to wait for."""
+
+        def of_all() -> None:
+            with self._context.lock:
+                self.bring_home()
+            copy()
+
         self._replica.wait_for_device()
         if entry is None:
-            copy()
+            of_all()
         else:
-            self._arrivals.save(entry, copy)
+            self._arrivals.save(entry, of_all)
+
+    def bring_home(self, *, parameters: bool = True, state: bool = True) -> None:
+        """Under the run's lock, while nobody steps: have in home's memory what servers on other hosts have. Raises
+        Aborted."""
+        memory, board = self._memory, self._context.board
+        away = elsewhere(self.spec.servers, self.spec.hosts)
+        if not away:
+            return
+        memory.fetched[0] = number = fetch_word(memory.fetched[0], parameters=parameters, state=state)
+        board.wake_all()  # servers sleep on whoever is to push
+        for server in away:
+            while (seen := memory.fetched[1 + server]) < number:
+                if board.abort:
+                    raise Aborted(f"server {server} has not sent what it has")
+                memory.await_word(memory.fetched, 1 + server, seen, _LOOK_S)
 
     def append_save(self) -> Entry | None:
         """Under the run's lock: what was appended so far is in the checkpoint. None at rounds."""
@@ -334,6 +365,9 @@ class Exchange:
             return
 
         def write() -> None:
+            # What is not loaded stays as it is; the rest may be here already.
+            with self._context.lock if self.spec.parts else nullcontext():
+                self.bring_home(parameters=not parameters, state=not state)
             if parameters:
                 self._replica.publish_parameters()
             if state:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+from collections.abc import Callable
 from typing import TypeAlias
 
 import msgspec
@@ -34,6 +35,32 @@ class Served:
         self.without = 0  # the last round that was closed, if it is stepped without this server
         self.crew_without = 0  # by whom
 
+    # A deputy of a server on another host does these otherwise: elsewhere/range_deputy.py.
+
+    def stepped(self, member: int) -> int:
+        """The last round that it has stepped, or has asked for."""
+        return self.memory.stepped[member]
+
+    def applied(self, part: int) -> int:
+        """The last entry that was applied to a part, or that it has asked for."""
+        return self.memory.applied[part]
+
+    def owes_first(self) -> bool:
+        """Is there something else to do before it steps and applies?"""
+        return False
+
+    def pay(self) -> None:
+        """Do that."""
+
+    def step(self, board: Board, number: int, contributors: tuple[int, ...], rank: int) -> None:
+        """Step this server's share of a closed round."""
+        step(board, self, number, contributors, rank)
+
+    def apply(self, board: Board, part: int, entry: Entry, rank: int) -> None:
+        """Apply an entry to one of its parts."""
+        self.applier.apply(part, entry)
+        board.ring(board.workers + rank)
+
     def is_known(self, crew: int, member: int) -> bool:
         """This server is not in the board's ``crew``. Do those who push know that, and has it nothing left to do? See
         docs/decisions/0019."""
@@ -51,7 +78,15 @@ class Served:
         )
 
 
-def serve(context: Context) -> None:
+def take(message: messages.Memory, descriptors: tuple[int, ...]) -> Served:
+    """An exchange whose memory has come. Raises ConfigError for an unknown class."""
+    spec = msgspec.msgpack.decode(message.spec, type=Spec)
+    memory = ExchangeMemory(segment.attach(descriptors[0]), spec)
+    shards = Shards(spec, memory, find_class(spec.optimizer), {})
+    return Served(spec, memory, message.number, Stepper(shards, memory), Applier(spec, shards, memory))
+
+
+def serve(context: Context, take: Callable[[messages.Memory, tuple[int, ...]], Served] = take) -> None:
     """Serve until the launcher ends the run, or this server is not wanted any more. Raises Aborted when it is stopped,
     ConfigError for an unknown class."""
     board, channel = context.board, context.channel
@@ -65,7 +100,7 @@ def serve(context: Context) -> None:
             if not isinstance(message, messages.Memory):
                 return
             if all(message.number != one.published_as for one in served):  # a launcher that takes over may say it again
-                served.append(_take(message, descriptors))
+                served.append(take(message, descriptors))
             for descriptor in descriptors:
                 os.close(descriptor)
             continue
@@ -73,11 +108,12 @@ def serve(context: Context) -> None:
         match answer:
             case "leave":
                 return
+            case Served() as which:
+                which.pay()
             case (Served() as which, int(number), tuple(contributors)):
-                step(board, which, number, contributors, context.rank)
+                which.step(board, number, contributors, context.rank)
             case (Served() as which, int(part), Entry() as entry):
-                which.applier.apply(part, entry)
-                board.ring(board.workers + context.rank)
+                which.apply(board, part, entry, context.rank)
 
 
 def step(board: Board, which: Served, number: int, contributors: tuple[int, ...], rank: int) -> None:
@@ -95,14 +131,16 @@ _Round: TypeAlias = tuple[Served, int, tuple[int, ...]]
 _Turn: TypeAlias = tuple[Served, int, Entry]
 
 
-def next_turn(board: Board, served: list[Served], rank: int, channel: int) -> _Round | _Turn | str | Waiting:
-    """A round that is closed, a part and the entry whose turn it is there, "message" if one has come, "leave" if this
-    server may, or whom to wait for. When everyone is gone that is the launcher, who says that the run is over: somebody
-    may still be added. It says so too when the last have died for good, and nobody is left to draw the consequences:
-    what cannot be stepped then never will be."""
+def next_turn(board: Board, served: list[Served], rank: int, channel: int) -> Served | _Round | _Turn | str | Waiting:
+    """An exchange that owes something first, a round that is closed, a part and the entry whose turn it is there,
+    "message" if one has come, "leave" if this server may, or whom to wait for. When everyone is gone that is the
+    launcher, who says that the run is over: somebody may still be added. It says so too when the last have died for
+    good, and nobody is left to draw the consequences: what cannot be stepped then never will be."""
     member, arrived = board.workers + rank, _arrived(channel)  # before the rest is looked at
     waiting: Waiting | None = None
     for one in served:
+        if one.owes_first():
+            return one
         answer = _next_entry(one, member) if one.spec.parts else _next_round(board, one, rank)
         if isinstance(answer, Waiting):
             waiting = waiting or answer
@@ -128,7 +166,7 @@ def _is_known(crew: int, served: list[Served], member: int) -> bool:
 def _next_round(board: Board, one: Served, rank: int) -> _Round | Waiting | None:
     memory = one.memory
     number = max(memory.pushed)
-    if number <= max(memory.stepped[board.workers + rank], one.without):
+    if number <= max(one.stepped(board.workers + rank), one.without):
         return None
     if board.published < one.published_as:
         return Waiting(board.common, "nobody has shared the model")
@@ -145,11 +183,11 @@ def _next_round(board: Board, one: Served, rank: int) -> _Round | Waiting | None
 
 
 def _next_entry(one: Served, member: int) -> _Turn | Waiting | None:
-    memory, log, waiting = one.memory, one.memory.log, None
+    log, waiting = one.memory.log, None
     seen = log.seen
     since, crew = log.crew  # not read before
     for part in range(one.spec.parts):
-        first = memory.applied[part] + 1
+        first = one.applied(part) + 1
         if first > seen or (first >= since and one.spec.workers + part % crew != member):
             continue
         entry = log.entry(first)
@@ -160,13 +198,6 @@ def _next_entry(one: Served, member: int) -> _Turn | Waiting | None:
         if any(applied_by(one.spec, log.entry(number), part) == member for number in range(first + 1, seen + 1)):
             waiting = Waiting(on, f"member {on} has not applied entry {first}")
     return waiting
-
-
-def _take(message: messages.Memory, descriptors: tuple[int, ...]) -> Served:
-    spec = msgspec.msgpack.decode(message.spec, type=Spec)
-    memory = ExchangeMemory(segment.attach(descriptors[0]), spec)
-    shards = Shards(spec, memory, find_class(spec.optimizer), {})
-    return Served(spec, memory, message.number, Stepper(shards, memory), Applier(spec, shards, memory))
 
 
 def _arrived(channel: int) -> bool:

@@ -69,6 +69,7 @@ def describe(
         workers=job.places,
         servers=job.server_places,
         shares=job.server_places or job.workers,
+        hosts=job.server_hosts if pace is job.pace else 1,
         parts=_parts(job, sum(e.size for e in table.entries if not e.row))
         if isinstance(pace, Quorum | Bounded | Async)
         else 0,

@@ -46,7 +46,7 @@ class Processes:
         if self._channels.silent:
             return
         log = os.open(self._logs / f"{role}-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-        call = (self.call,) if role == "worker" and self.call is not None else ()
+        call = (self.call,) if self.call is not None else ()
         self._channels.send(ZYGOTE, messages.Fork(role, rank, self.setup, birth), (self._board_fd, log, *call))
         os.close(log)
 

@@ -1,0 +1,324 @@
+"""A server on another host than home's: it has the values of its range alone, and steps them when its deputy says so.
+
+    workers --gradients--> slots here
+    its deputy --Step, Apply--> fold, step --> parameters, Newest --> workers;  Stepped, Applied --> its deputy
+
+What it steps with are the hands of any server, over memory laid out as home's, of which only its range is ever touched.
+A worker says that it has pushed when all servers have what it brings: so what a deputy names has come.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import queue
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import msgspec
+import torch
+
+from paceline.engine.elsewhere.mail import PATIENCE, Mail
+from paceline.engine.elsewhere.mirror import note
+from paceline.engine.elsewhere.ranges import Range, parts, send_parameters, send_rows, send_span, send_state
+from paceline.engine.exchange.applier import Applier
+from paceline.engine.exchange.shards import Shards
+from paceline.engine.exchange.stepper import Stepper
+from paceline.errors import HostError, PacelineError
+from paceline.params.fold import Vectors
+from paceline.params.optimizers import find_class
+from paceline.protocol import ranges
+from paceline.protocol.link import Peer
+from paceline.protocol.log import STEP, Entry
+from paceline.protocol.messages import Failed
+from paceline.protocol.remote import Stop
+from paceline.transport.connect import connect
+from paceline.transport.ends import End, Ended, Event, Joined, LinkEnded, Received
+from paceline.transport.keys import JobKey
+from paceline.transport.link import Link
+from paceline.transport.listener import Listener
+from paceline.transport.slots import ExchangeMemory, Spec, size_bytes
+from paceline.transport.tls import Credentials
+
+ROLE = "server"
+_CONNECT_S = 30.0
+
+logger = logging.getLogger(__name__)
+
+
+class Stopped(Exception):
+    """The run is being stopped, or home is lost; the reason in words."""
+
+
+class _Held:
+    """Exchange ``index`` as this server has it."""
+
+    def __init__(self, index: int, spec: Spec, server: int) -> None:
+        self.index, self.spec, self._server = index, spec, server
+        self.memory = ExchangeMemory(mmap.mmap(-1, size_bytes(spec)), spec)
+        self.parts = parts(spec, server)
+        self.loads = -1  # it has no values yet
+        self.tables = {param for one in self.parts.values() for param, _, _ in one.tables}
+        self._stale: dict[int, dict[int, torch.Tensor]] = {}  # by worker and table: which rows that has otherwise
+        self._take_up()
+
+    def _take_up(self) -> None:
+        """What is there is others' doing."""
+        shards = Shards(self.spec, self.memory, find_class(self.spec.optimizer), {})
+        self._stepper = Stepper(shards, self.memory, saves=False)
+        self._applier = Applier(self.spec, shards, self.memory)
+
+    def expect_from_home(self, mail: Mail) -> None:
+        for vector in self.spec.table.sizes:
+            mail.expect(f"parameters/{self.index}/{vector}", self.memory.params[vector])
+        mail.expect(f"state/{self.index}", self.memory.state_bytes())
+
+    def expect(self, mail: Mail, worker: int) -> None:
+        """What a worker brings comes to its slot."""
+        slot, index, table = self.memory.slots[worker], self.index, self.spec.table
+        for vector in table.dense_sizes:
+            mail.expect(f"gradient/{index}/{vector}", slot.gradient[vector])
+        for param, area in slot.rows.items():
+            entry = table.entries[param]
+            mail.expect(f"count/{index}/{param}", area[:1])
+            mail.make_room(f"numbers/{index}/{param}", area[1:])
+            mail.make_room(f"values/{index}/{param}", slot.gradient[entry.vector][entry.offset :][: entry.size])
+
+    def fill(self, loads: int) -> None:
+        self.loads = loads
+        self._take_up()
+        self._stale.clear()
+
+    def forget(self, worker: int) -> None:
+        """Another process is this worker now."""
+        self._stale.pop(worker, None)
+
+    def step(self, told: ranges.Step) -> None:
+        note(self.memory, told.follow)
+        sources = told.follow.sources
+        counted = [worker for worker, _, _, mask in sources if mask]
+        self._check_rows(counted)
+        self._stepper.step(told.follow.number, tuple(source[0] for source in sources), self._server, self.spec.servers)
+        self._mark(counted)
+
+    def apply(self, told: ranges.Apply) -> None:
+        memory = self.memory
+        for worker, pushed, weight, mask in told.members:
+            memory.pushed[worker] = pushed
+            memory.slots[worker].write_weight(pushed, weight)
+            memory.slots[worker].mask[:] = mask
+        members = tuple(member[0] for member in told.members)
+        if told.settings:
+            memory.slots[members[0]].write_settings(told.settings)
+        self._check_rows(members)
+        kind = STEP if members else 0
+        by = told.workers[0]
+        self._applier.apply(told.part, Entry(told.number, kind, by, 0, told.staleness, members or tuple(told.workers)))
+        self._mark(members)
+
+    def _check_rows(self, workers: Sequence[int]) -> None:
+        """What has come of tables is rows of theirs. Raises HostError: torch would write anywhere."""
+        for worker in workers:
+            slot = self.memory.slots[worker]
+            for param, area in slot.rows.items():
+                count = abs(int(area[0]))
+                if not slot.mask[param] or not count:
+                    continue
+                rows = self.spec.table.entries[param].rows
+                if count > rows or int(area[1 : count + 1].min()) < 0 or int(area[1 : count + 1].max()) >= rows:
+                    raise HostError(f"worker {worker} has sent rows that table {param} of {rows} rows has not")
+
+    def _mark(self, workers: Sequence[int]) -> None:
+        """The rows that these have brought are others than before."""
+        for param in self.tables:
+            for worker in workers:
+                slot = self.memory.slots[worker]
+                if slot.mask[param]:
+                    area = slot.rows[param]
+                    numbers = area[1 : abs(int(area[0])) + 1]
+                    for tables in self._stale.values():
+                        tables[param][numbers] = True
+
+    def send(self, link: Link, worker: int, part: int, number: int, vectors: Vectors, some: Sequence[Range]) -> None:
+        """What a worker has not of ``some``, and that it has come. Raises LinkEnded."""
+        if worker not in self._stale:
+            entries = self.spec.table.entries
+            self._stale[worker] = {param: torch.ones(entries[param].rows, dtype=torch.bool) for param in self.tables}
+        with_rows = []
+        for one in some:
+            for span in one.spans:
+                send_span(link, self.index, vectors, *span)
+        for param in sorted({param for one in some for param, _, _ in one.tables}):
+            stale, found = self._stale[worker][param], []
+            for of, first, end in (table for one in some for table in one.tables):
+                if of == param:
+                    found.append(stale[first:end].nonzero()[:, 0] + first)
+            numbers = torch.cat(found)
+            if len(numbers):
+                entry = self.spec.table.entries[param]
+                table = self.spec.table.view(entry, self.memory.params[entry.vector])
+                send_rows(link, self.index, part, param, numbers, table)
+                stale[numbers] = False
+                with_rows.append(param)
+        link.send(ranges.Newest(self.index, part, number, with_rows))
+
+
+class RangeServer:
+    """Server ``server`` of ``job``, whose deputy listens at ``address``. ``key``: None for plain text."""
+
+    def __init__(
+        self, server: int, job: str, address: tuple[str, int], key: JobKey | None, own_host: str | None = None
+    ) -> None:
+        """Raises HostError if there is no way to home. ``own_host``: the address that workers come to; None: that of
+        the link home."""
+        self._server = server
+        self._events: queue.SimpleQueue[Event | PacelineError] = queue.SimpleQueue()
+        self._mails: dict[tuple[str, int], Mail] = {}
+        self._held: dict[int, _Held] = {}
+        self._workers: dict[int, Link] = {}
+        self._expecting = threading.Lock()
+        self._wants: list[tuple[int, ranges.Want]] = []
+        end = End(
+            me=Peer(server, ROLE),
+            job=job,
+            messages=ranges.Any_,
+            sink=self._sink,
+            place=self._place,
+            credentials=None if key is None else Credentials.issue(key),
+            insecure=key is None,
+            patience=PATIENCE,
+        )
+        self._home = connect(end, address, _CONNECT_S)
+        self._home_mail = self._mail(self._home)
+        host = own_host or self._home.own_address
+        self._listener = Listener(end, host)
+        self._home.send(ranges.Here(host, self._listener.port))
+
+    def _mail(self, link: Link) -> Mail:
+        return self._mails.setdefault((link.peer.role, link.peer.host), Mail())
+
+    def _place(self, link: Link, message: Any, size_bytes: int) -> memoryview | None:
+        return self._mail(link).place(link, message, size_bytes)
+
+    def _sink(self, event: Event) -> None:
+        """By the links' threads. What comes next over a link belongs to where this says, so it is said at once."""
+        with self._expecting:
+            match event:
+                case Joined(link=link) if link.peer.role == "worker":
+                    self._workers[link.peer.host] = link
+                    for held in self._held.values():
+                        held.expect(self._mail(link), link.peer.host)
+                case Received(link=link, message=ranges.Attach(exchange=index, spec=spec)) if link is self._home:
+                    try:
+                        held = _Held(index, msgspec.msgpack.decode(spec, type=Spec), self._server)
+                    except PacelineError as error:  # an optimizer's class that is not here
+                        self._events.put(error)
+                        return
+                    held.expect_from_home(self._home_mail)
+                    for worker, link in self._workers.items():
+                        held.expect(self._mail(link), worker)
+                    self._held[index] = held
+        self._events.put(event)
+
+    def terminated(self) -> None:
+        """This process has been asked to end: all shall, behind one step. May be called by another thread."""
+        with suppress(LinkEnded):
+            self._home.send(ranges.Terminated())
+
+    def serve(self) -> None:
+        """Until the run is over. Raises Stopped where it has not come to a good end."""
+        try:
+            while self._take(self._events.get()):
+                pass
+        except LinkEnded as lost:
+            raise Stopped(str(lost)) from None
+        except PacelineError as error:
+            self._fail(Failed(type(error).__name__, error.what, error.why, error.fix))
+            raise
+        except Exception as error:  # the outermost line: home is to know why there is no server any more
+            logger.exception("server %d", self._server)
+            self._fail(Failed("HostError", f"server {self._server} raised {type(error).__name__}: {error}"))
+            raise Stopped(str(error)) from None
+        finally:
+            self._listener.close()
+            for link in [*self._workers.values(), self._home]:
+                link.close(2.0)
+
+    def _fail(self, failure: Failed) -> None:
+        with suppress(LinkEnded):
+            self._home.send(ranges.Failing(failure))
+
+    def _take(self, event: Event | PacelineError) -> bool:
+        """Do what has come; is there more to come?"""
+        match event:
+            case PacelineError():
+                raise event
+            case Joined(link=link) if link.peer.role == "worker":
+                for held in self._held.values():
+                    held.forget(link.peer.host)
+            case Received(link=link, message=ranges.Want() as want) if link.peer.role == "worker":
+                self._wants.append((link.peer.host, want))
+                self._heed_wants()
+            case Received(link=link, message=message) if link is self._home:
+                self._obey(message)
+            case Ended(link=link, reason=reason) if link is self._home:
+                if link.peer_left:
+                    return False
+                raise Stopped(reason)
+        return True
+
+    def _obey(self, message: Any) -> None:
+        match message:
+            case ranges.Fill(exchange=index, loads=loads):
+                self._held[index].fill(loads)
+                self._heed_wants()
+            case ranges.Step(exchange=index, follow=follow):
+                held = self._held[index]
+                held.step(message)
+                for source in follow.sources:
+                    self._send(held, source[0], ranges.SHARE, follow.number, held.memory.params)
+                self._home.send(ranges.Stepped(index, follow.number))
+            case ranges.Apply(exchange=index, part=part, number=number, workers=workers):
+                held = self._held[index]
+                held.apply(message)
+                for worker in workers:
+                    self._send(held, worker, part, number, held.memory.slots[worker].copy)
+                self._home.send(ranges.Applied(index, part, number))
+            case ranges.Fetch(exchange=index, number=number):
+                held = self._held[index]
+                parameters, state = ranges.fetches(number)
+                for one in held.parts.values():
+                    if parameters:
+                        send_parameters(self._home, index, held.memory, held.spec.table, one)
+                    if state:
+                        send_state(self._home, index, held.memory, one)
+                # What was sent lies where the next step writes: it must have gone before one is asked for.
+                self._home.flush()
+                self._home.send(ranges.Fetched(index, number))
+            case Stop(reason=reason):
+                raise Stopped(reason)
+
+    def _send(self, held: _Held, worker: int, part: int, number: int, vectors: Vectors) -> None:
+        link = self._workers.get(worker)
+        if link is None:
+            return  # it has died since
+        some = list(held.parts.values()) if part == ranges.WHOLE else [held.parts[part]]
+        try:
+            held.send(link, worker, part, number, vectors, some)
+        except LinkEnded:
+            self._workers.pop(worker, None)
+
+    def _heed_wants(self) -> None:
+        """What a worker asks for is of an exchange that is filled, with what scripts have loaded."""
+        left = []
+        for worker, want in self._wants:
+            held = self._held.get(want.exchange)
+            if held is None or held.loads < want.loads:
+                left.append((worker, want))
+                continue
+            self._send(held, worker, ranges.WHOLE, want.number, held.memory.params)
+            with suppress(LinkEnded, KeyError):
+                self._workers[worker].flush()  # nobody waits for it who steps: what was sent must not change meanwhile
+        self._wants = left
