@@ -117,6 +117,7 @@ def _said() -> list[Any]:
         mirrors.Took(0, 7),
         remote.Show(True),
         remote.Keep(_STATE, True),
+        remote.Fill(),
         mirrors.SendFold(0, 7, [2.0, 1.0]),
         mirrors.SendOwn(0),
         mirrors.Close(0, _FOLLOW),
@@ -330,7 +331,7 @@ class HeardByDeputy:
     def __init__(self) -> None:
         self._decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(remote.Any_)
         self._parameters = [nn.Parameter(torch.zeros(3, 2)), nn.Parameter(torch.zeros(4, 2))]
-        self._settings = make(_requests()[1], Mail())[0]
+        self._settings = make(_requests()[1])[0]
 
     def __call__(self, data: bytes) -> None:
         mail = Mail(_MOST_BYTES)
@@ -360,7 +361,7 @@ class HeardByDeputy:
     def _take_request(self, mail: Mail, request: Any) -> None:
         match request:
             case remote.WrapOptimizer() if check(request.parameters) <= _MOST_BYTES:
-                make(request, mail)
+                make(request)
             case remote.CopyFirst(table=table) | remote.WrapBuffers(table=table):
                 entries = decode(table).entries
                 if check(entries) <= _MOST_BYTES:

@@ -108,8 +108,8 @@ def takes_rows(optimizer: optim.Optimizer, parameter: torch.Tensor, group: Group
     table.grad = rows.gradient_of(rows.Rows(torch.zeros(1, dtype=torch.int64), table.clone()), table.shape)
     asked = clone(vars(optimizer), type(optimizer), [restore(group) | {"params": [table]}])
     for key, value in existing.items():
-        if isinstance(value, torch.Tensor):
-            value = (value[:1] if value.shape == parameter.shape else value).detach().cpu().clone()
+        if isinstance(value, torch.Tensor):  # whose values home, which makes the optimizer anew, need not know
+            value = torch.zeros_like(value[:1] if value.shape == parameter.shape else value, device="cpu")
         asked.state[table][key] = value
     try:
         with rows.unchecked():

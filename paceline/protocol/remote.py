@@ -140,13 +140,13 @@ class Parameter(msgspec.Struct, frozen=True, array_like=True):
 
 
 class WrapOptimizer(Said, frozen=True, tag=31):
-    """...share this optimizer. ``spec`` is what I take its exchange to be; ``state`` is a document (params/packing.py);
-    ``memory`` is where my parameters are to lie. For a STORE it is of an optimizer that steps what is pushed, and the
-    answer is the store's number.
+    """...share this optimizer. ``spec`` is what I take its exchange to be; ``state`` is a document (params/packing.py)
+    without its tensors; ``memory`` is where my parameters are to lie. For a STORE it is of an optimizer that steps what
+    is pushed, and the answer is the store's number.
 
-    Of worker 0 the values have come before. Answer: the process and descriptor of home's memory, to map it (HOME), or
-    nothing, and the newest values have come before; for a MIRROR with the optimizer's state. ``members``: who is on
-    this host, where what they bring is folded. ``crew``: whose is folded in shares by all hosts: all workers or none.
+    Answer: the process and descriptor of home's memory, to map it (HOME), or nothing, and the newest values have come
+    before; for a MIRROR with the optimizer's state. ``members``: who is on this host, where what they bring is folded.
+    ``crew``: whose is folded in shares by all hosts: all workers or none.
     """
 
     optimizer: str
@@ -160,7 +160,7 @@ class WrapOptimizer(Said, frozen=True, tag=31):
 
 
 class CopyFirst(Said, frozen=True, tag=32):
-    """...set these tensors to worker 0's, whose values have come before. Nothing; the values have come before."""
+    """...set these tensors to worker 0's. Nothing; the values have come before."""
 
     table: bytes
 
@@ -350,6 +350,11 @@ class Keep(Said, frozen=True, tag=61):
     random: bool = False
 
 
+class Fill(Said, frozen=True, tag=69):
+    """...what you have asked to share begins with what your script has. Answer: Shown, with the optimizer's state as a
+    document; the values have come before."""
+
+
 class Shown(Said, frozen=True, tag=62):
     """...that is it; its tensors have come before. Or: it could not be done."""
 
@@ -436,5 +441,19 @@ class Terminated(Said, frozen=True, tag=68):
 
 
 Any_ = (
-    Piece | Ask | Answer | Stop | Took | Show | Keep | SendFold | SendOwn | Close | Shown | Printed | Still | Terminated
+    Piece
+    | Ask
+    | Answer
+    | Stop
+    | Took
+    | Show
+    | Keep
+    | Fill
+    | SendFold
+    | SendOwn
+    | Close
+    | Shown
+    | Printed
+    | Still
+    | Terminated
 )

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from paceline.engine.context import Context
 from paceline.engine.elsewhere.deputy_buffers import DeputyBuffers
-from paceline.engine.elsewhere.deputy_exchange import DeputyExchange, wrap
+from paceline.engine.elsewhere.deputy_exchange import DeputyExchange, filling, wrap
 from paceline.engine.elsewhere.deputy_line import DeputyLine
 from paceline.engine.elsewhere.deputy_passes import DeputyPasses
 from paceline.engine.elsewhere.deputy_store import DeputyStore
@@ -229,10 +229,9 @@ class Deputy:
 
     def _copy_first(self, table: Table) -> None:
         tensors = make_all(table.entries)
-        for place, tensor in enumerate(tensors):
-            self._line.mail.take_into(f"copy/{place}", tensor)
         named = [(entry.name, tensor) for entry, tensor in zip(table.entries, tensors, strict=True)]
-        self._worker.collectives.copy_from_first(named)
+        with filling(self._worker, self._line, tensors):
+            self._worker.collectives.copy_from_first(named)
         for place, tensor in enumerate(tensors):
             send(self._line.link, f"copied/{place}", tensor)
 

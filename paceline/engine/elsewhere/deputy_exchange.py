@@ -7,12 +7,13 @@ link <-- the newest values that the worker has not, or what its mirror is to ste
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import msgspec
 import torch
+from torch import optim
 
 from paceline.config import Local, Sync
 from paceline.engine.context import Context
@@ -20,7 +21,7 @@ from paceline.engine.elsewhere.deputy_line import DeputyLine
 from paceline.engine.elsewhere.forward import Forward
 from paceline.engine.elsewhere.host_push import HostPush
 from paceline.engine.elsewhere.mail import send, send_document
-from paceline.engine.elsewhere.making import make
+from paceline.engine.elsewhere.making import make, parameters_of, set_state
 from paceline.engine.elsewhere.owners_push import OwnersPush
 from paceline.engine.elsewhere.ranges import send_span, whole
 from paceline.engine.exchange.exchange import Exchange
@@ -39,10 +40,11 @@ def wrap(
     """Share the worker's optimizer: a collective. With the process and descriptor of home's memory, where the worker is
     to have that in use. Raises ConfigError."""
     index, collectives, is_home = len(worker.exchanges), worker.collectives, request.memory == remote.HOME
-    optimizer, names, with_rows = make(request, line.mail)
+    optimizer, names, with_rows = make(request)
     check_crew(request, worker.rank, worker.context.job.workers)
     collectives.keeps = is_home
-    exchange = worker.add_exchange(optimizer, names, with_rows, share=True)
+    with filling(worker, line, parameters_of(optimizer), optimizer):
+        exchange = worker.add_exchange(optimizer, names, with_rows, share=True)
     collectives.keeps = False
     if msgspec.msgpack.encode(exchange.spec) != request.spec:
         raise ConfigError(
@@ -266,8 +268,7 @@ class DeputyExchange:
 
     def take_state(self, told: Any) -> None:
         """The optimizer's state has come."""
-        for parameter, values in self._mail.take_states("state", told, self.at_home.parameters):
-            self.at_home.optimizer.state[parameter] = values
+        set_state(self.at_home.optimizer, self._mail.take_states("state", told, self.at_home.parameters))
 
     def _forget(self) -> None:
         for parameter in self.at_home.parameters:
@@ -426,3 +427,24 @@ def check_crew(request: remote.WrapOptimizer, rank: int, workers: int) -> None:
     for some in (request.members, request.crew):
         if some and not (rank in some and set(some) <= set(range(workers))):
             raise ConfigError(f"worker {rank} folds what it brings with workers {list(some)} of {workers}")
+
+
+@contextmanager
+def filling(
+    worker: Worker, line: DeputyLine, values: Sequence[torch.Tensor], optimizer: optim.Optimizer | None = None
+) -> Iterator[None]:
+    """Where what all share within it begins with this worker's values, they are asked for, with the state."""
+
+    def ask() -> None:
+        told = line.ask_worker(remote.Fill()).kept
+        for place, value in enumerate(values):
+            line.mail.take_into(f"value/{place}", value)
+        if optimizer is not None:
+            set_state(optimizer, line.mail.take_states("state", told, parameters_of(optimizer)))
+
+    collectives = worker.collectives
+    before, collectives.before_filling = collectives.before_filling, ask
+    try:
+        yield
+    finally:
+        collectives.before_filling = before

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from paceline.engine.elsewhere.deputy_exchange import filling
 from paceline.engine.elsewhere.deputy_line import DeputyLine
 from paceline.engine.elsewhere.mail import send
-from paceline.engine.elsewhere.making import make
+from paceline.engine.elsewhere.making import make, parameters_of
 from paceline.engine.worker.worker import Worker
 from paceline.errors import ConfigError
 from paceline.params import optimizers, rows
@@ -17,9 +18,10 @@ class DeputyStore:
     """A collective. Raises ConfigError."""
 
     def __init__(self, worker: Worker, request: remote.WrapOptimizer, line: DeputyLine) -> None:
-        optimizer, names, _ = make(request, line.mail)
+        optimizer, names, _ = make(request)
         self._names, self._line = [told.name for told in request.parameters], line
-        self._at_home = worker.add_store(optimizer, names)
+        with filling(worker, line, parameters_of(optimizer), optimizer):
+            self._at_home = worker.add_store(optimizer, names)
         self.sent_bytes = 0
 
     def push(self, request: remote.PushStore) -> None:

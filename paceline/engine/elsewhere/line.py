@@ -17,7 +17,7 @@ from paceline.transport.ends import Ended, Event, LinkEnded, Received
 from paceline.transport.link import Link
 
 # By the deputy, of a worker that waits for an answer.
-Asked: TypeAlias = remote.Show | remote.Keep | remote.SendFold | remote.SendOwn | remote.Close
+Asked: TypeAlias = remote.Show | remote.Keep | remote.Fill | remote.SendFold | remote.SendOwn | remote.Close
 STOPPED = 75  # the exit status of a worker that was told to stop, or has lost home
 _GRACE_S = 2.0  # for the script to come to its next call
 
@@ -80,6 +80,7 @@ class Line:
                 case Received(
                     message=remote.Show()
                     | remote.Keep()
+                    | remote.Fill()
                     | remote.SendFold()
                     | remote.SendOwn()
                     | remote.Close() as asked

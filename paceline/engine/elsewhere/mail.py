@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import queue
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -78,36 +79,21 @@ class Mail:
         """What ``send_document`` has sent. Empty for nothing. Raises ConfigError for what that does not send."""
         if not told:
             return {}
-        document, tensors = self.take_packed(prefix, told)
-        try:
-            return unpack(document, tensors)
-        except (LookupError, TypeError, ValueError, RuntimeError) as error:
-            raise ConfigError(f"no {prefix} can be made of what has come: {error!r}") from None
+        return _unpacked(prefix, *self.take_packed(prefix, told))
 
     def take_states(
         self, prefix: str, told: Any, parameters: Sequence[nn.Parameter]
     ) -> list[tuple[nn.Parameter, dict[str, Any]]]:
         """An optimizer's state that has come as a document, by parameter. Raises ConfigError."""
-        document = self.take_document(prefix, told)
-        places = {str(place): parameter for place, parameter in enumerate(parameters)}
-        if not isinstance(document, dict) or not all(
-            place in places and isinstance(values, dict) for place, values in document.items()
-        ):
-            raise ConfigError(f"a {prefix} has come that is not of {len(places)} parameters")
-        return [(places[place], values) for place, values in document.items()]
+        return _by_parameter(prefix, self.take_document(prefix, told), parameters)
 
     def take_packed(self, prefix: str, told: Any) -> tuple[Any, Tensors]:
         """What ``send_packed`` has sent. Raises ConfigError for what that does not send."""
-        try:
-            document, described = msgspec.convert(told, _Packed)
-        except msgspec.ValidationError as error:
-            raise ConfigError(f"no {prefix} can be made of what has come: {error}") from None
-        tensors = {}
-        for place, (key, (dtype, shape)) in enumerate(described.items()):
-            if dtype not in DTYPES:
-                raise ConfigError(f"{key} came as {dtype}, which is not one of {', '.join(DTYPES)}")
-            tensors[key] = self.take(f"{prefix}/{place}", DTYPES[dtype], shape)
-        return document, tensors
+        document, described = _read(prefix, told)
+        return document, {
+            key: self.take(f"{prefix}/{place}", DTYPES[dtype], shape)
+            for place, (key, (dtype, shape)) in enumerate(described.items())
+        }
 
     def place(self, link: Link, message: Any, size_bytes: int) -> memoryview | None:
         if not isinstance(message, Piece):
@@ -167,6 +153,61 @@ def send_packed(link: Link, prefix: str, document: Any, tensors: Tensors) -> Any
     """The same of a document that has been made already."""
     for place, tensor in enumerate(tensors.values()):
         send(link, f"{prefix}/{place}", tensor.cpu())
+    return _described(document, tensors)
+
+
+def describe_document(value: Any) -> Any:
+    """Of a document that is not sent, what ``without_values`` must be told. Raises ConfigError."""
+    tensors: Tensors = {}
+    return _described(pack(value, tensors, ""), tensors) if value else None
+
+
+def without_values(
+    prefix: str, told: Any, parameters: Sequence[nn.Parameter]
+) -> list[tuple[nn.Parameter, dict[str, Any]]]:
+    """As ``take_states``, of a document that was described: its tensors have types and shapes, and take no memory."""
+    if not told:
+        return []
+    document, described = _read(prefix, told)
+    # Of a tensor without values a size may be any, but for this.
+    counts = [math.prod(max(size, 1) for size in shape) for _, shape in described.values()]
+    if sum(n * DTYPES[dtype].itemsize for n, (dtype, _) in zip(counts, described.values(), strict=True)) > MOST_BYTES:
+        raise ConfigError(f"a {prefix} was told of that takes more than {MOST_BYTES >> 30} GB")
+    tensors = {key: torch.zeros(shape, dtype=DTYPES[dtype], device="meta") for key, (dtype, shape) in described.items()}
+    return _by_parameter(prefix, _unpacked(prefix, document, tensors), parameters)
+
+
+def _read(prefix: str, told: Any) -> _Packed:
+    """A document and what is told of its tensors. Raises ConfigError."""
+    try:
+        document, described = msgspec.convert(told, _Packed)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"no {prefix} can be made of what has come: {error}") from None
+    for key, (dtype, _) in described.items():
+        if dtype not in DTYPES:
+            raise ConfigError(f"{key} came as {dtype}, which is not one of {', '.join(DTYPES)}")
+    return document, described
+
+
+def _unpacked(prefix: str, document: Any, tensors: Tensors) -> Any:
+    try:
+        return unpack(document, tensors)
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"no {prefix} can be made of what has come: {error!r}") from None
+
+
+def _by_parameter(
+    prefix: str, document: Any, parameters: Sequence[nn.Parameter]
+) -> list[tuple[nn.Parameter, dict[str, Any]]]:
+    places = {str(place): parameter for place, parameter in enumerate(parameters)}
+    if not isinstance(document, dict) or not all(
+        place in places and isinstance(values, dict) for place, values in document.items()
+    ):
+        raise ConfigError(f"a {prefix} has come that is not of {len(places)} parameters")
+    return [(places[place], values) for place, values in document.items()]
+
+
+def _described(document: Any, tensors: Tensors) -> Any:
     return document, {key: (dtype_name(tensor.dtype, key), tuple(tensor.shape)) for key, tensor in tensors.items()}
 
 

@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn, optim
 
-from paceline.engine.elsewhere.mail import MOST_BYTES, Mail
+from paceline.engine.elsewhere.mail import MOST_BYTES, without_values
 from paceline.errors import ConfigError
 from paceline.params import optimizers
 from paceline.params.table import DTYPES, Entry, zeros
 from paceline.protocol import remote
 
+State = Sequence[tuple[nn.Parameter, dict[str, Any]]]  # an optimizer's, of those parameters that have any
 
-def make(request: remote.WrapOptimizer, mail: Mail) -> tuple[optim.Optimizer, dict[int, str], set[int]]:
+
+def make(request: remote.WrapOptimizer) -> tuple[optim.Optimizer, dict[int, str], set[int]]:
     """The worker's optimizer over parameters of this process, their names by id, and the ids of those with sparse rows.
+    Parameters are zeros, and tensors of the state have no values: where they are needed they come (``remote.Fill``).
     Raises ConfigError."""
     groups = optimizers.decode(request.settings)
     for group in groups:
         group["params"] = []
     check(request.parameters)
     parameters, names, with_rows = [], {}, set()
-    for place, told in enumerate(request.parameters):
+    for told in request.parameters:
         if told.group >= len(groups):
             raise ConfigError(f"{told.name} is of group {told.group}; the optimizer has {len(groups)}")
         tensor = zeros(told.shape, told.stride, told.dtype)
-        mail.take_into(f"value/{place}", tensor)
         parameter = nn.Parameter(tensor, requires_grad=tensor.is_floating_point() or tensor.is_complex())
         groups[told.group]["params"].append(parameter)
         parameters.append(parameter)
@@ -34,9 +37,20 @@ def make(request: remote.WrapOptimizer, mail: Mail) -> tuple[optim.Optimizer, di
         if told.rows:
             with_rows.add(id(parameter))
     optimizer = optimizers.clone({}, _find(request.optimizer), groups)
-    for parameter, values in mail.take_states("state", request.state, parameters):
-        optimizer.state[parameter] = values
+    set_state(optimizer, without_values("state", request.state, parameters))
     return optimizer, names, with_rows
+
+
+def parameters_of(optimizer: optim.Optimizer) -> list[nn.Parameter]:
+    """In the order in which all tell of them."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def set_state(optimizer: optim.Optimizer, state: State) -> None:
+    """To this, and no other."""
+    optimizer.state.clear()
+    for parameter, values in state:
+        optimizer.state[parameter] = values
 
 
 def check(told: Sequence[remote.Parameter | Entry]) -> int:

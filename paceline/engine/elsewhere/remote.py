@@ -10,7 +10,7 @@ that does, so that a step is one round trip.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,7 +28,7 @@ from paceline.data.part import Part
 from paceline.data.trained import Trained
 from paceline.engine.elsewhere.around import Around
 from paceline.engine.elsewhere.line import Asked, Line
-from paceline.engine.elsewhere.mail import send_packed
+from paceline.engine.elsewhere.mail import describe_document, send_packed
 from paceline.engine.elsewhere.range_links import RangeLinks, Spread
 from paceline.engine.elsewhere.remote_exchange import RemoteExchange, check_elsewhere
 from paceline.engine.elsewhere.remote_gradients import RemoteGradients
@@ -64,6 +64,7 @@ class RemoteWorker:
         self._gradients, self._around = RemoteGradients(link, line, rank), around
         self._host = RemoteHost(rank, around, self._gradients, line, self._ask)
         self._notes: list[remote.Note] = []
+        self._fill: Callable[[], Any] = lambda: None  # sends what was asked to be shared last
         self._exchanges: list[RemoteExchange] = []
         self._buffers: list[list[torch.Tensor]] = []
         self.left_out = LeftOut(asked_rank=True)  # of the script that runs in this process
@@ -134,7 +135,7 @@ class RemoteWorker:
         members, crew = self._host.members(exchange, kind)
         request = msgspec.structs.replace(request, members=members, crew=crew)
         self._exchanges.append(exchange)
-        place = self._ask(request)
+        place = self._ask_to_share(request, exchange.parameters, optimizer)
         if kind == remote.HOME:
             exchange.attach(tuple(place), self.rank)
         exchange.adopt(lambda: self._show_state(exchange))
@@ -145,12 +146,7 @@ class RemoteWorker:
         return exchange
 
     def _to_wrap(self, optimizer: optim.Optimizer, spec: Spec, with_rows: set[int], kind: str) -> remote.WrapOptimizer:
-        """The request; what belongs to it is sent."""
         parameters = [(g, p) for g, group in enumerate(optimizer.param_groups) for p in group["params"]]
-        if self.rank == 0:
-            for place, (_, parameter) in enumerate(parameters):
-                self._line.put(self._link, f"value/{place}", parameter.cpu())
-        state = {str(i): dict(optimizer.state[p]) for i, (_, p) in enumerate(parameters) if optimizer.state.get(p)}
         return remote.WrapOptimizer(
             optimizer=optimizers.class_path(type(optimizer)),
             settings=optimizers.encode(optimizers.settings(optimizer)),
@@ -158,7 +154,7 @@ class RemoteWorker:
                 remote.Parameter(e.name, e.shape, e.stride, e.dtype, g, id(p) in with_rows)
                 for e, (g, p) in zip(spec.table.entries, parameters, strict=True)
             ],
-            state=self._line.put_document(self._link, "state", state),
+            state=describe_document(_state(optimizer)),
             spec=msgspec.msgpack.encode(spec),
             memory=kind,
         )
@@ -178,7 +174,8 @@ class RemoteWorker:
         """As ``Worker.add_store``. Raises ConfigError."""
         check_elsewhere(optimizer)
         spec, _ = describe(optimizer, names, set(), self.job, Async())
-        number = self._ask(self._to_wrap(optimizer, spec, set(), remote.STORE))
+        request = self._to_wrap(optimizer, spec, set(), remote.STORE)
+        number = self._ask_to_share(request, _parameters(optimizer), optimizer)
         return RemoteStore(optimizer, number, self._link, self._line, self._ask)
 
     def average_buffers(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
@@ -196,11 +193,22 @@ class RemoteWorker:
     def copy_from_first(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         """As ``Collectives.copy_from_first``."""
         table = tabulate((name, 0, tensor) for name, tensor in tensors)
-        if self.rank == 0:
-            for place, (_, tensor) in enumerate(tensors):
-                self._line.put(self._link, f"copy/{place}", tensor.cpu())
-        self._ask(remote.CopyFirst(msgspec.msgpack.encode(table)))
-        self._take([tensor for _, tensor in tensors], "copied")
+        values = [tensor for _, tensor in tensors]
+        self._ask_to_share(remote.CopyFirst(msgspec.msgpack.encode(table)), values)
+        self._take(values, "copied")
+
+    def _ask_to_share(
+        self, request: remote.Request, values: Sequence[torch.Tensor], optimizer: optim.Optimizer | None = None
+    ) -> Any:
+        """Ask for a collective that begins with the values, and the state, of one worker: of this one, if told so."""
+
+        def fill() -> Any:
+            for place, value in enumerate(values):
+                self._line.put(self._link, f"value/{place}", value.cpu())
+            return None if optimizer is None else self._line.put_document(self._link, "state", _state(optimizer))
+
+        self._fill = fill
+        return self._ask(request)
 
     def barrier(self) -> None:
         self._ask(remote.Barrier())
@@ -255,11 +263,10 @@ class RemoteWorker:
         one = self._exchanges[index]
         if one.steps_by_itself:
             return
-        optimizer = one.optimizer
-        state = {str(i): dict(optimizer.state[p]) for i, p in enumerate(one.parameters) if optimizer.state.get(p)}
+        state = _state(one.optimizer)
         self._ask(remote.Load(index, False, self._line.put_document(self._link, "state", state)))
         if one.inner is None:
-            optimizer.state.clear()
+            one.optimizer.state.clear()
 
     def log(self, loss: float | None, values: dict[str, float]) -> None:
         self._notes.append(remote.Told(loss, values))
@@ -341,6 +348,8 @@ class RemoteWorker:
         try:
             if isinstance(asked, remote.SendFold | remote.SendOwn):
                 shown = remote.Shown(self._host.heed(asked, self._exchange(asked.exchange)))
+            elif isinstance(asked, remote.Fill):
+                shown = remote.Shown(self._fill())
             elif isinstance(asked, remote.Show):
                 tensors: Tensors = {}
                 document = keeper.state(self._exchanges, tensors, random=asked.random)
@@ -417,6 +426,16 @@ class RemoteWorker:
         with torch.no_grad():
             for place, tensor in enumerate(tensors):
                 tensor.copy_(self._mail.take(f"{name}/{place}", tensor.dtype, tensor.shape))
+
+
+def _parameters(optimizer: optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _state(optimizer: optim.Optimizer) -> dict[str, dict[str, Any]]:
+    """By the parameter's place, of those that have any."""
+    state = optimizer.state
+    return {str(place): dict(state[p]) for place, p in enumerate(_parameters(optimizer)) if state.get(p)}
 
 
 def _draws_ahead(loader: Any) -> bool:

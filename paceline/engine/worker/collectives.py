@@ -38,6 +38,7 @@ class Collectives:
         self.before: Callable[[], None] = lambda: None  # called by who comes to one
         self.keeps = False  # is the descriptor of what was asked for last to be kept, as ``kept``?
         self.kept = -1
+        self.before_filling: Callable[[], None] = lambda: None  # called by the worker whose values are to be shared
         self.departed = False  # has this worker left, so that it takes part in none any more?
         self.takes_part = not context.board.deaths[context.rank]  # a newcomer, from when it has caught up
 
@@ -98,6 +99,7 @@ class Collectives:
         views = [table.view(entry, vectors[entry.vector]) for entry in table.entries]
         with torch.no_grad():
             if not self._is_filled():
+                self.before_filling()
                 for view, (_, tensor) in zip(views, tensors, strict=True):
                     view.copy_(tensor)
                 self._publish()
@@ -124,6 +126,7 @@ class Collectives:
         attached()  # from here on the dead are to be buried in it, also while this worker waits below
         if not self._is_filled():
             segment.enlarge(memory, segment.in_use(size_bytes(spec), by_place(spec), self._board.width))
+            self.before_filling()
             resumed = checkpoint()
             if resumed is not None:
                 resumed.fill(index, exchange)

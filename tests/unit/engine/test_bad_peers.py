@@ -13,7 +13,7 @@ import torch
 from torch import nn, optim
 from torch.utils.data import DataLoader, TensorDataset
 
-from paceline.engine.elsewhere.mail import Mail
+from paceline.engine.elsewhere.mail import Mail, without_values
 from paceline.engine.elsewhere.making import make
 from paceline.engine.elsewhere.peers import ROLE, Peers
 from paceline.errors import ConfigError, HostError, PacelineError
@@ -114,6 +114,14 @@ def test_an_array_of_another_size_is_refused_by_name(dtype: torch.dtype, shape: 
 def test_a_document_that_is_none_is_refused(told: Any) -> None:
     with pytest.raises(ConfigError):
         Mail().take_states("state", told, [nn.Parameter(torch.zeros(1))])
+    with pytest.raises(ConfigError):
+        without_values("state", told, [nn.Parameter(torch.zeros(1))])
+
+
+@pytest.mark.parametrize("shape", [[2**40], [2**61, 2**61], [2**61, 0, 2**61]], ids=str)
+def test_a_state_without_values_has_a_size_that_can_be(shape: list[int]) -> None:
+    with pytest.raises(ConfigError, match="takes more than 256 GB"):
+        without_values("state", [{}, {"a": ("float32", shape)}], [])
 
 
 @pytest.mark.parametrize("dtype", ["O", "V8", "i8,i8", "nothing"])
@@ -123,7 +131,7 @@ def test_an_array_is_of_numbers(dtype: str) -> None:
 
 
 def wrap(*parameters: remote.Parameter, settings: bytes = b"\x91\x80", optimizer: str = "torch.optim.sgd:SGD") -> None:
-    make(remote.WrapOptimizer(optimizer, settings, list(parameters), None, b""), Mail())
+    make(remote.WrapOptimizer(optimizer, settings, list(parameters), None, b""))
 
 
 @pytest.mark.parametrize(
