@@ -17,6 +17,7 @@ class Script:
 
 WAITS, CAME, GONE = "waits", "came", "gone"
 STARTED = "started"  # what home writes, before the run's directory
+SERVERS = "servers"  # in the run's directory: the folder of files that tell where servers elsewhere are
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from paceline.engine.elsewhere.range_server import ROLE
 from paceline.engine.elsewhere.ranges import send_parameters, send_state, whole
 from paceline.engine.exchange.server import Served, serve, take
 from paceline.engine.exchange.shards import counting
-from paceline.engine.program import CAME, WAITS
+from paceline.engine.program import CAME, SERVERS, WAITS
 from paceline.engine.setup import Door
 from paceline.errors import HostError, PacelineError, WorkersLost
 from paceline.protocol import messages, ranges
@@ -93,7 +93,7 @@ def addresses(directory: Path, servers: Sequence[int]) -> dict[int, tuple[str, i
 
 
 def _place(directory: Path, server: int) -> Path:
-    return directory / "servers" / str(server)
+    return directory / SERVERS / str(server)
 
 
 def _write(path: Path, text: str) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import math
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -33,7 +34,7 @@ from paceline.engine.checkpoint.saver import PARTS
 from paceline.engine.launcher import diary
 from paceline.engine.launcher.recorder import Recorder, new_directory
 from paceline.engine.launcher.watch import Watch
-from paceline.engine.program import Call, Elsewhere, Script
+from paceline.engine.program import SERVERS, Call, Elsewhere, Script
 from paceline.engine.setup import Door, Setup, encode_job
 from paceline.engine.worker.position import trained_before
 from paceline.protocol import messages
@@ -97,6 +98,7 @@ class _Front:
         self._seen: set[type] = set()  # records that come once
         (directory / "logs").mkdir(exist_ok=True)
         (directory / diary.NAME).unlink(missing_ok=True)  # of a run that was killed, and is resumed
+        shutil.rmtree(directory / SERVERS, ignore_errors=True)
         log = directory / "logs" / "worker-0.log"
         self._shown = {"output": log.stat().st_size if log.exists() else 0}  # of the run that is resumed
         script = None if isinstance(program, Call) else program
