@@ -165,6 +165,10 @@ class Slot:
         """Did this worker contribute to round ``number``, the one in progress or the last?"""
         return self._words[_half(number)] == number
 
+    def write_pushed_in(self, number: int) -> None:
+        """This worker contributed to that round, the last of a run that is resumed: no more is known of it."""
+        self._words[_half(number)] = number
+
     def weight(self, number: int) -> float:
         return self._floats[_half(number) + 1]
 

@@ -174,7 +174,7 @@ class DeputyExchange:
             # What is folded next needs the state too; while somebody is missing nothing is.
             # They may be told again: where a run is resumed, in a ghost batch, nobody has pushed the last round.
             is_known = self._told == number and self._has_state
-            comes = self._has_state = self._told < 0 or is_known or self._owners.were_all_in(number)
+            comes = self._has_state = not number or is_known or self._owners.were_all_in(number)
             if self._memory != remote.HOME:
                 self._send_all(with_state=comes)
             self._told = number

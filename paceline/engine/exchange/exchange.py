@@ -155,6 +155,7 @@ class Exchange:
             "number": self.number // self._pushes_a_step,
             "loads": self._memory.loads[0],
             "steps": max(self._memory.clocks, default=0),
+            "whole": self.in_rounds is None or self.in_rounds.is_whole,
         }
 
     @property
@@ -169,6 +170,8 @@ class Exchange:
             for worker in range(len(self._memory.clocks)):
                 self._memory.clocks[worker] = numbers["steps"]
             self._meeting.go_on_from(numbers["number"] * self._pushes_a_step)
+            if self.in_rounds is not None and numbers.get("whole", True):
+                self.in_rounds.were_whole()
 
     def save(self, entry: Entry | None, copy: Callable[[], None]) -> None:
         """Call ``copy`` while nobody steps the parameters: in turn ``entry`` of the log, or between two rounds, where

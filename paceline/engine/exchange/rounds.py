@@ -197,6 +197,17 @@ class Rounds:
         for member in range(len(memory.stepped)):
             memory.stepped[member] = number
 
+    @property
+    def is_whole(self) -> bool:
+        """Were all workers that there are in the last round? Between hosts the next is then folded in shares."""
+        slots = self._memory.slots
+        return all(slots[worker].pushed_in(self.number) for worker in range(self._board.width))
+
+    def were_whole(self) -> None:
+        """Under the run's lock, before anybody has pushed: they were, in the run that is resumed."""
+        for worker in range(self._board.width):
+            self._memory.slots[worker].write_pushed_in(self.number)
+
     def load(self, loads: int, write: Callable[[], None]) -> None:
         """This worker has loaded its ``loads``-th checkpoint; ``write`` puts it in place of what all share, and is
         called if no other worker has done so. No round can close in the meantime: this worker has not pushed."""
