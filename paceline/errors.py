@@ -35,6 +35,12 @@ class PacelineError(Exception):
         return "\n".join(lines)
 
 
+def kind_of(name: str, otherwise: type[PacelineError] = PacelineError) -> type[PacelineError]:
+    """The class of this name, as another process has told it."""
+    kind = globals().get(name)
+    return kind if isinstance(kind, type) and issubclass(kind, PacelineError) else otherwise
+
+
 class ScriptError(PacelineError):
     """A worker's own code ended the run; ``traceback`` is the user's, already formatted, or empty."""
 

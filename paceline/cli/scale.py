@@ -18,7 +18,7 @@ def scale_run(wanted: str | None, workers: int | None, servers: int | None, fold
     if not isinstance(answer, Scaled):
         raise HostError(f"run {found.name!r} answers {type(answer).__name__}")
     if answer.kind:
-        raise getattr(errors, answer.kind, HostError)(answer.what, why=answer.why, fix=answer.fix)
+        raise errors.kind_of(answer.kind, HostError)(answer.what, why=answer.why, fix=answer.fix)
     for line in answer.told:
         print(line)
     return 0

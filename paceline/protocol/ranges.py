@@ -10,14 +10,21 @@ or some parts, as with any server. Values are with it alone; words are at home.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Annotated, TypeAlias
 
+import msgspec
+
+from paceline.protocol.link import Number
 from paceline.protocol.messages import Failed
 from paceline.protocol.mirrors import Follow, Said
 from paceline.protocol.remote import Piece, Stop
 
 SHARE = 0  # in place of a part, where a round is stepped and not an entry of the log
 WHOLE = -1  # in place of a part: all that the server has
+
+_Part = Annotated[int, msgspec.Meta(ge=WHOLE, lt=2**62)]
+_Host = Annotated[str, msgspec.Meta(pattern=r"\A[!-~]{1,255}\Z")]
+_Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 
 
 def is_elsewhere(server: int, hosts: int) -> bool:
@@ -56,21 +63,21 @@ def fetches(word: int) -> tuple[bool, bool]:
 class Attach(Said, frozen=True, tag=80):
     """...there is an exchange with this spec."""
 
-    exchange: int
+    exchange: Number
     spec: bytes
 
 
 class Fill(Said, frozen=True, tag=81):
     """...the values of your range, and the optimizer's state of it, have come; ``loads``: checkpoints loaded by now."""
 
-    exchange: int
-    loads: int
+    exchange: Number
+    loads: Number
 
 
 class Step(Said, frozen=True, tag=82):
     """...this round is closed: step your share of it; all gradients have come. Answer: Stepped."""
 
-    exchange: int
+    exchange: Number
     follow: Follow
 
 
@@ -78,20 +85,20 @@ class Apply(Said, frozen=True, tag=83):
     """...this entry of the log is next at your ``part``. ``members``: (worker, number of its push, weight, mask) of a
     STEP; ``workers``: who gets a copy. ``settings``: of the first member, if they have changed. Answer: Applied."""
 
-    exchange: int
-    part: int
-    number: int
-    staleness: int
-    members: Sequence[tuple[int, int, float, bytes]]
-    workers: Sequence[int]
+    exchange: Number
+    part: _Part
+    number: Number
+    staleness: Number
+    members: Sequence[tuple[Number, Number, float, bytes]]
+    workers: Sequence[Number]
     settings: bytes
 
 
 class Fetch(Said, frozen=True, tag=84):
     """...home wants what you have (``fetches``); nobody steps now. Answer: Fetched."""
 
-    exchange: int
-    number: int
+    exchange: Number
+    number: Number
 
 
 # The server tells home.
@@ -100,30 +107,30 @@ class Fetch(Said, frozen=True, tag=84):
 class Here(Said, frozen=True, tag=90):
     """...this is where workers come to."""
 
-    host: str
-    port: int
+    host: _Host
+    port: _Port
 
 
 class Stepped(Said, frozen=True, tag=91):
     """...the round is; its contributors have been sent what is new."""
 
-    exchange: int
-    number: int
+    exchange: Number
+    number: Number
 
 
 class Applied(Said, frozen=True, tag=92):
     """...the entry is, to this part; who is to have a copy has been sent it."""
 
-    exchange: int
-    part: int
-    number: int
+    exchange: Number
+    part: _Part
+    number: Number
 
 
 class Fetched(Said, frozen=True, tag=93):
     """...what was asked for has come."""
 
-    exchange: int
-    number: int
+    exchange: Number
+    number: Number
 
 
 class Failing(Said, frozen=True, tag=94):
@@ -142,35 +149,25 @@ class Terminated(Said, frozen=True, tag=97):
 class Want(Said, frozen=True, tag=95):
     """The worker: send me what you have, once so many checkpoints are loaded. Answer: Newest of the WHOLE."""
 
-    exchange: int
-    number: int
-    loads: int
+    exchange: Number
+    number: Number
+    loads: Number
 
 
 class Newest(Said, frozen=True, tag=96):
     """The server: of ``part``, all that you have not has come, as of round, entry or Want ``number``. ``tables``: the
     parameters with sparse rows of which some have."""
 
-    exchange: int
-    part: int
-    number: int
-    tables: Sequence[int]
+    exchange: Number
+    part: _Part
+    number: Number
+    tables: Sequence[Number]
 
 
-Any_: TypeAlias = (
-    Piece
-    | Stop
-    | Attach
-    | Fill
-    | Step
-    | Apply
-    | Fetch
-    | Here
-    | Stepped
-    | Applied
-    | Fetched
-    | Failing
-    | Terminated
-    | Want
-    | Newest
-)
+# Who hears what, and nothing else.
+
+FromHome: TypeAlias = Piece | Stop | Attach | Fill | Step | Apply | Fetch
+ToHome: TypeAlias = Piece | Here | Stepped | Applied | Fetched | Failing | Terminated
+FromWorker: TypeAlias = Piece | Want
+ToWorker: TypeAlias = Piece | Newest
+Any_: TypeAlias = FromHome | ToHome | FromWorker | ToWorker

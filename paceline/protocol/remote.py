@@ -373,9 +373,9 @@ class Await(msgspec.Struct, frozen=True, array_like=True):
     """The worker is to have what servers elsewhere have (ranges.py) after round, or entry, ``number``. They send it by
     themselves (``comes``), or are to be asked for it, once ``loads`` checkpoints are loaded."""
 
-    number: int
+    number: Number
     comes: bool
-    loads: int
+    loads: Number
 
 
 class Status(msgspec.Struct, frozen=True, array_like=True):

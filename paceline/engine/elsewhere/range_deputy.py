@@ -27,7 +27,7 @@ from paceline.engine.program import CAME, SERVERS, WAITS
 from paceline.engine.setup import Door
 from paceline.errors import HostError, PacelineError, WorkersLost
 from paceline.protocol import messages, ranges
-from paceline.protocol.link import Peer
+from paceline.protocol.link import Peer, Senseless
 from paceline.protocol.log import STEP, Entry
 from paceline.protocol.mirrors import Follow
 from paceline.protocol.remote import Stop
@@ -53,9 +53,9 @@ def deputize(context: Context, door: Door, report: int, key: JobKey | None) -> N
     end = End(
         me=Peer(rank, "deputy"),
         job=door.job,
-        messages=ranges.Any_,
+        messages=ranges.ToHome,
         sink=deputy.sink,
-        place=deputy.mail.place,
+        place=deputy.place,
         credentials=None if key is None else Credentials.issue(key),
         insecure=door.insecure,
         patience=PATIENCE,
@@ -129,8 +129,9 @@ class _Deputy:
 
     def __init__(self, context: Context) -> None:
         self._rank, self._board, self._channel = context.rank, context.board, context.channel
-        self.mail, self.is_over = Mail(), False
+        self.mail, self.is_over = Mail(0), False  # nothing comes but what is expected
         self._link: Link | None = None
+        self._has_said_where = False
         self._served: dict[int, _ServedElsewhere] = {}
         self._failure: PacelineError | None = None
 
@@ -139,12 +140,7 @@ class _Deputy:
         with self._board.waiting(AWAITS_ITS_WORKER):
             while True:
                 match next_event(self.mail, self._board):
-                    case Joined(link=link):
-                        if (link.peer.host, link.peer.role) == (self._rank, ROLE) and self._link is None:
-                            self._link = link
-                        else:
-                            link.end(f"this is the deputy of server {self._rank}, which there is")
-                    case Received(link=link, message=ranges.Here() as here) if link is self._link:
+                    case Received(link=link, message=ranges.Here() as here):
                         return link, here
                     case None if not os.path.exists(f"/proc/{starter}"):
                         raise HostError(f"server {self._rank} has not come, and what was to start it has ended")
@@ -170,18 +166,32 @@ class _Deputy:
     def sink(self, event: Event) -> None:
         """The link's thread: what the server has done is told to all here at once."""
         match event:
+            case Joined(link=link):
+                if (link.peer.host, link.peer.role) != (self._rank, ROLE) or self._link is not None:
+                    raise Senseless(f"this is the deputy of server {self._rank}, and has it")
+                self._link = link
+            case Received(link=link) if link is not self._link:
+                raise Senseless(f"this is the deputy of server {self._rank}, which {link.peer} is not")
             case Received(message=ranges.Stepped() | ranges.Applied() | ranges.Fetched() as done):
+                if done.exchange not in self._served:
+                    raise Senseless(f"exchange {done.exchange} is not with this server")
                 self._served[done.exchange].done(done)
             case Received(message=ranges.Failing(failure=said)):
-                kind = getattr(errors, said.kind, HostError)
-                self._failure = kind(said.what, why=said.why, fix=said.fix)
+                self._failure = errors.kind_of(said.kind, HostError)(said.what, why=said.why, fix=said.fix)
             case Received(message=ranges.Terminated()):
                 with suppress(Closed):
                     self._channel.send(messages.Interrupt(1))
             case Ended(link=link, reason=reason) if link is self._link and not self.is_over:
                 self._failure = self._failure or _lost(self._rank, reason)
-            case _:
+            case Received(message=ranges.Here()):
+                if self._has_said_where:
+                    raise Senseless("the server has said where it is")
+                self._has_said_where = True
                 self.mail.events.put(event)
+
+    def place(self, link: Link, message: Any, size_bytes: int) -> memoryview | None:
+        """The link's thread: where a payload belongs."""
+        return self.mail.place(link, message, size_bytes) if link is self._link else None
 
 
 class _ServedElsewhere(Served):
@@ -200,6 +210,7 @@ class _ServedElsewhere(Served):
         super().__init__(at_home.spec, at_home.memory, at_home.published_as, at_home.stepper, at_home.applier)
         self._index, self._link, self._board, self._rank, self._check = index, link, board, rank, check
         self._range = whole(self.spec, [rank])
+        self._parts = ranges.parts_of(rank, self.spec.servers, self.spec.parts)
         self._stepped, self._applied = 0, [0] * self.spec.parts  # as far as the server has been asked
         self._loads = -1
         self._wanted = 0
@@ -287,12 +298,17 @@ class _ServedElsewhere(Served):
     # --- what has been done; by the link's thread ---
 
     def done(self, what: ranges.Stepped | ranges.Applied | ranges.Fetched) -> None:
-        member = self.spec.workers + self._rank
+        """Raises Senseless for what was not asked for."""
+        memory, member = self.memory, self.spec.workers + self._rank
         match what:
-            case ranges.Stepped(number=number):
-                self.memory.stepped[member] = number
-            case ranges.Applied(part=part, number=number):
-                self.memory.applied[part] = number
-            case ranges.Fetched(number=number):
-                self.memory.tell_word(self.memory.fetched, 1 + self._rank, number)
+            case ranges.Stepped(number=number) if memory.stepped[member] < number <= self._stepped:
+                memory.stepped[member] = number
+            case ranges.Applied(part=part, number=number) if (
+                part in self._parts and memory.applied[part] < number <= self._applied[part]
+            ):
+                memory.applied[part] = number
+            case ranges.Fetched(number=number) if memory.fetched[1 + self._rank] < number <= self._wanted:
+                memory.tell_word(memory.fetched, 1 + self._rank, number)
+            case _:
+                raise Senseless(f"{what} was not asked for")
         self._board.ring(member)

@@ -15,8 +15,11 @@ import torch
 
 from paceline.engine.elsewhere.early import Bucket
 from paceline.engine.elsewhere.mail import Mail, send, send_range
+from paceline.engine.elsewhere.range_server import ROLE
 from paceline.engine.elsewhere.ranges import Range, parts, whole
+from paceline.errors import HostError
 from paceline.protocol import ranges, remote
+from paceline.protocol.link import Senseless
 from paceline.transport.connect import connect
 from paceline.transport.ends import Ended, Event, LinkEnded, Received
 from paceline.transport.link import Link
@@ -24,6 +27,8 @@ from paceline.transport.slots import ExchangeMemory, Slot, Spec
 from paceline.transport.turns import Turns
 
 _CONNECT_S = 30.0
+_MOST_AHEAD = 2**10  # rounds or entries: nothing that this worker brings comes so far behind what it waits for
+_MOST_TOLD = 2**16  # exchanges and parts, of which something has come; tables that are not taken
 
 
 class RangeLinks:
@@ -37,10 +42,14 @@ class RangeLinks:
         self._tables: list[tuple[int, ranges.Newest]] = []  # of which rows have come and are not taken
         self._lost: str | None = None
         self._wants = 0
-        end = dataclasses.replace(home.made_by, messages=ranges.Any_, sink=self._sink, place=self._place, turns=Turns())
+        end = dataclasses.replace(
+            home.made_by, messages=ranges.ToWorker, sink=self._sink, place=self._place, turns=Turns()
+        )
         self._links: dict[int, Link] = {}
         for server, address in addresses.items():
-            self._links[server] = connect(end, address, _CONNECT_S)
+            link = self._links[server] = connect(end, address, _CONNECT_S)
+            if (link.peer.role, link.peer.host) != (ROLE, server):
+                raise HostError(f"{link.peer} is where server {server} is to be, at {address[0]}:{address[1]}")
 
     @property
     def servers(self) -> Sequence[int]:
@@ -72,13 +81,15 @@ class RangeLinks:
         self, index: int, of: Mapping[int, Sequence[int]], number: int
     ) -> Sequence[tuple[int, ranges.Newest]]:
         """Wait until of each server these parts have come, as of that number at least; whose rows have, by server.
-        Raises LinkEnded."""
+        Raises LinkEnded; HostError where what has come is of a number that is far from there."""
         awaited = [(server, index, part) for server, some in of.items() for part in some]
         with self._changed:
             while any(self._came.get(key, -1) < number for key in awaited):
                 if self._lost is not None:
                     raise LinkEnded(self._lost)
                 self._changed.wait()
+            if any(self._came[key] > number + _MOST_AHEAD for key in awaited):
+                raise HostError(f"servers say that they are at {[self._came[key] for key in awaited]}, not {number}")
             mine = [come for come in self._tables if come[1].exchange == index]
             self._tables = [come for come in self._tables if come[1].exchange != index]
         return mine
@@ -90,6 +101,8 @@ class RangeLinks:
             case Received(link=link, message=ranges.Newest() as come):
                 with self._changed:
                     self._came[link.peer.host, come.exchange, come.part] = come.number
+                    if max(len(self._came), len(self._tables), len(come.tables)) > _MOST_TOLD:
+                        raise Senseless(f"{link.peer} has told of more than there can be")
                     if come.tables:
                         self._tables.append((link.peer.host, come))
                     self._changed.notify_all()
@@ -152,7 +165,8 @@ class Spread:
         self._links.flush()
 
     def take_newest(self, told: remote.Await, shared: Callable[[int], torch.Tensor]) -> None:
-        """Wait until what is newest has come, and write its rows to ``shared(param)``. Raises LinkEnded."""
+        """Wait until what is newest has come, and write its rows to ``shared(param)``. Raises LinkEnded, HostError,
+        ConfigError."""
         if told.comes:
             come = self._links.await_newest(self._index, self._parts, told.number)
         else:
@@ -161,11 +175,14 @@ class Spread:
         for server, newest in come:
             mail = self._links.mail(server)
             for param in newest.tables:
-                table = shared(param)
                 numbers = mail.take(f"numbers/{self._index}/{newest.part}/{param}", torch.int64)
-                rows = mail.take(f"rows/{self._index}/{newest.part}/{param}", table.dtype)
+                if not len(numbers) or len(self._ranges[server].rows_in(param, numbers)) < len(numbers):
+                    raise HostError(f"server {server} has sent rows of parameter {param} that it has not")
+                table = shared(param)
+                shape = (len(numbers), table.shape[1])
+                rows = mail.take(f"rows/{self._index}/{newest.part}/{param}", table.dtype, shape)
                 with torch.no_grad():
-                    table[numbers] = rows.view(-1, table.shape[1])
+                    table[numbers] = rows
 
     def _all(self, home: Link) -> Sequence[tuple[Link, Range]]:
         return [(home, self._home), *((self._links.link(server), one) for server, one in self._ranges.items())]

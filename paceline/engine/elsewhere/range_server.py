@@ -9,6 +9,7 @@ A worker says that it has pushed when all servers have what it brings: so what a
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import mmap
 import queue
@@ -17,20 +18,21 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-import msgspec
 import torch
 
+from paceline.config import MAX_WORKERS
+from paceline.engine.elsewhere import specs
 from paceline.engine.elsewhere.mail import PATIENCE, Mail
 from paceline.engine.elsewhere.mirror import note
 from paceline.engine.elsewhere.ranges import Range, parts, send_parameters, send_rows, send_span, send_state
 from paceline.engine.exchange.applier import Applier
-from paceline.engine.exchange.shards import Shards
+from paceline.engine.exchange.shards import Shards, counting
 from paceline.engine.exchange.stepper import Stepper
-from paceline.errors import HostError, PacelineError
+from paceline.errors import ConfigError, HostError, PacelineError
+from paceline.params import optimizers
 from paceline.params.fold import Vectors
-from paceline.params.optimizers import find_class
-from paceline.protocol import ranges
-from paceline.protocol.link import Peer
+from paceline.protocol import range_checks, ranges
+from paceline.protocol.link import Peer, Senseless
 from paceline.protocol.log import STEP, Entry
 from paceline.protocol.messages import Failed
 from paceline.protocol.remote import Stop
@@ -56,9 +58,18 @@ class _Held:
     """Exchange ``index`` as this server has it."""
 
     def __init__(self, index: int, spec: Spec, server: int) -> None:
+        """Raises ConfigError, HostError."""
+        if server >= spec.servers:
+            raise ConfigError(f"exchange {index} is of {spec.servers} servers; this is server {server}")
         self.index, self.spec, self._server = index, spec, server
-        self.memory = ExchangeMemory(mmap.mmap(-1, size_bytes(spec)), spec)
+        self._class, self._groups = specs.find_optimizer(spec), len(optimizers.decode(spec.settings))
+        try:
+            self.memory = ExchangeMemory(mmap.mmap(-1, size_bytes(spec)), spec)
+        except OSError as error:
+            raise HostError(f"there are no {size_bytes(spec) >> 20} MB for exchange {index}: {error}") from None
         self.parts = parts(spec, server)
+        self._sizes = range_checks.Sizes(spec.workers, len(spec.table.entries), spec.parts, spec.settings_bytes)
+        self._done = dict.fromkeys(self.parts, 0)
         self.loads = -1  # it has no values yet
         self.tables = {param for one in self.parts.values() for param, _, _ in one.tables}
         self._stale: dict[int, dict[int, torch.Tensor]] = {}  # by worker and table: which rows that has otherwise
@@ -66,7 +77,7 @@ class _Held:
 
     def _take_up(self) -> None:
         """What is there is others' doing."""
-        shards = Shards(self.spec, self.memory, find_class(self.spec.optimizer), {})
+        shards = Shards(self.spec, self.memory, self._class, {})
         self._stepper = Stepper(shards, self.memory, saves=False)
         self._applier = Applier(self.spec, shards, self.memory)
 
@@ -96,14 +107,22 @@ class _Held:
         self._stale.pop(worker, None)
 
     def step(self, told: ranges.Step) -> None:
+        """Raises HostError, ConfigError for what cannot be."""
+        self._check(range_checks.mistaken_step(told, self._sizes, self._done), told.follow.settings)
         note(self.memory, told.follow)
         sources = told.follow.sources
-        counted = [worker for worker, _, _, mask in sources if mask]
+        shares = counting([weight for _, weight, _, _ in sources])
+        counted = [source[0] for source, share in zip(sources, shares, strict=True) if share is not None]
+        if not all(mask for worker, _, _, mask in sources if worker in counted):
+            raise HostError(f"home has not said what gradients there are of workers {counted}")
         self._check_rows(counted)
+        self._done[ranges.SHARE] = told.follow.number
         self._stepper.step(told.follow.number, tuple(source[0] for source in sources), self._server, self.spec.servers)
         self._mark(counted)
 
     def apply(self, told: ranges.Apply) -> None:
+        """Raises HostError, ConfigError for what cannot be."""
+        self._check(range_checks.mistaken_apply(told, self._sizes, self._done), told.settings)
         memory = self.memory
         for worker, pushed, weight, mask in told.members:
             memory.pushed[worker] = pushed
@@ -115,8 +134,17 @@ class _Held:
         self._check_rows(members)
         kind = STEP if members else 0
         by = told.workers[0]
+        self._done[told.part] = told.number
         self._applier.apply(told.part, Entry(told.number, kind, by, 0, told.staleness, members or tuple(told.workers)))
         self._mark(members)
+
+    def _check(self, mistake: str | None, settings: bytes) -> None:
+        if mistake is None and self.loads < 0:
+            mistake = f"exchange {self.index}, of which it has not sent the values"
+        if mistake is not None:
+            raise HostError(f"home has told server {self._server} to step what cannot be: {mistake}")
+        if settings and (groups := len(optimizers.decode(settings))) != self._groups:
+            raise ConfigError(f"settings of {groups} groups are not for {self._groups}")
 
     def _check_rows(self, workers: Sequence[int]) -> None:
         """What has come of tables is rows of theirs. Raises HostError: torch would write anywhere."""
@@ -165,6 +193,11 @@ class _Held:
         link.send(ranges.Newest(self.index, part, number, with_rows))
 
 
+def _mail() -> Mail:
+    """Nothing comes but what is expected."""
+    return Mail(0)
+
+
 class RangeServer:
     """Server ``server`` of ``job``, whose deputy listens at ``address``. ``key``: None for plain text."""
 
@@ -175,52 +208,75 @@ class RangeServer:
         the link home."""
         self._server = server
         self._events: queue.SimpleQueue[Event | PacelineError] = queue.SimpleQueue()
-        self._mails: dict[tuple[str, int], Mail] = {}
+        self._mails: dict[int, Mail] = {}  # by worker
+        self._home_mail = _mail()
         self._held: dict[int, _Held] = {}
         self._workers: dict[int, Link] = {}
         self._expecting = threading.Lock()
-        self._wants: list[tuple[int, ranges.Want]] = []
+        self._wants: dict[int, ranges.Want] = {}  # by worker, which waits for its answer
         end = End(
             me=Peer(server, ROLE),
             job=job,
-            messages=ranges.Any_,
-            sink=self._sink,
-            place=self._place,
+            messages=ranges.FromHome,
+            sink=self._hear_home,
+            place=self._home_mail.place,
             credentials=None if key is None else Credentials.issue(key),
             insecure=key is None,
             patience=PATIENCE,
         )
         self._home = connect(end, address, _CONNECT_S)
-        self._home_mail = self._mail(self._home)
         host = own_host or self._home.own_address
-        self._listener = Listener(end, host)
+        self._listener = Listener(
+            dataclasses.replace(end, messages=ranges.FromWorker, sink=self._hear_worker, place=self._place), host
+        )
         self._home.send(ranges.Here(host, self._listener.port))
 
-    def _mail(self, link: Link) -> Mail:
-        return self._mails.setdefault((link.peer.role, link.peer.host), Mail())
+    # --- by the links' threads: what comes next over a link belongs to where these say, so it is said at once ---
 
     def _place(self, link: Link, message: Any, size_bytes: int) -> memoryview | None:
-        return self._mail(link).place(link, message, size_bytes)
+        mail = self._mails.get(link.peer.host)
+        return None if mail is None else mail.place(link, message, size_bytes)
 
-    def _sink(self, event: Event) -> None:
-        """By the links' threads. What comes next over a link belongs to where this says, so it is said at once."""
+    def _hear_worker(self, event: Event) -> None:
         with self._expecting:
             match event:
-                case Joined(link=link) if link.peer.role == "worker":
-                    self._workers[link.peer.host] = link
+                case Joined(link=link):
+                    worker = link.peer.host
+                    if link.peer.role != "worker" or worker >= self._places:
+                        raise Senseless(f"{link.peer} is none of {self._places} workers")
+                    self._workers[worker] = link
                     for held in self._held.values():
-                        held.expect(self._mail(link), link.peer.host)
-                case Received(link=link, message=ranges.Attach(exchange=index, spec=spec)) if link is self._home:
+                        held.expect(self._mails.setdefault(worker, _mail()), worker)
+        self._events.put(event)
+
+    @property
+    def _places(self) -> int:
+        return min((held.spec.workers for held in self._held.values()), default=MAX_WORKERS)
+
+    def _hear_home(self, event: Event) -> None:
+        with self._expecting:
+            match event:
+                case Received(message=ranges.Attach() as told):
                     try:
-                        held = _Held(index, msgspec.msgpack.decode(spec, type=Spec), self._server)
-                    except PacelineError as error:  # an optimizer's class that is not here
+                        self._attach(told)
+                    except PacelineError as error:
                         self._events.put(error)
                         return
-                    held.expect_from_home(self._home_mail)
-                    for worker, link in self._workers.items():
-                        held.expect(self._mail(link), worker)
-                    self._held[index] = held
         self._events.put(event)
+
+    def _attach(self, told: ranges.Attach) -> None:
+        """Raises ConfigError, HostError for an exchange that cannot be, or whose optimizer is not here."""
+        if told.exchange != len(self._held):
+            raise HostError(f"home speaks of a new exchange {told.exchange}; this server has {len(self._held)}")
+        held = _Held(told.exchange, specs.decode(told.spec), self._server)
+        held.expect_from_home(self._home_mail)
+        for worker, link in list(self._workers.items()):
+            if worker < held.spec.workers:
+                held.expect(self._mails.setdefault(worker, _mail()), worker)
+            else:
+                del self._workers[worker]
+                link.end(f"there are {held.spec.workers} workers")
+        self._held[told.exchange] = held
 
     def terminated(self) -> None:
         """This process has been asked to end: all shall, behind one step. May be called by another thread."""
@@ -255,11 +311,12 @@ class RangeServer:
         match event:
             case PacelineError():
                 raise event
-            case Joined(link=link) if link.peer.role == "worker":
+            case Joined(link=link) if link is not self._home:
+                self._wants.pop(link.peer.host, None)
                 for held in self._held.values():
                     held.forget(link.peer.host)
-            case Received(link=link, message=ranges.Want() as want) if link.peer.role == "worker":
-                self._wants.append((link.peer.host, want))
+            case Received(link=link, message=ranges.Want() as want) if link is self._workers.get(link.peer.host):
+                self._wants[link.peer.host] = want
                 self._heed_wants()
             case Received(link=link, message=message) if link is self._home:
                 self._obey(message)
@@ -272,22 +329,24 @@ class RangeServer:
     def _obey(self, message: Any) -> None:
         match message:
             case ranges.Fill(exchange=index, loads=loads):
-                self._held[index].fill(loads)
+                self._exchange(index).fill(loads)
                 self._heed_wants()
             case ranges.Step(exchange=index, follow=follow):
-                held = self._held[index]
+                held = self._exchange(index)
                 held.step(message)
                 for source in follow.sources:
                     self._send(held, source[0], ranges.SHARE, follow.number, held.memory.params)
                 self._home.send(ranges.Stepped(index, follow.number))
             case ranges.Apply(exchange=index, part=part, number=number, workers=workers):
-                held = self._held[index]
+                held = self._exchange(index)
                 held.apply(message)
                 for worker in workers:
                     self._send(held, worker, part, number, held.memory.slots[worker].copy)
                 self._home.send(ranges.Applied(index, part, number))
             case ranges.Fetch(exchange=index, number=number):
-                held = self._held[index]
+                held = self._exchange(index)
+                if held.loads < 0:
+                    raise HostError(f"home asks for exchange {index}, of which it has not sent the values")
                 parameters, state = ranges.fetches(number)
                 for one in held.parts.values():
                     if parameters:
@@ -299,6 +358,13 @@ class RangeServer:
                 self._home.send(ranges.Fetched(index, number))
             case Stop(reason=reason):
                 raise Stopped(reason)
+
+    def _exchange(self, index: int) -> _Held:
+        """Raises HostError."""
+        held = self._held.get(index)
+        if held is None:
+            raise HostError(f"home speaks of exchange {index}; this server has {len(self._held)}")
+        return held
 
     def _send(self, held: _Held, worker: int, part: int, number: int, vectors: Vectors) -> None:
         link = self._workers.get(worker)
@@ -312,13 +378,11 @@ class RangeServer:
 
     def _heed_wants(self) -> None:
         """What a worker asks for is of an exchange that is filled, with what scripts have loaded."""
-        left = []
-        for worker, want in self._wants:
+        for worker, want in list(self._wants.items()):
             held = self._held.get(want.exchange)
-            if held is None or held.loads < want.loads:
-                left.append((worker, want))
+            if held is None or held.loads < max(want.loads, 0):
                 continue
+            del self._wants[worker]
             self._send(held, worker, ranges.WHOLE, want.number, held.memory.params)
             with suppress(LinkEnded, KeyError):
                 self._workers[worker].flush()  # nobody waits for it who steps: what was sent must not change meanwhile
-        self._wants = left

@@ -389,7 +389,7 @@ class RemoteWorker:
                 exchange.inner.begin()
         for index, awaited in status.awaits.items():
             with self._line.kept():
-                self._exchanges[index].take_from_servers(awaited)
+                self._exchange(index).take_from_servers(awaited)
         for index, tables in status.fresh.items():
             self._exchange(index).take_newest(self._mail, tables)
         if status.buffers:
@@ -464,6 +464,4 @@ def _raise(failure: messages.Failed) -> NoReturn:
         raise KeyboardInterrupt
     if failure.kind == "SystemExit":
         raise SystemExit(0)
-    kind = getattr(errors, failure.kind, HostError)
-    assert issubclass(kind, PacelineError)
-    raise kind(failure.what, why=failure.why, fix=failure.fix)
+    raise errors.kind_of(failure.kind, HostError)(failure.what, why=failure.why, fix=failure.fix)

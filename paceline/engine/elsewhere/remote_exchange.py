@@ -23,7 +23,7 @@ from paceline.engine.exchange.exchange import make_inner
 from paceline.engine.exchange.inner import Inner
 from paceline.engine.exchange.replica import Apart, Replica
 from paceline.engine.exchange.spec import describe
-from paceline.errors import ConfigError
+from paceline.errors import ConfigError, HostError
 from paceline.params import optimizers
 from paceline.params.rows import Rows, check_numbers
 from paceline.protocol import mirrors, remote
@@ -234,7 +234,8 @@ class RemoteExchange:
 
     def take_from_servers(self, told: remote.Await) -> None:
         """Wait for what servers elsewhere have. Raises LinkEnded."""
-        assert self.spread is not None
+        if self.spread is None:
+            raise HostError(f"home has this worker wait for servers, of which none has a part of exchange {self.index}")
         self.spread.take_newest(told, lambda param: self.replica.shared[param])
 
     def gather(self) -> Sequence[Bucket]:

@@ -344,7 +344,7 @@ def _in_memory(data: bytes) -> int:
 
 
 def _error(failure: messages.Failed) -> errors.PacelineError:
-    kind = getattr(errors, failure.kind, errors.PacelineError)
+    kind = errors.kind_of(failure.kind)
     if kind is errors.ScriptError:
         return errors.ScriptError(failure.what, why=failure.why, fix=failure.fix, traceback=failure.traceback)
     assert issubclass(kind, errors.PacelineError)

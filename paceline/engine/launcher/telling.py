@@ -121,7 +121,7 @@ class Telling:
             with log.open("a") as lines:
                 lines.write(failed.traceback)
         status = "interrupted" if failed.kind == "Interrupted" else "failed"
-        exit_code = getattr(errors, failed.kind, errors.PacelineError).exit_code
+        exit_code = errors.kind_of(failed.kind).exit_code
         summary = self.recorder.close(status, failed.what, exit_code, begun_s)
         return messages.Outcome(msgspec.json.encode(summary), failed)
 
