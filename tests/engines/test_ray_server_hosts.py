@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from tests.engines.test_ray import FOREVER, node
+from tests.engines.test_ray import COUNT, FOREVER, node
 from tests.engines.test_ray_servers_apart import TRAINS
 from tests.engines.test_torchrun import TRAIN
 from tests.process.kills import COUNTING
@@ -56,6 +57,29 @@ def test_workers_are_on_none_of_the_servers_nodes_and_train_to_the_same_numbers(
     assert here.code == 0, here.err
     theirs, ours = (json.loads((runner.folder / name).read_text()) for name in ("apart.json", "local.json"))
     assert theirs == ours
+
+
+@pytest.mark.parametrize("pace", ["sync", "async"])
+def test_a_run_whose_server_s_node_is_lost_ends_in_words_and_goes_on(runner: Runner, cluster: Any, pace: str) -> None:
+    runner.write("counting.py", COUNTING)
+    runner.write("count.py", COUNT)
+    os.mkfifo(runner.folder / "gone")
+    small, *_ = [cluster.add_node(**node(count)) for count in (1, 2)]
+    more = ("--pace", pace, "--checkpoint-every", "5", "--threads", "1")
+    running = runner.start_run("count.py", *options(cluster, *more, servers=2))
+    with open(runner.folder / "gone", "r+b", buffering=0) as pipe:
+        running.until("it trains")
+        cluster.remove_node(small, allow_graceful=False)
+        ended = running.end()
+        assert (ended.code, ended.summary["status"]) == (5, "failed")
+        assert "server 1 is lost" in ended.error
+        assert "paceline resume" in ended.error
+        pipe.write(bytes(9))
+        cluster.add_node(**node(1))
+        told = runner.paceline("resume", "--json", ended.directory.name)
+    assert told.code == 0, told.err
+    assert told.answer["status"] == "done"
+    assert json.loads((runner.folder / "counts.json").read_text()) == [3.0] * 64
 
 
 def test_where_there_are_too_few_nodes_that_is_said(runner: Runner, cluster: Any) -> None:
