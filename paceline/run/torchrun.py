@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
@@ -31,6 +32,7 @@ from paceline.run.elsewhere import Life, attend, be_server, meet
 from paceline.transport.borrow import this_host
 from paceline.transport.keys import FILE_VARIABLE, job_key, read_job_key
 
+_LOOK_S = 0.5
 _MEET_S = 600.0  # ranks may come late: they import, or read data, before they call init
 
 _served: list[Any] = []  # the store, which rank 0 serves without an agent: who is started again asks there
@@ -64,12 +66,12 @@ def join(options: Mapping[str, Any]) -> RemoteWorker:
         there = home.place
     else:
         there = _told(store, place)
-    if there.failed:
-        raise HostError(f"home, beside rank 0, has not started: {there.failed}")
+    _check(there)
     hosts = _hosts(store, place)
     workers = there.workers(hosts)
     key = given or (read_job_key(there.key_file) if there.key_file else None)
     if (server := there.servers(hosts).get(place.rank)) is not None:
+        there = _home_of(server, store, there)
         be_server(server, there.job, (there.host, there.server_ports[server]), key)
     if place.rank not in workers:
         if hosts[place.rank] != there.apart[0]:
@@ -118,6 +120,28 @@ def _find(store: Any, place: Rank) -> Found | None:
         return None
     beside.publish(store, place, there)
     return Found(there)
+
+
+def _home_of(server: int, store: Any, there: Place) -> Place:
+    """Home, for a process that is to be this server: one that has lost it comes to its end, so this is the next one.
+    Raises HostError."""
+    while store.add(f"server/{server}/{there.job}", 1) > 1:
+        sys.stderr.write(f"paceline: server {server} is lost to the run, which ends; waiting for the next one\n")
+        before = there
+        while there.job == before.job:
+            time.sleep(_LOOK_S)
+            try:
+                there = msgspec.json.decode(store.get("home"), type=Place)
+            except RuntimeError:  # torch's DistStoreError and others
+                raise HostError(f"there is no next run that server {server} could be in") from None
+        _check(there)
+    return there
+
+
+def _check(there: Place) -> None:
+    """Raises HostError if home has not started."""
+    if there.failed:
+        raise HostError(f"home, beside rank 0, has not started: {there.failed}")
 
 
 def _told(store: Any, place: Rank) -> Place:

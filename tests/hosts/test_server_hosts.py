@@ -4,6 +4,7 @@ ends when a host of servers is lost."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 from collections.abc import Iterator
@@ -180,6 +181,28 @@ def test_servers_are_processes_that_torchrun_has_started(runner: Runner, hosts: 
     ended = both_sides(agents(runner, hosts, "count.py"))
     assert counts(ended) == [3.0] * 64
     assert (ended.summary["status"], ended.summary["samples"]) == ("done", 3 * 64)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("hosts", [3], indirect=True)
+def test_where_torchrun_starts_processes_again_the_run_goes_on_by_itself(
+    runner: Runner, hosts: tuple[Host, ...]
+) -> None:
+    """A server is killed: the run ends, and the next one begins at its checkpoint, with another in that place."""
+    stand_once(runner)
+    says = "open('pid' + os.environ['RANK'], 'w').write(str(os.getpid()))\nrun = paceline.init()"
+    script = (runner.folder / "count.py").read_text()
+    runner.write("count.py", script.replace("run = paceline.init()", says))
+    options = {"PACELINE_RESUME": "last", "PACELINE_CHECKPOINT_EVERY": "5"}
+    running = agents(runner, hosts, "--max-restarts", "1", "count.py", **options)
+    running[2].until("stands at 1.")
+    os.kill(int((runner.folder / "pid2").read_text()), signal.SIGKILL)
+    runner.kept["place-1"].write(b"!")
+    ended = both_sides(running)
+    assert "server 3 is lost" in ended.err
+    assert "goes on behind step 5" in ended.out
+    assert counts(ended) == [3.0] * 64
+    assert ended.summary["status"] == "done"
 
 
 @pytest.mark.long
