@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -80,6 +81,22 @@ def test_a_run_whose_server_s_node_is_lost_ends_in_words_and_goes_on(runner: Run
     assert told.code == 0, told.err
     assert told.answer["status"] == "done"
     assert json.loads((runner.folder / "counts.json").read_text()) == [3.0] * 64
+
+
+def test_a_node_that_comes_is_used_for_a_worker(runner: Runner, cluster: Any) -> None:
+    runner.write("counting.py", COUNTING)
+    runner.write("forever.py", FOREVER)
+    for count in (1, 2):
+        cluster.add_node(**node(count))
+    more = ("--max-workers", "3", "--pace", "bounded:2")
+    running = runner.start_run("forever.py", *options(cluster, *more, servers=2))
+    running.until("it trains")
+    cluster.add_node(**node(1))
+    running.until("3 workers instead of 2")
+    running.until("worker 2 trains with the others")
+    running.signal(signal.SIGINT)
+    ended = running.end()
+    assert (ended.code, ended.summary["status"], ended.summary["workers"]) == (130, "interrupted", 3)
 
 
 def test_where_there_are_too_few_nodes_that_is_said(runner: Runner, cluster: Any) -> None:

@@ -185,6 +185,19 @@ def test_servers_are_processes_that_torchrun_has_started(runner: Runner, hosts: 
 
 @pytest.mark.long
 @pytest.mark.parametrize("hosts", [3], indirect=True)
+@pytest.mark.parametrize("pace", ["sync", "async"])
+def test_workers_that_torchrun_starts_again_go_on(runner: Runner, hosts: tuple[Host, ...], pace: str) -> None:
+    """One dies, and torchrun starts both of that host again."""
+    runner.write("counting.py", COUNTING)
+    runner.write("count.py", COUNT)
+    ended = both_sides(agents(runner, hosts, "--max-restarts", "1", "count.py", "die", PACELINE_PACE=pace))
+    assert counts(ended) == [3.0] * 64
+    assert (ended.summary["status"], ended.summary["samples"]) == ("done", 3 * 64)
+    assert "worker 1 is lost" in ended.out
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("hosts", [3], indirect=True)
 def test_where_torchrun_starts_processes_again_the_run_goes_on_by_itself(
     runner: Runner, hosts: tuple[Host, ...]
 ) -> None:
