@@ -28,7 +28,7 @@ from paceline.engine.checkpoint import checkpoints, safetensors
 from paceline.protocol import messages
 from paceline.protocol.link import Hello, Peer, Refused, Welcome
 from paceline.transport import batches, frame, greeting, wire
-from tests import fuzz_said
+from tests import fuzz_ranges, fuzz_said
 from tests.unit.transport.test_frame import EXAMPLES
 
 STUCK_S = 20.0
@@ -47,6 +47,7 @@ class Target:
     twist: Callable[[bytes, random.Random, Callable[[bytes], bytearray]], bytes] | None = (
         None  # in place of ``damaged``
     )
+    every: int = 1  # how much longer a case takes than others
 
 
 def targets() -> dict[str, Target]:
@@ -62,6 +63,20 @@ def targets() -> dict[str, Target]:
         "owners": Target(fuzz_said.by_owners(), fuzz_said.HeardByOwners(), fuzz_said.REFUSES, twist=fuzz_said.twisted),
         "remote": Target(
             fuzz_said.by_deputies(), fuzz_said.HeardByDeputy(), fuzz_said.REFUSES, twist=fuzz_said.twisted
+        ),
+        "ranges": Target(
+            fuzz_ranges.by_ranges(),
+            fuzz_ranges.HeardByRanges(),
+            fuzz_ranges.REFUSES,
+            twist=fuzz_said.twisted,
+            every=10,
+        ),
+        "spec": Target(
+            list(fuzz_ranges.SPECS),
+            fuzz_ranges.feed_spec,
+            fuzz_ranges.REFUSES,
+            twist=fuzz_ranges.twisted_spec,
+            every=20,
         ),
         "manifest": Target(_manifest_samples(), checkpoints._unseal, (safetensors.Unusable,), _mend_manifest),
     }
@@ -134,9 +149,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, target in targets().items():
         if arguments.only in (None, name):
             began_s = time.monotonic()
-            found = run(name, target, arguments.count, arguments.seed, arguments.first)
+            count = arguments.count if arguments.only else arguments.count // target.every
+            found = run(name, target, count, arguments.seed, arguments.first)
             took_s = time.monotonic() - began_s
-            print(f"{name:12} {arguments.count:,} cases, {len(found)} findings, {took_s:.1f} s")
+            print(f"{name:12} {count:,} cases, {len(found)} findings, {took_s:.1f} s")
             print("\n".join(found[:5]), end="\n" if found else "")
             findings += len(found)
     return 1 if findings else 0

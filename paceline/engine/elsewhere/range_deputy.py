@@ -304,7 +304,7 @@ class _ServedElsewhere(Served):
             case ranges.Stepped(number=number) if memory.stepped[member] < number <= self._stepped:
                 memory.stepped[member] = number
             case ranges.Applied(part=part, number=number) if (
-                part in self._parts and memory.applied[part] < number <= self._applied[part]
+                self.spec.parts and part in self._parts and memory.applied[part] < number <= self._applied[part]
             ):
                 memory.applied[part] = number
             case ranges.Fetched(number=number) if memory.fetched[1 + self._rank] < number <= self._wanted:

@@ -154,9 +154,11 @@ class _Held:
                 count = abs(int(area[0]))
                 if not slot.mask[param] or not count:
                     continue
-                rows = self.spec.table.entries[param].rows
-                if count > rows or int(area[1 : count + 1].min()) < 0 or int(area[1 : count + 1].max()) >= rows:
+                rows, numbers = self.spec.table.entries[param].rows, area[1 : count + 1]
+                if count > rows or int(numbers.min()) < 0 or int(numbers.max()) >= rows:
                     raise HostError(f"worker {worker} has sent rows that table {param} of {rows} rows has not")
+                if int(area[0]) > 0 and bool((numbers[1:] <= numbers[:-1]).any()):
+                    raise HostError(f"worker {worker} has sent rows of table {param} that are not in order")
 
     def _mark(self, workers: Sequence[int]) -> None:
         """The rows that these have brought are others than before."""
