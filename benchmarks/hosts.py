@@ -89,13 +89,17 @@ class HostTeam(Team):
 
     def _start(self, job: str, rank: int) -> subprocess.Popen[bytes]:
         each = self.way.workers // len(self._hosts)
-        host = self._hosts[rank // each]
+        return self._start_on(self._hosts[rank // each], job, rank, self.way.workers, each)
+
+    def _start_on(
+        self, host: Host, job: str, rank: int, world: int, each: int, **variables: str
+    ) -> subprocess.Popen[bytes]:
         environment = os.environ | {
             "OMP_NUM_THREADS": "1",
             "GLOO_SOCKET_IFNAME": host.interface,
             "PYTHONPATH": ROOT,
             "RANK": str(rank),
-            "WORLD_SIZE": str(self.way.workers),
+            "WORLD_SIZE": str(world),
             "LOCAL_WORLD_SIZE": str(each),
             "MASTER_ADDR": self._hosts[0].address,
             "MASTER_PORT": str(self._port),
@@ -105,6 +109,7 @@ class HostTeam(Team):
             environment[FILE_VARIABLE] = str(self._directory / "job.key")
         else:
             environment["PACELINE_INSECURE"] = "1"
+        environment |= variables
         with self._log(rank).open("wb") as log:
             return subprocess.Popen(
                 [
