@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import optim
@@ -32,7 +32,8 @@ Make = Callable[[list[Group]], optim.Optimizer]
 @dataclass(frozen=True, slots=True)
 class Target:
     """What is stepped: parameter ``vectors`` (the table's, shared) and the optimizer's ``state``, by clones that
-    ``make(groups)`` gives. ``whole``: every piece is a whole parameter and is stepped in its own shape."""
+    ``make(groups)`` gives. ``whole``: every piece is a whole parameter and is stepped in its own shape. ``stamps``, by
+    parameter with sparse rows: int64[rows], in which step each was last, for who sends rows that have changed."""
 
     table: Table
     vectors: Vectors
@@ -40,6 +41,7 @@ class Target:
     make: Make
     groups: list[Group]
     whole: bool
+    stamps: Mapping[int, torch.Tensor] = field(default_factory=dict)
 
 
 class Chunk:
@@ -81,7 +83,12 @@ class Chunk:
         self._cells = state.cells(numbers[0], numbers[0 if self._by_rows else -1] + 1)
         self._live = [*self._cells]
         self._others: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._stamps: torch.Tensor | None = None
         if self._by_rows:
+            stamps = target.stamps.get(pieces[0].param)
+            if stamps is not None:
+                first = pieces[0].start // self._entry.row
+                self._stamps = stamps[first : first + len(self._tensors[0])]
             self._tables = self._find_tables()
             if len(numbers) > 1 and not state.is_empty:
                 others = state.cells(numbers[1], numbers[-1] + 1)
@@ -133,11 +140,13 @@ class Chunk:
         ]
         return [float(norm) for norm in norms]
 
-    def step(self, fold: Fold, has_gradient: bytes | None, undo: Undo | None, done: int, place: int) -> int:
+    def step(
+        self, fold: Fold, has_gradient: bytes | None, undo: Undo | None, done: int, place: int, stamp: int = 0
+    ) -> int:
         """Step as number ``place`` and on of the chunks of the share, of which ``done`` (see ``Undo.begin``) are; the
-        number of the next."""
+        number of the next. ``stamp``: which step it is."""
         if self._by_rows:
-            return self._step_rows(fold, has_gradient, undo, done, place)
+            return self._step_rows(fold, has_gradient, undo, done, place, stamp)
         if done < 2 * place + 2:
             given = self._folding.dense(fold)
             if undo is not None:
@@ -162,11 +171,15 @@ class Chunk:
                 undo.advance(2 * place + 2)
         return place + 1
 
-    def _step_rows(self, fold: Fold, has_gradient: bytes | None, undo: Undo | None, done: int, place: int) -> int:
+    def _step_rows(
+        self, fold: Fold, has_gradient: bytes | None, undo: Undo | None, done: int, place: int, stamp: int
+    ) -> int:
         (tensor,) = self._tensors
         if has_gradient is not None and not has_gradient[self._pieces[0].param]:
             return place
         folded = self._folding.rows(fold)
+        if self._stamps is not None:
+            self._stamps.index_fill_(0, folded.indices, stamp)  # before: who sends them meanwhile does so again
         most = max(1, self._room(undo)) if undo is not None else max(1, len(folded.indices))
         count = max(1, -(-len(folded.indices) // most))
         for number in range(count):

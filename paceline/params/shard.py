@@ -94,8 +94,8 @@ class Shard:
 
         ``settings`` replaces the groups' hyper-parameters (None: unchanged). ``has_gradient[i]`` tells whether anyone
         had a gradient for parameter i: one without is not stepped, as in torch (None: all have). ``rate`` multiplies
-        the learning rate of this step. With ``undo`` it is round ``number``, and goes on where a process that has
-        died has left it.
+        the learning rate of this step, which is round, or entry, ``number``. With ``undo`` it goes on where a process
+        that has died has left it.
         """
         assert self._fold is not None, "step before fold"
         if settings is not None:
@@ -108,4 +108,4 @@ class Shard:
                 chunk.set(scaled)
         done, place = undo.begin(number) if undo is not None else 0, 0
         for chunk in self._chunks:
-            place = chunk.step(self._fold, has_gradient, undo, done, place)
+            place = chunk.step(self._fold, has_gradient, undo, done, place, number)

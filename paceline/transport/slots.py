@@ -13,6 +13,7 @@
             clocks[worker], steps each has finished
     state   the optimizer's state (params/state.py)
     params  the table's flat vectors: the parameters, once on this host
+    stamps  by table with sparse rows, if they are kept: in which round, or entry, each row was stepped last
     slots   by worker: a header (weight, loss sums, stop, crew, settings, mask), the row numbers of sparse gradients,
             the flat gradient, and where there are parts the worker's own copy of the parameters
 
@@ -56,7 +57,7 @@ class Spec(msgspec.Struct, frozen=True):
     ``settings_bytes`` of them. ``whole``: parameters are never cut. ``workers``, ``servers``: places for so many.
     ``shares``: what the grid is made for; ``hosts``: on how many the servers are. ``parts``: into how many the
     parameters are cut for good; 0 where each round cuts them anew. ``damping`` and ``compensate`` are what is done
-    about stale gradients (engine/exchange/applier.py).
+    about stale gradients (engine/exchange/applier.py). ``stamps``: is it kept when rows of tables were stepped?
     """
 
     table: Table
@@ -72,6 +73,7 @@ class Spec(msgspec.Struct, frozen=True):
     compensate: float = 0.0
     shares: int = 0
     hosts: int = 1
+    stamps: bool = False
 
     @property
     def seats(self) -> int:
@@ -110,7 +112,13 @@ class _Offsets:
         self.undo = page_up(self.state + self.plan.size_bytes)
         self.undo_bytes = page_up(area_bytes(spec.table, self.plan))
         self.params = self.undo + spec.seats * self.undo_bytes
-        self.slots = page_up(self.params + vectors[""])
+        self.stamps: dict[int, int] = {}
+        place = self.params + vectors[""]
+        for param, entry in enumerate(spec.table.entries):
+            if entry.row and spec.stamps:
+                self.stamps[param] = page_up(place)
+                place = self.stamps[param] + entry.rows * _WORD
+        self.slots = page_up(place)
         self.mask = _HEADER_WORDS * _WORD
         self.chosen = self.mask + -(-count // 64) * 64
         self.settings = self.chosen + -(-count // 64) * 64
@@ -302,6 +310,10 @@ class ExchangeMemory:
         clocks = offsets.log_words + spec.parts
         self.clocks = entries[clocks : clocks + spec.workers]
         self.params = carve_vectors(memory, offsets.params, spec.table.sizes)
+        self.stamps = {
+            param: _carve(memory, torch.int64, start, spec.table.entries[param].rows)
+            for param, start in offsets.stamps.items()
+        }
         self.state = State(
             spec.table,
             offsets.plan,

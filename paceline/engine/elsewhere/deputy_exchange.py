@@ -17,6 +17,7 @@ from torch import optim
 
 from paceline.config import Local, Sync
 from paceline.engine.context import Context
+from paceline.engine.elsewhere.changed_rows import ChangedRows
 from paceline.engine.elsewhere.deputy_line import DeputyLine
 from paceline.engine.elsewhere.forward import Forward
 from paceline.engine.elsewhere.host_push import HostPush
@@ -75,7 +76,7 @@ class DeputyExchange:
         self._in_slots = isinstance(context.job.pace, Sync) or self.is_spread
         self._told = -1  # the number of the values that the worker has
         self._has_state = False  # an owner: with the state that belongs to them?
-        self._tables: dict[int, torch.Tensor] = {}  # those with sparse rows, as the worker has them
+        self._changed = ChangedRows(at_home.memory, at_home.spec)
         self._gradients = self._expect()
         self._forward: Forward | None = None
         self._sent_bytes = 0
@@ -389,27 +390,13 @@ class DeputyExchange:
         if with_state:
             self._send(f"state/{self.index}", self.at_home.memory.state_bytes())
 
-    def _send_rows(
-        self, place: int, vectors: dict[str, torch.Tensor], some: Sequence[tuple[int, int]] | None = None
-    ) -> bool:
-        """Send the rows of a table, or ``some`` of them, that the worker has otherwise. Are there any?"""
-        entry, known = self._table.entries[place], self._tables
-        now = self._table.view(entry, vectors[entry.vector])
-        is_new = place not in known
-        if is_new:
-            known[place] = now.clone()
-        changed = torch.cat(
-            [
-                torch.arange(first, end)
-                if is_new
-                else now[first:end].ne(known[place][first:end]).any(1).nonzero()[:, 0] + first
-                for first, end in some or [(0, len(now))]
-            ]
-        )
-        known[place][changed] = now[changed]
-        self._send(f"numbers/{self.index}/{place}", changed)
-        self._send(f"rows/{self.index}/{place}", known[place][changed])
-        return len(changed) > 0
+    def _send_rows(self, place: int, vectors: dict[str, torch.Tensor], some: Sequence[tuple[int, int]] = ()) -> bool:
+        """Send the rows of a table, or those of ``some`` ranges, that the worker has otherwise. Are there any?"""
+        entry = self._table.entries[place]
+        numbers, values = self._changed.take(place, self._table.view(entry, vectors[entry.vector]), some)
+        self._send(f"numbers/{self.index}/{place}", numbers)
+        self._send(f"rows/{self.index}/{place}", values)
+        return len(numbers) > 0
 
     def show_state(self) -> Any:
         """Send the optimizer's state: a document, see ``Mail.take_document``."""

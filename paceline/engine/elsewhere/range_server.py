@@ -18,13 +18,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
+import numpy as np
 import torch
 
 from paceline.config import MAX_WORKERS
 from paceline.engine.elsewhere import specs
 from paceline.engine.elsewhere.mail import PATIENCE, Mail
 from paceline.engine.elsewhere.mirror import note
-from paceline.engine.elsewhere.ranges import Range, parts, send_parameters, send_rows, send_span, send_state
+from paceline.engine.elsewhere.ranges import parts, send_parameters, send_rows, send_span, send_state
 from paceline.engine.exchange.applier import Applier
 from paceline.engine.exchange.shards import Shards, counting
 from paceline.engine.exchange.stepper import Stepper
@@ -69,10 +70,9 @@ class _Held:
             raise HostError(f"there are no {size_bytes(spec) >> 20} MB for exchange {index}: {error}") from None
         self.parts = parts(spec, server)
         self._sizes = range_checks.Sizes(spec.workers, len(spec.table.entries), spec.parts, spec.settings_bytes)
-        self._done = dict.fromkeys(self.parts, 0)
+        self._done = dict.fromkeys(self.parts, 0)  # the last round, or entry
         self.loads = -1  # it has no values yet
-        self.tables = {param for one in self.parts.values() for param, _, _ in one.tables}
-        self._stale: dict[int, dict[int, torch.Tensor]] = {}  # by worker and table: which rows that has otherwise
+        self._told: dict[tuple[int, int], int] = {}  # by worker and part: as of which it has it
         self._take_up()
 
     def _take_up(self) -> None:
@@ -100,11 +100,11 @@ class _Held:
     def fill(self, loads: int) -> None:
         self.loads = loads
         self._take_up()
-        self._stale.clear()
+        self._told.clear()
 
     def forget(self, worker: int) -> None:
         """Another process is this worker now."""
-        self._stale.pop(worker, None)
+        self._told = {key: number for key, number in self._told.items() if key[0] != worker}
 
     def step(self, told: ranges.Step) -> None:
         """Raises HostError, ConfigError for what cannot be."""
@@ -118,7 +118,6 @@ class _Held:
         self._check_rows(counted)
         self._done[ranges.SHARE] = told.follow.number
         self._stepper.step(told.follow.number, tuple(source[0] for source in sources), self._server, self.spec.servers)
-        self._mark(counted)
 
     def apply(self, told: ranges.Apply) -> None:
         """Raises HostError, ConfigError for what cannot be."""
@@ -136,7 +135,6 @@ class _Held:
         by = told.workers[0]
         self._done[told.part] = told.number
         self._applier.apply(told.part, Entry(told.number, kind, by, 0, told.staleness, members or tuple(told.workers)))
-        self._mark(members)
 
     def _check(self, mistake: str | None, settings: bytes) -> None:
         if mistake is None and self.loads < 0:
@@ -160,37 +158,24 @@ class _Held:
                 if int(area[0]) > 0 and bool((numbers[1:] <= numbers[:-1]).any()):
                     raise HostError(f"worker {worker} has sent rows of table {param} that are not in order")
 
-    def _mark(self, workers: Sequence[int]) -> None:
-        """The rows that these have brought are others than before."""
-        for param in self.tables:
-            for worker in workers:
-                slot = self.memory.slots[worker]
-                if slot.mask[param]:
-                    area = slot.rows[param]
-                    numbers = area[1 : abs(int(area[0])) + 1]
-                    for tables in self._stale.values():
-                        tables[param][numbers] = True
-
-    def send(self, link: Link, worker: int, part: int, number: int, vectors: Vectors, some: Sequence[Range]) -> None:
-        """What a worker has not of ``some``, and that it has come. Raises LinkEnded."""
-        if worker not in self._stale:
-            entries = self.spec.table.entries
-            self._stale[worker] = {param: torch.ones(entries[param].rows, dtype=torch.bool) for param in self.tables}
-        with_rows = []
-        for one in some:
+    def send(self, link: Link, worker: int, part: int, number: int, vectors: Vectors) -> None:
+        """What a worker has not of a part, or of the WHOLE, and that it has come. Raises LinkEnded."""
+        parts = self.parts if part == ranges.WHOLE else {part: self.parts[part]}
+        changed: dict[int, list[torch.Tensor]] = {}
+        for own, one in parts.items():
             for span in one.spans:
                 send_span(link, self.index, vectors, *span)
-        for param in sorted({param for one in some for param, _, _ in one.tables}):
-            stale, found = self._stale[worker][param], []
-            for of, first, end in (table for one in some for table in one.tables):
-                if of == param:
-                    found.append(stale[first:end].nonzero()[:, 0] + first)
-            numbers = torch.cat(found)
-            if len(numbers):
-                entry = self.spec.table.entries[param]
+            told = self._told.get((worker, own), -1)
+            for param, first, end in one.tables:
+                numbers = np.flatnonzero(self.memory.stamps[param][first:end].numpy() > told)
+                changed.setdefault(param, []).append(torch.from_numpy(numbers + first))
+            self._told[worker, own] = self._done[own]
+        with_rows = []
+        for param, some in changed.items():
+            entry, rows = self.spec.table.entries[param], torch.cat(some)
+            if len(rows):
                 table = self.spec.table.view(entry, self.memory.params[entry.vector])
-                send_rows(link, self.index, part, param, numbers, table)
-                stale[numbers] = False
+                send_rows(link, self.index, part, param, rows, table)
                 with_rows.append(param)
         link.send(ranges.Newest(self.index, part, number, with_rows))
 
@@ -372,9 +357,8 @@ class RangeServer:
         link = self._workers.get(worker)
         if link is None:
             return  # it has died since
-        some = list(held.parts.values()) if part == ranges.WHOLE else [held.parts[part]]
         try:
-            held.send(link, worker, part, number, vectors, some)
+            held.send(link, worker, part, number, vectors)
         except LinkEnded:
             self._workers.pop(worker, None)
 

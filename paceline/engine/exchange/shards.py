@@ -28,6 +28,7 @@ class Shards:
             lambda groups: clone(source, optimizer_class, groups),
             decode(spec.settings),
             whole=spec.whole,
+            stamps=memory.stamps,
         )
         self._all = bytes([1]) * len(spec.table.entries)
         self._shards: dict[tuple[int, int], Shard] = {}

@@ -10,7 +10,7 @@ import msgspec
 import torch
 from torch import optim
 
-from paceline.config import Async, Bounded, Job, Local, Pace, Quorum
+from paceline.config import Async, Bounded, Job, Local, Pace, Quorum, Sync
 from paceline.errors import ConfigError
 from paceline.params import optimizers
 from paceline.params.table import differences, tabulate
@@ -70,6 +70,7 @@ def describe(
         servers=job.server_places,
         shares=job.server_places or job.workers,
         hosts=job.server_hosts if pace is job.pace else 1,
+        stamps=job.engine != "local" and (job.server_places > 0 or not isinstance(pace, Sync)),
         parts=_parts(job, sum(e.size for e in table.entries if not e.row))
         if isinstance(pace, Quorum | Bounded | Async)
         else 0,
