@@ -62,6 +62,8 @@ class _Held:
         """Raises ConfigError, HostError."""
         if server >= spec.servers:
             raise ConfigError(f"exchange {index} is of {spec.servers} servers; this is server {server}")
+        if not spec.stamps:
+            raise ConfigError(f"exchange {index} is one of which nobody notes what rows have changed")
         self.index, self.spec, self._server = index, spec, server
         self._class, self._groups = specs.find_optimizer(spec), len(optimizers.decode(spec.settings))
         try:
