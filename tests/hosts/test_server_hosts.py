@@ -62,13 +62,11 @@ def test_workers_train_as_one_process_on_the_whole_batch(runner: Runner, hosts: 
 @pytest.mark.long
 @pytest.mark.parametrize("pace", ["sync", "bounded:1", "async", "quorum:2"])
 def test_each_sample_counts_once(runner: Runner, hosts: tuple[Host, ...], pace: str) -> None:
-    """With three servers, of which home's host has two; and a process on the other one that has nothing to do."""
+    """Few parameters are one server's: the last one's, on the other host. A process there has nothing to do."""
     runner.write("counting.py", COUNTING)
     runner.write("count.py", COUNT)
     home, other, *workers = hosts
-    ended = both_sides(
-        start(runner, (home, other, other, *workers), "count.py", PACELINE_PACE=pace, PACELINE_SERVERS="3")
-    )
+    ended = both_sides(start(runner, (home, other, other, *workers), "count.py", PACELINE_PACE=pace))
     assert counts(ended) == [3.0] * 64
     assert (ended.summary["status"], ended.summary["samples"]) == ("done", 3 * 64)
 

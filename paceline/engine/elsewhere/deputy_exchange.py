@@ -73,7 +73,8 @@ class DeputyExchange:
         self.is_spread = at_home.spec.hosts > 1
         spec = at_home.spec
         self._range = whole(spec, at_home_of(spec.servers, spec.hosts)) if self.is_spread else None
-        self._in_slots = isinstance(context.job.pace, Sync) or self.is_spread
+        self._is_sync = isinstance(context.job.pace, Sync)
+        self._in_slots = self._is_sync or self.is_spread
         self._told = -1  # the number of the values that the worker has
         self._has_state = False  # an owner: with the state that belongs to them?
         self._changed = ChangedRows(at_home.memory, at_home.spec)
@@ -309,8 +310,8 @@ class DeputyExchange:
                 return self._told < 0
             case remote.Load(exchange=asked) | remote.Leave(exchange=asked):
                 return self.index == asked
-            case remote.Meet() | remote.More() | remote.End() if not self._in_slots:
-                return True
+            case remote.Meet() | remote.More() | remote.End() if not self._is_sync:
+                return True  # at others a copy may be another, and of the same number
             case (
                 remote.More()
                 | remote.End()

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from paceline.config import parse_pace
 from paceline.engine.elsewhere import early
 from tests.driver import run_job
-from tests.unit.engine.test_remote import EPOCHS, MAKES, SAMPLES, count, drawn, embed, several, train
+from tests.unit.engine.test_remote import EPOCHS, MAKES, SAMPLES, Counting, count, drawn, embed, several, train
 
 # So many servers on so many hosts: one elsewhere, two on one host, on two.
 SPREADS = {"1 of 2": (2, 2), "2 of 4": (4, 2), "2 of 3": (3, 3)}
@@ -70,6 +70,28 @@ def test_rows_go_to_the_server_that_has_them(kind: Callable[..., optim.Optimizer
 def test_each_sample_counts_once_an_epoch(pace: str, spread: tuple[int, int]) -> None:
     for counts in apart(count, spread, workers=3, pace=pace):
         assert counts == [float(EPOCHS)] * SAMPLES
+
+
+@pytest.mark.parametrize("servers", [2, 3])  # the last of them has the parameters: one elsewhere, or one at home
+@pytest.mark.parametrize("pace", ["quorum:1", "bounded:2", "async"])
+def test_who_has_ended_a_pass_has_all_that_was_brought_in_it(pace: str, servers: int) -> None:
+    """Also what others have brought while its own last step was on the way."""
+
+    def body(run: Any) -> list[list[float]]:
+        counts = nn.Parameter(torch.zeros(12, dtype=torch.float64))
+        batches = DataLoader(TensorDataset(torch.arange(12)), batch_size=2)
+        optimizer, loader = run.wrap(Counting([counts]), batches)
+        seen = []
+        for _ in range(40):
+            for (numbers,) in loader:
+                counts.grad = torch.zeros_like(counts)
+                counts.grad[numbers] = 1.0
+                optimizer.step()
+            seen.append(counts.tolist())
+        return seen
+
+    for seen in apart(body, (servers, 2), workers=3, pace=pace):
+        assert seen == [[float(epoch)] * 12 for epoch in range(1, 41)]
 
 
 @pytest.mark.parametrize("options", [{}, {"staleness_damping": True}, {"compensate": 0.1}, {"clip": 0.5}], ids=str)
