@@ -1,4 +1,4 @@
-"""Decoders: 20,000 damaged inputs each (fewer where one takes long) do nothing but be refused or taken."""
+"""Decoders: 20,000 damaged inputs each do nothing but be refused or taken."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests import fuzz, fuzz_ranges, fuzz_said
 @pytest.mark.parametrize("name", sorted(fuzz.targets()))
 def test_damaged_bytes_do_no_harm(name: str) -> None:
     target = fuzz.targets()[name]
-    found = fuzz.run(name, target, 20_000 // target.every)
+    found = fuzz.run(name, target, 20_000)
     assert not found, "\n".join(found[:5])
 
 
