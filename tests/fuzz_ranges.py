@@ -51,7 +51,7 @@ def spec(*, log: bool) -> Spec:
     job = Job(name="fuzz", workers=_WORKERS, servers=2, pace=Async() if log else Sync())
     optimizer = optim.Adagrad([{"params": [weight]}, {"params": [table]}], lr=0.1)
     described = describe(optimizer, {}, {id(table)}, job, job.pace)[0]
-    sizes = {"workers": _WORKERS, "servers": 2, "shares": 2, "hosts": 2, "parts": 4 if log else 0}
+    sizes = {"workers": _WORKERS, "servers": 2, "shares": 2, "hosts": 2, "parts": 4 if log else 0, "stamps": True}
     return msgspec.structs.replace(described, settings_bytes=512, **sizes)
 
 
@@ -236,7 +236,7 @@ class _Server:
             held.memory._memory[:] = bytes(len(held.memory._memory))
             held.loads, held._done = 0, dict.fromkeys(held.parts, 0)
             held.memory.state.present.fill_(1)  # an Adagrad has state from the beginning
-            held._stale.clear()
+            held._told.clear()
 
     def hear(self, said: list[Saying], decoders: dict[Any, msgspec.msgpack.Decoder[Any]]) -> None:
         server, joined = self._server, set()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,7 +18,7 @@ from typing import Any
 from paceline.config import Sync
 from paceline.engine.context import Context
 from paceline.engine.elsewhere.deputy import Deputy
-from paceline.engine.elsewhere.deputy_line import DeputyLine, next_event
+from paceline.engine.elsewhere.deputy_line import DeputyLine, next_event, say_stop
 from paceline.engine.elsewhere.mail import PATIENCE, Mail, send_packed
 from paceline.engine.program import CAME, GONE, WAITS
 from paceline.engine.setup import Door
@@ -31,13 +30,11 @@ from paceline.protocol import messages, remote
 from paceline.protocol.link import Peer
 from paceline.transport.board import AWAITS_ITS_WORKER, Aborted
 from paceline.transport.channel import Closed
-from paceline.transport.ends import End, Joined, LinkEnded
+from paceline.transport.ends import End, Joined
 from paceline.transport.keys import JobKey
 from paceline.transport.link import Link
 from paceline.transport.listener import Listener
 from paceline.transport.tls import Credentials
-
-_LAST_WORD_S = 1.0
 
 
 def deputize(context: Context, door: Door, report: int, key: JobKey | None, made: Callable[[Worker], None]) -> None:
@@ -77,12 +74,12 @@ def deputize(context: Context, door: Door, report: int, key: JobKey | None, made
     try:
         deputy.serve()
     except (Aborted, Closed) as stopped:
-        _say_stop(context, link, str(stopped))
+        say_stop(context, link, str(stopped))
         raise
     except (SystemExit, WorkersLost):
         raise
     except BaseException as error:  # whatever it is, the worker hears of it before it is raised again
-        _say_stop(context, link, f"its deputy at home failed: {error}")
+        say_stop(context, link, f"its deputy at home failed: {error}")
         raise
     finally:
         deputy.stop()
@@ -118,19 +115,6 @@ def _await_worker(context: Context, mail: Mail, starter: int) -> Link:
                 )
             elif not comes_again and not os.path.exists(f"/proc/{starter}"):
                 raise HostError(f"worker {rank} has not come, and the process that was to start it has ended")
-
-
-def _say_stop(context: Context, link: Link, reason: str) -> None:
-    """Tell the worker why, in the launcher's words if it has said some."""
-    poll = select.poll()
-    with contextlib.suppress(Closed, OSError, ValueError):
-        poll.register(context.channel, select.POLLIN)
-        if poll.poll(_LAST_WORD_S * 1000):
-            for message, _ in context.channel.drain():
-                reason = message.reason if isinstance(message, messages.Stop) else reason
-    with contextlib.suppress(LinkEnded, TimeoutError):
-        link.send(remote.Stop(reason), timeout_s=_LAST_WORD_S)
-        link.flush(_LAST_WORD_S)
 
 
 class _KeptElsewhere(Keeper):

@@ -10,15 +10,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TypeVar
 
+from paceline.engine.context import Context
 from paceline.engine.elsewhere.line import Asked
 from paceline.engine.elsewhere.mail import Mail
 from paceline.errors import ConfigError, WorkersLost
-from paceline.protocol import remote
+from paceline.protocol import messages, remote
 from paceline.transport.board import AWAITS_ITS_WORKER, Aborted, Board
+from paceline.transport.channel import Closed
 from paceline.transport.ends import Ended, Event, Joined, LinkEnded, Received
 from paceline.transport.link import Link
 
 _LOOK_S = 0.1  # how often a deputy that waits for its worker looks whether the run is being stopped
+_LAST_WORD_S = 1.0
 _KILLED_S = 1.0  # a process that is killed is gone by then
 
 _Said = TypeVar("_Said", remote.Ask, remote.Shown)
@@ -32,6 +35,19 @@ def next_event(mail: Mail, board: Board) -> Event | None:
         if board.abort:
             raise Aborted("the run is being stopped") from None
         return None
+
+
+def say_stop(context: Context, link: Link, reason: str) -> None:
+    """Tell who is elsewhere why all ends, in the launcher's words if it has said some."""
+    poll = select.poll()
+    with suppress(Closed, OSError, ValueError):
+        poll.register(context.channel, select.POLLIN)
+        if poll.poll(_LAST_WORD_S * 1000):
+            for message, _ in context.channel.drain():
+                reason = message.reason if isinstance(message, messages.Stop) else reason
+    with suppress(LinkEnded, TimeoutError):
+        link.send(remote.Stop(reason), timeout_s=_LAST_WORD_S)
+        link.flush(_LAST_WORD_S)
 
 
 class DeputyLine:

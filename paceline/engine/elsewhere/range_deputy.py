@@ -17,7 +17,7 @@ from typing import Any
 
 from paceline import errors
 from paceline.engine.context import Context
-from paceline.engine.elsewhere.deputy_line import next_event
+from paceline.engine.elsewhere.deputy_line import next_event, say_stop
 from paceline.engine.elsewhere.mail import PATIENCE, Mail
 from paceline.engine.elsewhere.range_server import ROLE
 from paceline.engine.elsewhere.ranges import send_parameters, send_state, whole
@@ -30,7 +30,6 @@ from paceline.protocol import messages, ranges
 from paceline.protocol.link import Peer, Senseless
 from paceline.protocol.log import STEP, Entry
 from paceline.protocol.mirrors import Follow
-from paceline.protocol.remote import Stop
 from paceline.transport.board import AWAITS_ITS_WORKER, Aborted, Board
 from paceline.transport.channel import Closed
 from paceline.transport.ends import End, Ended, Event, Joined, LinkEnded, Received
@@ -38,8 +37,6 @@ from paceline.transport.keys import JobKey
 from paceline.transport.link import Link
 from paceline.transport.listener import Listener
 from paceline.transport.tls import Credentials
-
-_LAST_WORD_S = 1.0
 
 
 def deputize(context: Context, door: Door, report: int, key: JobKey | None) -> None:
@@ -70,10 +67,10 @@ def deputize(context: Context, door: Door, report: int, key: JobKey | None) -> N
         try:
             serve(context, deputy.take)
         except (Aborted, Closed) as stopped:
-            _say_stop(link, str(stopped))
+            say_stop(context, link, str(stopped))
             raise
         except BaseException as error:
-            _say_stop(link, f"its deputy at home failed: {error}")
+            say_stop(context, link, f"its deputy at home failed: {error}")
             raise
         finally:
             deputy.is_over = True
@@ -107,12 +104,6 @@ def _report(descriptor: int, server: int, what: str) -> None:
     """To whoever starts servers."""
     with suppress(BrokenPipeError):
         os.write(descriptor, f"s{server} {what}\n".encode())
-
-
-def _say_stop(link: Link, reason: str) -> None:
-    with suppress(LinkEnded, TimeoutError):
-        link.send(Stop(reason), timeout_s=_LAST_WORD_S)
-        link.flush(_LAST_WORD_S)
 
 
 def _lost(server: int, reason: str) -> WorkersLost:

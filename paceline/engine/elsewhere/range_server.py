@@ -279,6 +279,8 @@ class RangeServer:
                 pass
         except LinkEnded as lost:
             raise Stopped(str(lost)) from None
+        except Stopped:
+            raise
         except PacelineError as error:
             self._fail(Failed(type(error).__name__, error.what, error.why, error.fix))
             raise
