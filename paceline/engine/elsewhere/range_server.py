@@ -36,7 +36,7 @@ from paceline.protocol import range_checks, ranges
 from paceline.protocol.link import Peer, Senseless
 from paceline.protocol.log import STEP, Entry
 from paceline.protocol.messages import Failed
-from paceline.protocol.remote import Stop
+from paceline.protocol.remote import Piece, Stop
 from paceline.transport.connect import connect
 from paceline.transport.ends import End, Ended, Event, Joined, LinkEnded, Received
 from paceline.transport.keys import JobKey
@@ -236,7 +236,7 @@ class RangeServer:
                     self._workers[worker] = link
                     for held in self._held.values():
                         held.expect(self._mails.setdefault(worker, _mail()), worker)
-        self._events.put(event)
+        self._put(event)
 
     @property
     def _places(self) -> int:
@@ -251,7 +251,12 @@ class RangeServer:
                     except PacelineError as error:
                         self._events.put(error)
                         return
-        self._events.put(event)
+        self._put(event)
+
+    def _put(self, event: Event) -> None:
+        """For the thread that works; pieces are where they belong already."""
+        if not (isinstance(event, Received) and isinstance(event.message, Piece)):
+            self._events.put(event)
 
     def _attach(self, told: ranges.Attach) -> None:
         """Raises ConfigError, HostError for an exchange that cannot be, or whose optimizer is not here."""

@@ -38,6 +38,7 @@ def _plain(options: dict[str, Any]) -> dict[str, Any]:
     return options | ({"pace": parse_pace(options["pace"])} if "pace" in options else {})
 
 
+@pytest.mark.sampled
 @spreads
 @pytest.mark.parametrize("make", MAKES.values(), ids=MAKES)
 def test_rounds_come_to_the_same_bits(make: Callable[[Any], optim.Optimizer], spread: tuple[int, int]) -> None:
@@ -57,6 +58,7 @@ def test_what_goes_early_does_not_count_before_the_step(bucket_bytes: int, monke
     assert apart(several) == here(several)
 
 
+@pytest.mark.sampled
 @spreads
 @pytest.mark.parametrize("kind", [optim.SGD, optim.SparseAdam, optim.Adagrad])
 def test_rows_go_to_the_server_that_has_them(kind: Callable[..., optim.Optimizer], spread: tuple[int, int]) -> None:
@@ -65,6 +67,7 @@ def test_rows_go_to_the_server_that_has_them(kind: Callable[..., optim.Optimizer
     )
 
 
+@pytest.mark.sampled
 @spreads
 @pytest.mark.parametrize("pace", ["quorum:1", "quorum:2", "bounded:0", "bounded:2", "async"])
 def test_each_sample_counts_once_an_epoch(pace: str, spread: tuple[int, int]) -> None:
@@ -72,6 +75,7 @@ def test_each_sample_counts_once_an_epoch(pace: str, spread: tuple[int, int]) ->
         assert counts == [float(EPOCHS)] * SAMPLES
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("servers", [2, 3])  # the last of them has the parameters: one elsewhere, or one at home
 @pytest.mark.parametrize("pace", ["quorum:1", "bounded:2", "async"])
 def test_who_has_ended_a_pass_has_all_that_was_brought_in_it(pace: str, servers: int) -> None:
