@@ -177,6 +177,7 @@ def test_a_worker_that_is_started_again_by_hand_takes_its_place(runner: Runner, 
     assert "worker 1 is lost" in ended.out
 
 
+@pytest.mark.long
 def test_a_worker_that_does_nothing_loses_its_place(runner: Runner) -> None:
     runner.write("counting.py", COUNTING)
     runner.write("count.py", COUNT)
@@ -227,7 +228,8 @@ def test_control_c_ends_all_in_one_step(runner: Runner) -> None:
     assert ended.summary["status"] == "interrupted"
 
 
-@pytest.mark.parametrize("goes_on", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("goes_on", [False, True])
 def test_a_termination_is_saved_and_the_run_goes_on_from_there(goes_on: bool, runner: Runner) -> None:
     """As of a job that SLURM or Kubernetes takes from its hosts: torchrun hears it, and tells its processes."""
     stands = "run.is_main and (epoch, steps) == (1, 3) and stand(1)"

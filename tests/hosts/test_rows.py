@@ -108,7 +108,7 @@ def start(
 @pytest.mark.parametrize(
     ("places", "kind"),
     [
-        pytest.param(TWO, "SGD", id="2x2-SGD"),
+        pytest.param(TWO, "SGD", marks=pytest.mark.long, id="2x2-SGD"),
         pytest.param(THREE, "SGD", marks=pytest.mark.long, id="3x1-SGD"),
         pytest.param(TWO, "Adagrad", marks=pytest.mark.long, id="2x2-Adagrad"),
         pytest.param(THREE, "Adagrad", marks=pytest.mark.long, id="3x1-Adagrad"),

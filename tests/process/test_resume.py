@@ -99,6 +99,7 @@ def test_whatever_is_changed_each_sample_counts_once_an_epoch(options: str, then
     assert json.loads((ended.directory / "counts.json").read_text()) == [epochs] * samples
 
 
+@pytest.mark.long
 def test_a_scheduler_that_cannot_be_kept_is_told_and_trained_with(runner: Runner) -> None:
     own = "class Own(torch.optim.lr_scheduler.StepLR):\n    pass\n\n\n"
     own += "by_step = Own(optimizer, 7)\nby_step.rule = print\n"
@@ -229,6 +230,7 @@ class Count:
 """
 
 
+@pytest.mark.long
 def test_who_has_not_taken_up_what_it_keeps_tells_a_newcomer_what_the_checkpoint_has(runner: Runner) -> None:
     """Worker 1 has nothing of an evaluation before its first batch, and waits there for worker 0, which dies."""
     runner.write("counting.py", COUNT)

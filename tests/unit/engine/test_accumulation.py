@@ -206,6 +206,7 @@ def test_what_is_left_over_is_in_the_next_step_and_weighs_there() -> None:
     assert run_job(body, elsewhere=False) == [[8.0, 8.0, 8.0, 8.0], [8.0, 12.0]]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("ahead", [0, 1])
 @pytest.mark.parametrize("pace", ["sync", "bounded:2", "async"])
 def test_by_lease_nothing_is_left_over_either(pace: str, ahead: int) -> None:
