@@ -79,7 +79,7 @@ def test_each_sample_counts_once_an_epoch(pace: str, spread: tuple[int, int]) ->
 @pytest.mark.parametrize("servers", [2, 3])  # the last of them has the parameters: one elsewhere, or one at home
 @pytest.mark.parametrize("pace", ["quorum:1", "bounded:2", "async"])
 def test_who_has_ended_a_pass_has_all_that_was_brought_in_it(pace: str, servers: int) -> None:
-    """Also what others have brought while its own last step was on the way."""
+    """Also what others have brought while its own last step was on the way. Who is faster may be in the next pass."""
 
     def body(run: Any) -> list[list[float]]:
         counts = nn.Parameter(torch.zeros(12, dtype=torch.float64))
@@ -95,7 +95,8 @@ def test_who_has_ended_a_pass_has_all_that_was_brought_in_it(pace: str, servers:
         return seen
 
     for seen in apart(body, (servers, 2), workers=3, pace=pace):
-        assert seen == [[float(epoch)] * 12 for epoch in range(1, 41)]
+        for epoch, values in enumerate(seen, 1):
+            assert all(epoch <= value <= min(epoch + 1, 40) for value in values), (epoch, values)
 
 
 @pytest.mark.parametrize("options", [{}, {"staleness_damping": True}, {"compensate": 0.1}, {"clip": 0.5}], ids=str)
