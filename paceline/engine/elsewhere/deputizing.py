@@ -7,7 +7,6 @@ waits at the same port for a worker that comes in the place of the lost one.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from typing import Any
 from paceline.config import Sync
 from paceline.engine.context import Context
 from paceline.engine.elsewhere.deputy import Deputy
-from paceline.engine.elsewhere.deputy_line import DeputyLine, next_event, say_stop
+from paceline.engine.elsewhere.deputy_line import DeputyLine, next_event, say_stop, tell_starter
 from paceline.engine.elsewhere.mail import PATIENCE, Mail, send_packed
 from paceline.engine.program import CAME, GONE, WAITS
 from paceline.engine.setup import Door
@@ -54,13 +53,13 @@ def deputize(context: Context, door: Door, report: int, key: JobKey | None, made
         patience=PATIENCE,
     )
     listener = Listener(end, door.host, door.ports[context.rank], shared=True)
-    _report(report, context.rank, WAITS)
+    tell_starter(report, str(context.rank), WAITS)
     try:
         link = _await_worker(context, mail, door.starter)
     except NotBack:
-        _report(report, context.rank, GONE)
+        tell_starter(report, str(context.rank), GONE)
         raise
-    _report(report, context.rank, CAME)
+    tell_starter(report, str(context.rank), CAME)
     end_all = partial(context.channel.send, messages.Interrupt(1))
     line = DeputyLine(context.rank, context.board, link, mail, context.job.hang_timeout, end_all)
     own = context
@@ -85,12 +84,6 @@ def deputize(context: Context, door: Door, report: int, key: JobKey | None, made
         deputy.stop()
         link.close()
         listener.close()
-
-
-def _report(descriptor: int, rank: int, what: str) -> None:
-    """To whoever starts workers."""
-    with contextlib.suppress(BrokenPipeError):  # it may have ended since
-        os.write(descriptor, f"{rank} {what}\n".encode())
 
 
 def _await_worker(context: Context, mail: Mail, starter: int) -> Link:

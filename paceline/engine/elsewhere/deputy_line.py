@@ -37,6 +37,12 @@ def next_event(mail: Mail, board: Board) -> Event | None:
         return None
 
 
+def tell_starter(descriptor: int, who: str, what: str) -> None:
+    """To whoever starts workers and servers elsewhere: this one's deputy waits for it, say."""
+    with suppress(BrokenPipeError):  # it may have ended since
+        os.write(descriptor, f"{who} {what}\n".encode())
+
+
 def say_stop(context: Context, link: Link, reason: str) -> None:
     """Tell who is elsewhere why all ends, in the launcher's words if it has said some."""
     poll = select.poll()

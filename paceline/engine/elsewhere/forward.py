@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from paceline.engine.elsewhere.mail import send
+from paceline.engine.elsewhere.mirror import sources_of
 from paceline.engine.elsewhere.outbox import Outbox
 from paceline.engine.exchange.exchange import Exchange
 from paceline.engine.exchange.shards import counting
@@ -87,10 +88,7 @@ class Forward:
         known = (first, slots[first].settings_version)
         settings = b"" if known == self._settings else slots[first].settings
         self._settings = known
-        sources = [
-            (worker, weight, slots[worker].factor(number), bytes(slots[worker].mask) if worker in counted else b"")
-            for worker, weight in zip(contributors, weights, strict=True)
-        ]
+        sources = sources_of(slots, number, contributors)
         self._follow = remote.Follow(number, self._memory.loads[0], sources, settings)
         self._closed(self._follow)
 

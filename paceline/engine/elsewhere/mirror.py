@@ -18,12 +18,13 @@ import torch
 from torch import optim
 
 from paceline.engine.elsewhere.mail import Mail
-from paceline.engine.exchange.shards import Shards
+from paceline.engine.exchange.shards import Shards, counting
 from paceline.engine.exchange.stepper import Stepper
+from paceline.params.table import Table
 from paceline.protocol import hosts, remote
 from paceline.transport import segment
 from paceline.transport.borrow import borrow
-from paceline.transport.slots import ExchangeMemory, Spec, by_place, size_bytes
+from paceline.transport.slots import ExchangeMemory, Slot, Spec, by_place, size_bytes
 
 _LOOK_S = 2.0  # how often a worker that waits for the others of its host asks home whether they are alive
 
@@ -35,6 +36,24 @@ class Broken(Exception):
 def arithmetic() -> str:
     """What must be equal for two processes to come to the same bits."""
     return f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
+
+
+def expect_values(mail: Mail, index: int, memory: ExchangeMemory, table: Table) -> None:
+    """Parameters and state of exchange ``index`` that come belong there."""
+    for vector in table.sizes:
+        mail.expect(f"parameters/{index}/{vector}", memory.params[vector])
+    mail.expect(f"state/{index}", memory.state_bytes())
+
+
+def sources_of(
+    slots: Sequence[Slot], number: int, contributors: Sequence[int]
+) -> list[tuple[int, float, float, bytes]]:
+    """What is told of the pushes of a round, as in ``Follow``; of one that does not count no mask."""
+    weights = [slots[worker].weight(number) for worker in contributors]
+    return [
+        (worker, weight, slots[worker].factor(number), b"" if share is None else bytes(slots[worker].mask))
+        for worker, weight, share in zip(contributors, weights, counting(weights), strict=True)
+    ]
 
 
 def note(memory: ExchangeMemory, told: remote.Follow) -> None:
@@ -61,9 +80,7 @@ class Mirror:
     def expect(self, mail: Mail) -> None:
         """Where parameters and state belong, and what others push."""
         table, memory, index = self._spec.table, self.memory, self._index
-        for vector in table.sizes:
-            mail.expect(f"parameters/{index}/{vector}", memory.params[vector])
-        mail.expect(f"state/{index}", memory.state_bytes())
+        expect_values(mail, index, memory, table)
         for worker, slot in enumerate(memory.slots):
             if worker == self._rank:
                 continue

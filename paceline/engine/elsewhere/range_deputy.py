@@ -17,12 +17,12 @@ from typing import Any
 
 from paceline import errors
 from paceline.engine.context import Context
-from paceline.engine.elsewhere.deputy_line import next_event, say_stop
+from paceline.engine.elsewhere.deputy_line import next_event, say_stop, tell_starter
 from paceline.engine.elsewhere.mail import PATIENCE, Mail
+from paceline.engine.elsewhere.mirror import expect_values, sources_of
 from paceline.engine.elsewhere.range_server import ROLE
 from paceline.engine.elsewhere.ranges import send_parameters, send_state, whole
 from paceline.engine.exchange.server import Served, serve, take
-from paceline.engine.exchange.shards import counting
 from paceline.engine.program import CAME, SERVERS, WAITS
 from paceline.engine.setup import Door
 from paceline.errors import HostError, PacelineError, WorkersLost
@@ -59,9 +59,9 @@ def deputize(context: Context, door: Door, report: int, key: JobKey | None) -> N
     )
     listener = Listener(end, door.host, door.server_ports[rank], shared=True)
     try:
-        _report(report, rank, WAITS)
+        tell_starter(report, f"s{rank}", WAITS)
         link, here = deputy.await_server(door.starter)
-        _report(report, rank, CAME)
+        tell_starter(report, f"s{rank}", CAME)
         place.parent.mkdir(exist_ok=True)
         _write(place, f"{here.host} {here.port}")
         try:
@@ -98,12 +98,6 @@ def _write(path: Path, text: str) -> None:
     before = path.with_suffix(".new")
     before.write_text(text)
     before.rename(path)
-
-
-def _report(descriptor: int, server: int, what: str) -> None:
-    """To whoever starts servers."""
-    with suppress(BrokenPipeError):
-        os.write(descriptor, f"s{server} {what}\n".encode())
 
 
 def _lost(server: int, reason: str) -> WorkersLost:
@@ -211,9 +205,7 @@ class _ServedElsewhere(Served):
 
     def expect(self, mail: Mail) -> None:
         """What the server has comes to where it is when home has it."""
-        for vector in self.spec.table.sizes:
-            mail.expect(f"parameters/{self._index}/{vector}", self.memory.params[vector])
-        mail.expect(f"state/{self._index}", self.memory.state_bytes())
+        expect_values(mail, self._index, self.memory, self.spec.table)
 
     # --- what is next, for ``serve`` ---
 
@@ -243,12 +235,7 @@ class _ServedElsewhere(Served):
                 self._link.send(ranges.Fetch(self._index, self._wanted))
 
     def step(self, board: Board, number: int, contributors: tuple[int, ...], rank: int) -> None:
-        slots = self.memory.slots
-        weights = [slots[worker].weight(number) for worker in contributors]
-        sources = [
-            (worker, weight, slots[worker].factor(number), b"" if counts is None else bytes(slots[worker].mask))
-            for worker, weight, counts in zip(contributors, weights, counting(weights), strict=True)
-        ]
+        sources = sources_of(self.memory.slots, number, contributors)
         self._stepped = number
         self._ask(ranges.Step, Follow(number, self.memory.loads[0], sources, self._changed(contributors[0])))
 

@@ -24,7 +24,7 @@ import torch
 from paceline.config import MAX_WORKERS
 from paceline.engine.elsewhere import specs
 from paceline.engine.elsewhere.mail import PATIENCE, Mail
-from paceline.engine.elsewhere.mirror import note
+from paceline.engine.elsewhere.mirror import expect_values, note
 from paceline.engine.elsewhere.ranges import parts, send_parameters, send_rows, send_span, send_state
 from paceline.engine.exchange.applier import Applier
 from paceline.engine.exchange.shards import Shards, counting
@@ -84,9 +84,7 @@ class _Held:
         self._applier = Applier(self.spec, shards, self.memory)
 
     def expect_from_home(self, mail: Mail) -> None:
-        for vector in self.spec.table.sizes:
-            mail.expect(f"parameters/{self.index}/{vector}", self.memory.params[vector])
-        mail.expect(f"state/{self.index}", self.memory.state_bytes())
+        expect_values(mail, self.index, self.memory, self.spec.table)
 
     def expect(self, mail: Mail, worker: int) -> None:
         """What a worker brings comes to its slot."""

@@ -84,7 +84,7 @@ def send_span(link: Link, index: int, vectors: Vectors, vector: str, start: int,
     return send_range(link, f"parameters/{index}/{vector}", vectors[vector], start, stop)
 
 
-def send_rows(link: Link, index: int, part: int, param: int, numbers: torch.Tensor, table: torch.Tensor) -> int:
+def send_rows(link: Link, index: int, part: int, param: int, numbers: torch.Tensor, table: torch.Tensor) -> None:
     """These rows of a table; ``part`` as in ``ranges.Newest``. Raises LinkEnded."""
-    sent = send(link, f"numbers/{index}/{part}/{param}", numbers)
-    return sent + send(link, f"rows/{index}/{part}/{param}", table[numbers])
+    send(link, f"numbers/{index}/{part}/{param}", numbers)
+    send(link, f"rows/{index}/{part}/{param}", table[numbers])
