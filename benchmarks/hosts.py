@@ -48,12 +48,14 @@ from benchmarks.teams import ROOT, Team, TeamError
 from paceline.transport.keys import FILE_VARIABLE, new_job_key
 from tests.hosts.namespaces import Host, missing, some_hosts
 
-_DDP = "ddp"
+_DDP, _APART = "ddp", "apart"
 _WAYS = {
     _DDP: Way(_DDP, "DistributedDataParallel, gloo", "ddp"),
     "plain": Way("plain", "paceline sync, no encryption", "elsewhere"),
     "tls": Way("tls", "paceline sync, TLS 1.3", "elsewhere"),
+    _APART: Way(_APART, "processes that share nothing", "apart"),
 }
+_STARTED = {_APART: "ceiling"}  # as rivals.py has it
 _JOBS = ("mlp", "gpt", "sparse")
 _PORT, _ports = 29600, itertools.count()  # a store may outlive its job for a moment
 _SIZES_MB = (25.0, 100.0)
@@ -115,7 +117,12 @@ class HostTeam(Team):
                 [
                     *host.inside,
                     *(sys.executable, "-m", "benchmarks.rivals"),
-                    *(f"{self.way.kind}@{self.way.workers}", job, str(rank), str(self._path)),
+                    *(
+                        f"{_STARTED.get(self.way.kind, self.way.kind)}@{self.way.workers}",
+                        job,
+                        str(rank),
+                        str(self._path),
+                    ),
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -184,7 +184,7 @@ class Chunk:
         count = max(1, -(-len(folded.indices) // most))
         for number in range(count):
             part = slice(number * most, (number + 1) * most)
-            some = folded if count == 1 else Rows(folded.indices[part], folded.values[part], folded.unique)
+            some = folded if count == 1 else folded.part(part)
             if done < 2 * place + 2:
                 if undo is not None:
                     if done == 2 * place + 1:

@@ -6,7 +6,9 @@ lies behind those counted means nothing and is not looked at: the work of a step
 with the table. (Parallax, Kim et al. 2019, sends sparse gradients to servers in the same way.)
 
 The numbers are unique and ascending, with duplicates summed; or, where the optimizer only adds them up (``raw``), as
-the gradient has them, told by a negative count: sorting them costs as much as such a step.
+the gradient has them, told by a negative count: sorting them costs as much as such a step. Of those a number -1 - n
+stands for row n with the values of the row before it, which are not written again: all rows of a bag of nn.EmbeddingBag
+have the same gradient, of ten or a hundred rows one in so many is written, sent and folded.
 
     fold: g = sum over contributors w of  (n_w / N) g_w,   row by row, in rank order
 """
@@ -29,17 +31,48 @@ _OFTEN = 1 / 8  # to sum takes as long as an eighth of the rows travel at 1 Gbit
 
 
 class Rows(NamedTuple):
-    """int64[n] and values [n, row]. ``unique``: and ascending."""
+    """int64[n] and values [n, row]. ``unique``: and ascending. ``which`` int64[n], where rows share values: the place
+    in ``values`` of each, ascending."""
 
     indices: torch.Tensor
     values: torch.Tensor
     unique: bool = True
+    which: torch.Tensor | None = None
+
+    @property
+    def each(self) -> torch.Tensor:
+        """The values of every row, [n, row]."""
+        return self.values if self.which is None else self.values.index_select(0, self.which)
+
+    def part(self, part: slice) -> Rows:
+        """Of these rows those."""
+        if self.which is None:
+            return self._replace(indices=self.indices[part], values=self.values[part])
+        return self._replace(indices=self.indices[part], which=self.which[part])
+
+    def select(self, places: torch.Tensor) -> Rows:
+        """The rows at these places, ascending, and no values that they do not have."""
+        indices = self.indices[places]
+        if self.which is None:
+            return self._replace(indices=indices, values=self.values[places])
+        kept, which = torch.unique_consecutive(self.which[places], return_inverse=True)
+        return self._replace(indices=indices, values=self.values[kept], which=which)
+
+    @property
+    def numbers(self) -> torch.Tensor:
+        """int64[n]: the rows' numbers as they are written, which tell what values each has."""
+        if self.which is None:
+            return self.indices
+        numbers, which = self.indices.numpy(), self.which.numpy()
+        again = np.concatenate(([False], which[1:] == which[:-1])) if len(which) else which
+        return torch.from_numpy(np.where(again, ~numbers, numbers))
 
 
 def gradient_of(rows: Rows, size: Sequence[int]) -> torch.Tensor:
-    """The rows as the gradient of a parameter of ``size``: a sparse tensor over them (aliases)."""
-    indices, values, unique = rows
-    return torch.sparse_coo_tensor(indices[None], values, tuple(size), is_coalesced=unique, check_invariants=False)
+    """The rows as the gradient of a parameter of ``size``: a sparse tensor over them (aliases, but for values that rows
+    share)."""
+    place, shape = rows.indices[None], tuple(size)
+    return torch.sparse_coo_tensor(place, rows.each, shape, is_coalesced=rows.unique, check_invariants=False)
 
 
 def parameters_with_rows(models: Iterable[nn.Module]) -> set[int]:
@@ -80,8 +113,8 @@ def write(
     """Write a gradient [rows, row] into a slot; ``values`` is the parameter's flat range. None writes no rows.
 
     Duplicates are summed, but for ``raw`` where there is room for them; then only if they ``travel`` to another host
-    and come often, as words of a text do, or goods that sell well. Of a dense gradient (the table is also used densely,
-    as by tied weights) the rows that are not zero are written.
+    and come often, as words of a text do, or goods that sell well, and do not share values. Of a dense gradient (the
+    table is also used densely, as by tied weights) the rows that are not zero are written.
     """
     if gradient is None:
         area[0] = 0
@@ -91,17 +124,55 @@ def write(
         if rows.data_ptr() == values.data_ptr():
             return  # it is made of what is there
         raw = raw and not gradient.is_coalesced() and len(indices) < len(area)
+        if raw and (again := _again(rows)) is not None:
+            lay(area, values, _shared(indices, rows, again))
+            return
         if not gradient.is_coalesced() and (not raw or (travels and _come_often(indices))):
-            indices, rows, _ = summed(indices, rows)
+            indices, rows, *_ = summed(indices, rows)
     else:
         raw = False
         gradient = gradient.to_dense() if gradient.is_sparse else gradient
         indices = gradient.ne(0).any(1).nonzero()[:, 0]
         rows = gradient[indices]
-    count = len(indices)
-    values[: rows.numel()].view(rows.shape).copy_(rows, non_blocking=True)
-    area[1 : count + 1].copy_(indices, non_blocking=True)
-    area[0] = -count if raw else count
+    lay(area, values, Rows(indices, rows, unique=not raw))
+
+
+def lay(area: torch.Tensor, values: torch.Tensor, some: Rows) -> None:
+    """Copy rows into a slot; ``values`` is the parameter's flat range."""
+    count = len(some.indices)
+    values[: some.values.numel()].view(some.values.shape).copy_(some.values, non_blocking=True)
+    area[1 : count + 1].copy_(some.numbers, non_blocking=True)
+    area[0] = count if some.unique else -count
+
+
+def _again(values: torch.Tensor) -> np.ndarray[Any, np.dtype[np.bool_]] | None:
+    """bool[n]: which rows have the values of the row before, to the bit. None where hardly any have."""
+    if values.device.type != "cpu" or not values.is_contiguous() or not values.numel():
+        return None
+    bits: Any = values.detach().view(torch.int32).numpy()
+    if bits.shape[1] % 2 == 0:
+        bits = bits.view(np.int64)
+    if _equal(bits[:_LOOKED_AT]).mean() < _OFTEN:
+        return None
+    return np.concatenate(([False], _equal(bits)))
+
+
+def _equal(bits: Any) -> Any:
+    """bool[n - 1]: is each row as the one before?"""
+    differ = bits[1:] != bits[:-1]
+    if differ.shape[1] % 8 == 0:
+        differ = differ.view(np.int64) != 0  # eight at once: a fifth of what ``any`` takes
+    return ~(differ[:, 0] if differ.shape[1] == 1 else differ.any(axis=1))
+
+
+def _shared(indices: torch.Tensor, values: torch.Tensor, again: Any) -> Rows:
+    first = torch.from_numpy(np.flatnonzero(~again))
+    return Rows(indices, values.index_select(0, first), unique=False, which=torch.from_numpy(_places(again)))
+
+
+def _places(again: Any) -> Any:
+    """int64[n]: which of the values that are written each row has."""
+    return np.cumsum(~again) - 1
 
 
 def _come_often(indices: torch.Tensor) -> bool:
@@ -110,18 +181,53 @@ def _come_often(indices: torch.Tensor) -> bool:
     return len(torch.unique(few)) <= (1 - _OFTEN) * len(few)
 
 
+def of_numbers(numbers: torch.Tensor, values: torch.Tensor, unique: bool) -> Rows:
+    """What is written so: numbers int64[n] or int32[n], and values [most, row], of which no more are meant than numbers
+    tell of (aliases). Numbers are not checked."""
+    if unique or not len(numbers):
+        return Rows(numbers.to(torch.int64), values[: len(numbers)], unique)
+    told = numbers.numpy()
+    again = told < 0
+    if not again.any():
+        return Rows(numbers.to(torch.int64), values[: len(numbers)], unique=False)
+    indices = (told ^ (told >> (8 * told.itemsize - 1))).astype(np.int64, copy=False)
+    which = _places(again)
+    return Rows(torch.from_numpy(indices), values[: int(which[-1]) + 1], unique=False, which=torch.from_numpy(which))
+
+
+def stray(numbers: torch.Tensor, size: int, *, unique: bool) -> int | None:
+    """One of these numbers, as they are written, which a table of ``size`` rows has no row for, nor a row before."""
+    if not len(numbers):
+        return None
+    low, high = (int(bound) for bound in torch.aminmax(numbers))
+    shares = low < 0 and not unique
+    if shares and int(numbers[0]) < 0:
+        return int(numbers[0])
+    if high >= size:
+        return high
+    return low if low < (-size if shares else 0) else None
+
+
+def count_values(numbers: torch.Tensor) -> int:
+    """How many rows of values are written with these numbers."""
+    return int(np.count_nonzero(numbers.numpy() >= 0))
+
+
 def read(area: torch.Tensor, values: torch.Tensor, row: int, start: int, stop: int) -> Rows:
     """What a slot has of the table's rows ``[start, stop)``, numbered from ``start``. The values are aliases."""
     count = int(area[0])
-    indices, rows = area[1 : abs(count) + 1], values[: abs(count) * row].view(-1, row)
+    whole = of_numbers(area[1 : abs(count) + 1], values[: abs(count) * row].view(-1, row), count >= 0)
     if start == 0 and stop == len(area) - 1:
-        return Rows(indices, rows, count >= 0)
+        return whole
     if count < 0:
-        numbers = indices.numpy()
+        numbers = whole.indices.numpy()
         among = np.flatnonzero((numbers >= start) & (numbers < stop))  # a sixth of what torch's nonzero takes
-        return Rows(
-            torch.from_numpy(numbers[among] - start), rows.index_select(0, torch.from_numpy(among)), unique=False
-        )
+        indices, places = torch.from_numpy(numbers[among] - start), torch.from_numpy(among)
+        which = places if whole.which is None else whole.which[places]
+        if 2 * len(whole.values) < len(indices):
+            return Rows(indices, whole.values, unique=False, which=which)
+        return Rows(indices, whole.values.index_select(0, which), unique=False)
+    indices, rows, *_ = whole
     first, last = torch.searchsorted(indices, torch.tensor([start, stop])).tolist()
     indices = indices[first:last]
     return Rows(indices - start if start else indices, rows[first:last])
@@ -130,11 +236,23 @@ def read(area: torch.Tensor, values: torch.Tensor, row: int, start: int, stop: i
 def fold(sources: Sequence[Rows], shares: Sequence[float], wide: torch.dtype) -> Rows:
     """The sum of ``shares`` times the sources, in their order for every row; it runs in dtype ``wide``."""
     indices = torch.cat([source.indices for source in sources])
-    scaled = torch.cat([source.values.to(wide) * share for source, share in zip(sources, shares, strict=True)])
     if not any(source.unique for source in sources) and wide == sources[0].values.dtype:
-        return Rows(indices, scaled, unique=False)
+        return _all_of(indices, sources, shares)
+    scaled = torch.cat([source.each.to(wide) * share for source, share in zip(sources, shares, strict=True)])
     folded = summed(indices, scaled)
     return folded._replace(values=folded.values.to(sources[0].values.dtype))
+
+
+def _all_of(indices: torch.Tensor, sources: Sequence[Rows], shares: Sequence[float]) -> Rows:
+    scaled = torch.cat([source.values * share for source, share in zip(sources, shares, strict=True)])
+    if all(source.which is None for source in sources):
+        return Rows(indices, scaled, unique=False)
+    which, before = [], 0
+    for source in sources:
+        own = torch.arange(len(source.indices)) if source.which is None else source.which
+        which.append(own + before)
+        before += len(source.values)
+    return Rows(indices, scaled, unique=False, which=torch.cat(which))
 
 
 def fetch(table: torch.Tensor, indices: torch.Tensor) -> None:
@@ -152,7 +270,8 @@ def add(table: torch.Tensor, rows: Rows, rate: float) -> None:
 
     It takes half the time that torch takes to add a sparse tensor, by a call of a routine for vectors for each row.
     """
-    table.scatter_add_(0, rows.indices[:, None].expand_as(rows.values), rows.values * rate)
+    values = rows._replace(values=rows.values * rate).each
+    table.scatter_add_(0, rows.indices[:, None].expand_as(values), values)
 
 
 def summed(indices: torch.Tensor, values: torch.Tensor) -> Rows:

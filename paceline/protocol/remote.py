@@ -230,7 +230,8 @@ class Step(Said, frozen=True, tag=42):
     """...step; the gradients of the parameters in ``mask`` have come before. ``rows``: which of them are sparse rows,
     and how many; negative where they are not unique. ``settings``: the hyper-parameters, if they have changed.
     ``offers``: the gradients, which are finite, are in my host's mirror, and are sent when they are asked for.
-    ``factor``: they are those of which I asked a norm, times this, which is above 0. Nothing."""
+    ``factor``: they are those of which I asked a norm, times this, which is above 0. ``finite``: I have looked, all
+    values are. Nothing."""
 
     exchange: Number
     void: bool
@@ -239,6 +240,7 @@ class Step(Said, frozen=True, tag=42):
     settings: bytes
     offers: bool = False
     factor: float | None = None
+    finite: bool = False
 
 
 class Meet(Said, frozen=True, tag=43):

@@ -11,6 +11,7 @@ import mmap
 import os
 import weakref
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TypeAlias
@@ -116,6 +117,15 @@ def _map_aligned(fd: int, size_bytes: int) -> memoryview:
     values = (ctypes.c_ubyte * size_bytes).from_address(aligned)
     weakref.finalize(values, libc.munmap, start, room).atexit = False  # when the last view of it is gone
     return memoryview(values).cast("B")
+
+
+def own(size_bytes: int) -> mmap.mmap:
+    """Memory of this process alone, of zeros; what is never written takes none. In huge pages, see ``enlarge``."""
+    memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if size_bytes >= HUGE_PAGE:
+        with suppress(OSError):  # a kernel without
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
 
 
 def enlarge(memory: Memory, ranges: Iterable[tuple[int, int]]) -> None:

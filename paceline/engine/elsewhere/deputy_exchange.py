@@ -113,8 +113,18 @@ class DeputyExchange:
         """The worker's gradients have come, or are where its host folds them. Raises ConfigError."""
         if request.offers:
             self._offer(request.mask, request.rows)
+        elif self._is_sync and not self.is_spread and isinstance(request, remote.Step) and request.finite:
+            self._bring_slot(request.mask, request.rows)
         else:
             self.give(request.mask, request.rows)
+
+    def _bring_slot(self, mask: bytes, counts: dict[int, int]) -> None:
+        """As ``give``, of what lies in the slot as it is to be and has been looked at by the worker."""
+        self._begin(mask)
+        for place in self._slot.rows if mask else ():
+            if mask[place] and self._memory != remote.HOME:
+                self._come_of(place, counts)
+        self.at_home.offered = mask or None
 
     def _offer(self, mask: bytes, counts: dict[int, int]) -> None:
         if (self._host is None and not self.is_spread) or len(mask) != len(self.at_home.parameters):
@@ -218,27 +228,24 @@ class DeputyExchange:
         """Give the parameters in ``mask`` the gradients that have come, and the others none. ``counts``: of rows, as in
         ``remote.Step``. Raises ConfigError."""
         parameters = self.at_home.parameters
-        self._forget()
-        self.at_home.offered = None
-        if self._host is not None:
-            self._host.offers = False
-        if not mask:
-            return
-        if len(mask) != len(parameters):
-            raise ConfigError(f"{len(mask)} gradients have come for {len(parameters)} parameters")
-        for place, view in enumerate(self._views()):
+        self._begin(mask)
+        for place, view in enumerate(self._views()) if mask else ():
             parameter = parameters[place]
             if not mask[place]:
                 continue
             if view is not None:
                 parameter.grad = view
                 continue
-            if place not in counts:
-                raise ConfigError(f"it is not told how many rows of {self._table.entries[place].name} have come")
-            numbers, values = self._rows_of(place, counts[place])
-            if len(numbers) != len(values):
-                raise ConfigError(f"{len(values)} rows have come with {len(numbers)} numbers")
-            parameter.grad = rows.gradient_of(rows.Rows(numbers, values, counts[place] >= 0), parameter.shape)
+            parameter.grad = rows.gradient_of(rows.of_numbers(*self._come_of(place, counts)), parameter.shape)
+
+    def _begin(self, mask: bytes) -> None:
+        """Before something else is given. Raises ConfigError for what cannot be a mask."""
+        self._forget()
+        self.at_home.offered = None
+        if self._host is not None:
+            self._host.offers = False
+        if mask and len(mask) != len(self.at_home.parameters):
+            raise ConfigError(f"{len(mask)} gradients have come for {len(self.at_home.parameters)} parameters")
 
     def step_locally(self, note: remote.LocalStep) -> None:
         """Let it look here as after the worker's local step: what that has brought is the gradients, at pace local the
@@ -281,15 +288,24 @@ class DeputyExchange:
         table, vectors = self._table, self._gradients
         return [None if entry.row else table.view(entry, vectors[entry.vector]) for entry in table.entries]
 
-    def _rows_of(self, place: int, signed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The numbers and values of rows that have come."""
-        entry, count, index = self._table.entries[place], abs(signed), self.index
-        if not self._in_slots:
+    def _come_of(self, place: int, counts: dict[int, int]) -> tuple[torch.Tensor, torch.Tensor, bool]:
+        """What has come of a table's rows, as ``rows.of_numbers`` takes it. Raises ConfigError."""
+        entry, index = self._table.entries[place], self.index
+        if place not in counts:
+            raise ConfigError(f"it is not told how many rows of {entry.name} have come")
+        count, unique = abs(counts[place]), counts[place] >= 0
+        if self._in_slots:
+            numbers = self._count_rows(place, counts[place])[1 : count + 1]
+            values = self._slot.gradient[entry.vector][entry.offset :][: count * entry.row].view(-1, entry.row)
+            values = values[: rows.count_values(numbers)]
+        else:
             numbers = self._mail.take(f"numbers/{index}/{place}", torch.int64)
-            return numbers, self._mail.take(f"values/{index}/{place}", DTYPES[entry.dtype], (-1, entry.row))
-        area = self._count_rows(place, signed)
-        values = self._slot.gradient[entry.vector][entry.offset : entry.offset + count * entry.row]
-        return area[1 : count + 1], values.view(-1, entry.row)
+            values = self._mail.take(f"values/{index}/{place}", DTYPES[entry.dtype], (-1, entry.row))
+        if len(numbers) != count or rows.count_values(numbers) != len(values):
+            raise ConfigError(f"{len(numbers)} rows and {len(values)} of values have come, {count} rows were told")
+        if (wrong := rows.stray(numbers, entry.rows, unique=unique)) is not None:
+            raise ConfigError(f"row {wrong} of {entry.name} has come; there are rows 0 to {entry.rows - 1}")
+        return numbers, values, unique
 
     def _count_rows(self, place: int, signed: int) -> torch.Tensor:
         area = self._slot.rows[place]

@@ -16,6 +16,7 @@ from paceline.engine.elsewhere.mirror import sources_of
 from paceline.engine.elsewhere.outbox import Outbox
 from paceline.engine.exchange.exchange import Exchange
 from paceline.engine.exchange.shards import counting
+from paceline.params import rows
 from paceline.params.fold import counted_as
 from paceline.params.table import same_bits
 from paceline.protocol import remote
@@ -102,7 +103,8 @@ class Forward:
                 continue
             entry, count = self._table.entries[param], abs(int(area[0]))
             numbers = area[: count + 1].clone()  # how many, then which
-            values = slot.gradient[entry.vector][entry.offset : entry.offset + count * entry.row].clone()
+            size = rows.count_values(numbers[1:]) * entry.row
+            values = slot.gradient[entry.vector][entry.offset : entry.offset + size].clone()
             sent = self._rows.get(param)
             if sent is not None and len(sent[0]) == len(numbers) and all(map(same_bits, sent, (numbers, values))):
                 continue

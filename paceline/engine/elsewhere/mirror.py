@@ -11,7 +11,6 @@ others have pushed, folded; all write their gradients to their slots in it, and 
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Sequence
 
 import torch
@@ -73,7 +72,7 @@ class Mirror:
     """Of exchange ``index``, for worker ``rank``; ``memory`` is laid out as home's."""
 
     def __init__(self, spec: Spec, index: int, rank: int, memory: ExchangeMemory | None = None) -> None:
-        self.memory = memory or ExchangeMemory(mmap.mmap(-1, size_bytes(spec)), spec)
+        self.memory = memory or ExchangeMemory(segment.own(size_bytes(spec)), spec)
         self._spec, self._index, self._rank = spec, index, rank
         self._stepper: Stepper | None = None
 

@@ -17,6 +17,7 @@ from paceline.engine.elsewhere.early import Bucket
 from paceline.engine.elsewhere.mail import Mail, send, send_range
 from paceline.engine.elsewhere.range_server import ROLE
 from paceline.engine.elsewhere.ranges import Range, parts, whole
+from paceline.engine.elsewhere.table_parts import rows_of
 from paceline.errors import HostError
 from paceline.protocol import ranges, remote
 from paceline.protocol.link import Senseless
@@ -143,21 +144,19 @@ class Spread:
         """The same of the rows in the slot; how many of each table went home, as in ``remote.Step``. Raises
         LinkEnded."""
         counts: dict[int, int] = {}
-        for param, area in slot.rows.items():
+        for param in slot.rows:
             if not slot.mask[param]:
                 continue
-            entry, count = self._spec.table.entries[param], abs(int(area[0]))
-            numbers = area[1 : count + 1]
-            values = slot.gradient[entry.vector][entry.offset :][: count * entry.row].view(-1, entry.row)
-            sign = -1 if int(area[0]) < 0 else 1
+            brought = rows_of(slot, param, self._spec.table.entries[param])
             for link, one in self._all(home):
-                places = one.rows_in(param, numbers)
+                some = brought.select(one.rows_in(param, brought.indices))
+                count = len(some.indices) if some.unique else -len(some.indices)
                 if link is home:
-                    counts[param] = sign * len(places)
+                    counts[param] = count
                 else:
-                    send(link, f"count/{self._index}/{param}", torch.tensor([sign * len(places)]))
-                send(link, f"numbers/{self._index}/{param}", numbers[places])
-                send(link, f"values/{self._index}/{param}", values[places])
+                    send(link, f"count/{self._index}/{param}", torch.tensor([count]))
+                send(link, f"numbers/{self._index}/{param}", some.numbers)
+                send(link, f"values/{self._index}/{param}", some.values)
         return counts
 
     def flush(self) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import mmap
 import queue
 import threading
 from collections.abc import Sequence
@@ -30,13 +29,14 @@ from paceline.engine.exchange.applier import Applier
 from paceline.engine.exchange.shards import Shards, counting
 from paceline.engine.exchange.stepper import Stepper
 from paceline.errors import ConfigError, HostError, PacelineError
-from paceline.params import optimizers
+from paceline.params import optimizers, rows
 from paceline.params.fold import Vectors
 from paceline.protocol import range_checks, ranges
 from paceline.protocol.link import Peer, Senseless
 from paceline.protocol.log import STEP, Entry
 from paceline.protocol.messages import Failed
 from paceline.protocol.remote import Piece, Stop
+from paceline.transport import segment
 from paceline.transport.connect import connect
 from paceline.transport.ends import End, Ended, Event, Joined, LinkEnded, Received
 from paceline.transport.keys import JobKey
@@ -67,7 +67,7 @@ class _Held:
         self.index, self.spec, self._server = index, spec, server
         self._class, self._groups = specs.find_optimizer(spec), len(optimizers.decode(spec.settings))
         try:
-            self.memory = ExchangeMemory(mmap.mmap(-1, size_bytes(spec)), spec)
+            self.memory = ExchangeMemory(segment.own(size_bytes(spec)), spec)
         except OSError as error:
             raise HostError(f"there are no {size_bytes(spec) >> 20} MB for exchange {index}: {error}") from None
         self.parts = parts(spec, server)
@@ -152,9 +152,9 @@ class _Held:
                 count = abs(int(area[0]))
                 if not slot.mask[param] or not count:
                     continue
-                rows, numbers = self.spec.table.entries[param].rows, area[1 : count + 1]
-                if count > rows or int(numbers.min()) < 0 or int(numbers.max()) >= rows:
-                    raise HostError(f"worker {worker} has sent rows that table {param} of {rows} rows has not")
+                size, numbers = self.spec.table.entries[param].rows, area[1 : count + 1]
+                if count > size or rows.stray(numbers, size, unique=int(area[0]) > 0) is not None:
+                    raise HostError(f"worker {worker} has sent rows that table {param} of {size} rows has not")
                 if int(area[0]) > 0 and bool((numbers[1:] <= numbers[:-1]).any()):
                     raise HostError(f"worker {worker} has sent rows of table {param} that are not in order")
 
@@ -167,15 +167,15 @@ class _Held:
                 send_span(link, self.index, vectors, *span)
             told = self._told.get((worker, own), -1)
             for param, first, end in one.tables:
-                numbers = np.flatnonzero(self.memory.stamps[param][first:end].numpy() > told)
-                changed.setdefault(param, []).append(torch.from_numpy(numbers + first))
+                newer = np.flatnonzero(self.memory.stamps[param][first:end].numpy() > told)
+                changed.setdefault(param, []).append(torch.from_numpy(newer + first))
             self._told[worker, own] = self._done[own]
         with_rows = []
         for param, some in changed.items():
-            entry, rows = self.spec.table.entries[param], torch.cat(some)
-            if len(rows):
+            entry, numbers = self.spec.table.entries[param], torch.cat(some)
+            if len(numbers):
                 table = self.spec.table.view(entry, self.memory.params[entry.vector])
-                send_rows(link, self.index, part, param, rows, table)
+                send_rows(link, self.index, part, param, numbers, table)
                 with_rows.append(param)
         link.send(ranges.Newest(self.index, part, number, with_rows))
 

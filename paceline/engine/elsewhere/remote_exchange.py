@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -25,8 +24,9 @@ from paceline.engine.exchange.replica import Apart, Replica
 from paceline.engine.exchange.spec import describe
 from paceline.errors import ConfigError, HostError
 from paceline.params import optimizers
-from paceline.params.rows import Rows, check_numbers
+from paceline.params.rows import Rows, check_numbers, count_values
 from paceline.protocol import mirrors, remote
+from paceline.transport import segment
 from paceline.transport.borrow import borrow
 from paceline.transport.slots import ExchangeMemory, Spec, size_bytes
 
@@ -86,7 +86,7 @@ class RemoteExchange:
         elif kind == remote.OWN:
             self.mirror = self.host = None
             own = msgspec.structs.replace(self.spec, workers=1, servers=0, parts=0, state=())
-            memory = ExchangeMemory(mmap.mmap(-1, size_bytes(own)), own)
+            memory = ExchangeMemory(segment.own(size_bytes(own)), own)
             for vector in self.spec.table.dense_sizes:
                 mail.expect(f"parameters/{self.index}/{vector}", memory.params[vector])
             self._use(memory, own, 0)
@@ -283,12 +283,12 @@ class RemoteExchange:
         slot = self.replica.slot
         for one in some:
             yield f"gradient/{self.index}/{one.vector}", slot.gradient[one.vector], one.start, one.stop
-        for place, rows in self.rows().items():
-            count = abs(rows)
-            entry = self.spec.table.entries[place]
+        for place, signed in self.rows().items():
+            entry, numbers = self.spec.table.entries[place], slot.rows[place][1 : abs(signed) + 1]
             values = self.spec.table.view(entry, slot.gradient[entry.vector]).view(-1)
-            yield f"numbers/{self.index}/{place}", slot.rows[place][1 : count + 1], 0, count
-            yield f"values/{self.index}/{place}", values[: count * entry.row], 0, count * entry.row
+            size = count_values(numbers) * entry.row
+            yield f"numbers/{self.index}/{place}", numbers, 0, len(numbers)
+            yield f"values/{self.index}/{place}", values[:size], 0, size
 
     def rows(self) -> dict[int, int]:
         """How many rows each table's gradient has, of those that have one; negative where they are not unique."""

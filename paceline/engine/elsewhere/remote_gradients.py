@@ -86,9 +86,9 @@ class RemoteGradients:
         factor = one.factor()
         if factor is not None:
             mask, offers = bytes(one.replica.slot.mask), self._may_offer(one)
-            return remote.Step(one.index, False, mask, {}, settings, offers, factor)
+            return remote.Step(one.index, False, mask, {}, settings, offers, factor, one.is_finite)
         mask, rows, offers = self._give(one)
-        return remote.Step(one.index, False, mask, rows, settings, offers)
+        return remote.Step(one.index, False, mask, rows, settings, offers, finite=one.is_finite)
 
     def measure(self, one: RemoteExchange, chosen: bytes, order: float) -> remote.Norm:
         """What is asked for with them, as they are when the script asks for a norm."""

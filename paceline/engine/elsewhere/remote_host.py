@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 import math
-import mmap
 import os
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +23,7 @@ from paceline.engine.elsewhere.remote_gradients import RemoteGradients
 from paceline.engine.exchange.replica import Apart
 from paceline.errors import HostError
 from paceline.protocol import remote
+from paceline.transport import segment
 from paceline.transport.ends import LinkEnded
 from paceline.transport.link import Link
 from paceline.transport.slots import ExchangeMemory, size_bytes
@@ -137,7 +137,7 @@ class RemoteHost:
         spec, table, members = one.spec, one.spec.table, self._around.members(self._rank)
         mirror: Mirror | None = None
         if kind != remote.HOME:
-            memory = memory or ExchangeMemory(mmap.mmap(-1, size_bytes(spec)), spec)
+            memory = memory or ExchangeMemory(segment.own(size_bytes(spec)), spec)
         folds = Apart.of(table) if memory is None else memory.slots[FOLDS]
 
         def is_lost() -> bool:

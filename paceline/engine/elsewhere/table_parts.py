@@ -28,7 +28,7 @@ class TableParts:
         self._area, values = folds.rows[param], folds.gradient[entry.vector]
         self._values = values[entry.offset : entry.offset + entry.size].view(-1, entry.row)
         self._kind = torch.int32 if entry.rows < 2**31 else torch.int64  # of numbers, as they are sent
-        self._given = {member: self._part_of(member, 0) for member in self._members}
+        self._given = {member: rows.of_numbers(*self._places_of(member, 0), True) for member in self._members}
         self._come = dict.fromkeys(self._members, (0, 0))  # of each one's: how many rows, and bytes of them
         # Pages of them that no row has come to take no memory.
         most_bytes = self._begins(entry.rows) + self._values.nbytes
@@ -38,16 +38,17 @@ class TableParts:
         """This member's rows: how many, negative where they are not unique, and their numbers and values as they are
         sent. What was given before must have been sent."""
         count = len(own.indices) if own.unique else -len(own.indices)
-        part = self._given[self._rank] = self._part_of(self._rank, count)
-        part.indices.copy_(own.indices)
-        part.values.copy_(own.values)
-        return count, as_bytes(self._rooms[self._rank][: self._size_bytes(count)])
+        numbers, values = self._places_of(self._rank, count)
+        numbers.copy_(own.numbers)
+        values[: len(own.values)].copy_(own.values)
+        self._given[self._rank] = own._replace(values=values[: len(own.values)])
+        return count, as_bytes(self._rooms[self._rank][: self._size_bytes(count, len(own.values))])
 
     def place(self, sender: int, count: int, start: int, size_bytes: int) -> memoryview | None:
         """Where these bytes belong of so many rows of another member; None for what cannot be."""
         if sender not in self._rooms or abs(count) > self._entry.rows:
             return None
-        if not 0 <= start < start + size_bytes <= self._size_bytes(count):
+        if not 0 <= start < start + size_bytes <= self._size_bytes(count, abs(count)):
             return None
         return as_bytes(self._rooms[sender][start : start + size_bytes])
 
@@ -59,50 +60,51 @@ class TableParts:
             raise Senseless(f"{abs(count)} rows have come of a table of {entry.rows}")
         is_next, stop = said.start == 0 or self._come[sender] == (count, said.start), said.start + size_bytes
         self._come[sender] = count, stop
-        if not is_next or (said.ends and stop != self._size_bytes(count)):
-            raise Senseless(f"of {abs(count)} rows only some have come, or in no order")
-        if not said.ends:
+        if is_next and not said.ends:
             return
-        part = self._part_of(sender, count)
-        if count:
-            low, high = (int(bound) for bound in torch.aminmax(part.indices))
-            if low < 0 or high >= entry.rows:
-                raise Senseless(f"row {low if low < 0 else high} has come of a table of {entry.rows}")
-        self._given[sender] = part
+        numbers, values = self._places_of(sender, count)
+        some = Senseless(f"of {abs(count)} rows only some have come, or in no order")
+        if not is_next or stop < numbers.nbytes:
+            raise some
+        if (wrong := rows.stray(numbers, self._entry.rows, unique=count >= 0)) is not None:
+            raise Senseless(f"row {wrong} has come of a table of {self._entry.rows}")
+        if stop != self._size_bytes(count, rows.count_values(numbers)):
+            raise some
+        self._given[sender] = rows.of_numbers(numbers, values, count >= 0)
 
     def fold(self, shares: Sequence[float]) -> None:
         """What all have given, by shares in the order of members, is the fold."""
-        given = [self._given[member] for member in self._members]
-        sources = [part._replace(indices=part.indices.to(torch.int64)) for part in given]
-        total, place = sum(len(source.indices) for source in sources), 0
+        sources = [self._given[member] for member in self._members]
+        total, place, stop = sum(len(source.indices) for source in sources), 0, 0
         if any(source.unique for source in sources) or total > self._entry.rows:
             lay_rows(folded_of(sources, shares, self._entry), self._folds, self.param, self._entry)
             return
         for source, share in zip(sources, shares, strict=True):
-            stop = place + len(source.indices)
-            self._area[place + 1 : stop + 1] = source.indices
-            torch.mul(source.values, share, out=self._values[place:stop])
-            place = stop
+            count, size = len(source.indices), len(source.values)
+            self._area[place + 1 : place + count + 1] = source.numbers
+            torch.mul(source.values, share, out=self._values[stop : stop + size])
+            place, stop = place + count, stop + size
         self._area[0] = -total
 
     def lay_fold(self, slot: Pushed) -> None:
         """Copy it there."""
         lay_rows(rows_of(self._folds, self.param, self._entry), slot, self.param, self._entry)
 
-    def _part_of(self, member: int, count: int) -> Rows:
-        """So many rows in this member's room: numbers, then values (aliases)."""
+    def _places_of(self, member: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where this member's rows are, if they are so many: numbers, and values of as many (aliases)."""
         if not count:
-            return Rows(torch.zeros(0, dtype=self._kind), self._values[:0])
+            return torch.zeros(0, dtype=self._kind), self._values[:0]
         room, begins = self._rooms[member], self._begins(count)
-        values = room[begins : self._size_bytes(count)].view(self._values.dtype).view(-1, self._entry.row)
-        return Rows(room[: abs(count) * self._kind.itemsize].view(self._kind), values, count > 0)
+        values = room[begins : self._size_bytes(count, abs(count))].view(self._values.dtype).view(-1, self._entry.row)
+        return room[: abs(count) * self._kind.itemsize].view(self._kind), values
 
     def _begins(self, count: int) -> int:
         """At which byte values begin, behind so many numbers."""
         return -(-abs(count) * self._kind.itemsize // 16) * 16
 
-    def _size_bytes(self, count: int) -> int:
-        return self._begins(count) + abs(count) * self._entry.row * self._values.itemsize
+    def _size_bytes(self, count: int, values: int) -> int:
+        """With so many rows of values."""
+        return self._begins(count) + values * self._entry.row * self._values.itemsize
 
 
 def rows_of(pushed: Pushed, param: int, entry: Entry) -> Rows:
@@ -113,14 +115,11 @@ def rows_of(pushed: Pushed, param: int, entry: Entry) -> Rows:
 
 def lay_rows(some: Rows, pushed: Pushed, param: int, entry: Entry) -> None:
     """Copy them there, as what is pushed of this table."""
-    area, count = pushed.rows[param], len(some.indices)
-    area[1 : count + 1] = some.indices
-    pushed.gradient[entry.vector][entry.offset :][: count * entry.row] = some.values.view(-1)
-    area[0] = count if some.unique else -count
+    rows.lay(pushed.rows[param], pushed.gradient[entry.vector][entry.offset :][: entry.size], some)
 
 
 def folded_of(sources: Sequence[Rows], shares: Sequence[float], entry: Entry) -> Rows:
     """The fold of rows of a table, no more than that has."""
     dtype = vector_dtype(entry.vector)
     folded = rows.fold(sources, shares, WIDE.get(dtype, dtype))
-    return folded if len(folded.indices) <= entry.rows else rows.summed(folded.indices, folded.values)
+    return folded if len(folded.indices) <= entry.rows else rows.summed(folded.indices, folded.each)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from paceline.engine.elsewhere import owners, peers
 from paceline.engine.elsewhere.table_parts import TableParts
 from paceline.engine.exchange.replica import Apart
-from paceline.params.rows import Rows
+from paceline.params.rows import Rows, read
 from paceline.params.table import Table, tabulate
 from paceline.protocol import owners as protocol
 from paceline.protocol.link import Senseless
@@ -270,6 +270,12 @@ def _rows(numbers: list[int], *, unique: bool) -> Rows:
     return Rows(torch.tensor(numbers, dtype=torch.int64), values, unique)
 
 
+def _bags(numbers: list[int], which: list[int]) -> Rows:
+    """Rows of bags: ``which`` of the values each has."""
+    values = torch.arange(3.0 * (which[-1] + 1), dtype=torch.float64).view(-1, 3) + 1
+    return Rows(torch.tensor(numbers), values, unique=False, which=torch.tensor(which))
+
+
 def _table_of_eight() -> Table:
     weight = torch.zeros(8, 3, dtype=torch.float64)
     return tabulate([("table", 0, weight)], {id(weight)})
@@ -305,14 +311,17 @@ def said(count: int, start: int = 0, *, ends: bool = True) -> protocol.Rows:
         [_rows([3, 1, 3], unique=False), _rows([2], unique=False), _rows([5, 5], unique=False)],
         [_rows([3, 1, 3], unique=False), _rows([2, 4], unique=True), _rows([7], unique=False)],
         [_rows([3, 1, 3, 3, 1], unique=False), _rows([2, 2, 2], unique=False), _rows([7, 6], unique=False)],
+        [_bags([3, 1, 3], [0, 0, 1]), _rows([2], unique=False), _bags([5, 5], [0, 0])],
+        [_bags([3, 1, 3], [0, 0, 1]), _rows([2, 4], unique=True), _bags([5, 5], [0, 0])],
+        [_bags([3, 1, 3, 2, 2], [0, 0, 0, 1, 1]), _bags([5, 5], [0, 0]), _bags([7, 6], [0, 0])],
     ],
-    ids=["unique", "raw", "mixed", "raw, more than the table has"],
+    ids=["unique", "raw", "mixed", "raw, more than the table has", "bags", "bags and unique", "bags, more than that"],
 )
 def test_a_fold_is_the_weighted_sum_of_all_rows(given: list[Rows]) -> None:
     shares = [0.5, 0.2, 0.3]
     expected = torch.zeros(8, 3, dtype=torch.float64)
     for rows, share in zip(given, shares, strict=True):
-        expected.index_add_(0, rows.indices, rows.values * share)
+        expected.index_add_(0, rows.indices, rows.each * share)
     for rank in range(3):
         parts, folds = _table(rank)
         for sender in {0, 1, 2} - {rank}:
@@ -321,10 +330,10 @@ def test_a_fold_is_the_weighted_sum_of_all_rows(given: list[Rows]) -> None:
         parts.fold(shares)
         other = Apart.of(_table_of_eight())
         parts.lay_fold(other)
-        count = abs(int(other.rows[0][0]))
         found = torch.zeros(8, 3, dtype=torch.float64)
         (values,) = other.gradient.values()
-        found.index_add_(0, other.rows[0][1 : count + 1], values[: 3 * count].view(-1, 3))
+        folded = read(other.rows[0], values, 3, 0, 8)
+        found.index_add_(0, folded.indices, folded.each)
         torch.testing.assert_close(found, expected)
         assert torch.equal(other.rows[0], folds.rows[0])
 
@@ -340,7 +349,9 @@ def test_what_cannot_be_rows_of_the_table_has_no_place(count: int, start: int, s
     assert parts.place(5, 2, 0, 8) is None
 
 
-@pytest.mark.parametrize(("count", "numbers"), [(9, [0]), (-(2**62), [0]), (2, [0, 8]), (-2, [-1, 3])])
+@pytest.mark.parametrize(
+    ("count", "numbers"), [(9, [0]), (-(2**62), [0]), (2, [0, 8]), (-2, [-1, 3]), (-2, [3, ~8]), (2, [3, ~3])]
+)
 def test_what_cannot_be_rows_of_the_table_is_not_taken(count: int, numbers: list[int]) -> None:
     parts, _ = _table(0)
     place = parts.place(1, len(numbers), 0, 4 * len(numbers))
@@ -361,6 +372,8 @@ def test_what_cannot_be_rows_of_the_table_is_not_taken(count: int, numbers: list
         [(said(2, ends=False), 32), (said(-2, 32), 32)],
         [(said(2, ends=False), 32), (said(2, 32), 16)],
         [(said(2, 2**61, ends=False), 32)],
+        [(said(-2), 16 + 24)],
+        [(said(-2), 16 + 3 * 24)],
     ],
 )
 def test_rows_of_which_some_have_not_come_are_not_taken(pieces: list[tuple[protocol.Rows, int]]) -> None:
