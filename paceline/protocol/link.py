@@ -99,6 +99,11 @@ class Outgoing(Generic[T]):
     def has_next(self) -> bool:
         return self._written < len(self._kept)
 
+    @property
+    def is_next_last(self) -> bool:
+        """Is the one to write now the newest?"""
+        return self._written == len(self._kept) - 1
+
     def acknowledge(self, number: int) -> list[T]:
         """The peer has everything up to ``number``: those that it had not before. Raises LinkBroken."""
         if number > self._ever:

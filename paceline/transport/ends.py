@@ -27,7 +27,7 @@ class Joined:
     link: Link
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Received:
     """The peer's next message, with its payload where ``place`` wanted it (None: it has none)."""
 

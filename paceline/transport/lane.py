@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 import ssl
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,6 +16,7 @@ from contextlib import suppress
 from paceline.transport.turns import TURN_BYTES, UNSENT_BYTES, Turns
 from paceline.transport.wire import Stream
 
+AT_ONCE_BYTES = UNSENT_BYTES - 1024  # with headers and TLS's own it is less than what a call waits at
 _WAKE_BYTES = 128 * 1024
 _RECORD_BYTES = 16 * 1024  # TLS gives out no less at once
 
@@ -48,13 +50,25 @@ class OutLane:
     def own_address(self) -> str:
         return str(self._sock.getsockname()[0])
 
+    def takes_at_once(self, size_bytes: int) -> bool:
+        """Would ``write`` of so many bytes not wait?"""
+        import fcntl  # not everywhere that a script runs alone
+        import termios
+
+        queued = bytearray(4)
+        try:
+            fcntl.ioctl(self._sock.fileno(), termios.TIOCOUTQ, queued)
+        except (OSError, ValueError):  # it was closed
+            return False
+        return int.from_bytes(queued, sys.byteorder) + size_bytes <= AT_ONCE_BYTES
+
     def write(self, head: bytes, payload: memoryview | None) -> None:
         """All of it. Raises OSError where the connection is broken, TimeoutError where it makes no progress."""
         with self._busy:
             if self._closed:
                 raise BrokenPipeError("the connection is closed")
-            if payload is None:
-                self._sock.sendall(head)
+            if payload is None or len(payload) <= AT_ONCE_BYTES:
+                self._sock.sendall(head if payload is None else head + payload)
                 return
             for start in range(0, len(payload), TURN_BYTES):
                 with self._turns.taken():

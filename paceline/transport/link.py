@@ -1,12 +1,14 @@
 """A link: a session with one peer over TCP, which outlives its connections. The laws are in ``protocol/link.py``.
 
     caller -> send() -> window -> writing thread -> out lane ~~> in lane -> reading thread -> place(), sink()
-                          ^                                                       |
-                          +------------------- acknowledgements <-----------------+
+                  |       ^                          ^                            |
+                  |       +------------------- acknowledgements <-----------------+
+                  +----- what is small, and finds nothing before it -----+
 
 One side connects (``connect.py``), the other listens (``listener.py``); from then on both are alike. If a connection
 breaks, or the peer is silent, the one that connected tries again, and what was not acknowledged is written again, the
-same bytes: so a payload must not be changed before its ``Sent`` is ``done``. Each link has two threads of its own.
+same bytes: so a payload must not be changed before its ``Sent`` is ``done``. Each link has two threads of its own; what
+the kernel takes at once is written by who sends it, since to wake a thread for it takes longer than to write it.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ from paceline.protocol.link import (
 from paceline.transport import greeting, tls, wire
 from paceline.transport.ends import Back, End, Ended, Joined, LinkEnded, Lost, Received
 from paceline.transport.frame import FrameError
-from paceline.transport.lane import InLane, OutLane, prepare
+from paceline.transport.lane import AT_ONCE_BYTES, InLane, OutLane, prepare
 
 logger = logging.getLogger(__name__)
 
@@ -67,10 +69,25 @@ class Sent:
         self._link.wait_for(self.number, timeout_s)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Frame:
     body: bytes
     payload: memoryview | None
+
+
+@dataclass(slots=True)
+class _Work:
+    """What is to be written now. ``frame``: of a MESSAGE."""
+
+    connection: Connection
+    kind: int
+    flags: int
+    number: int
+    acknowledged: int
+    frame: _Frame | None
+
+
+_NOTHING = _Frame(b"", None)
 
 
 class Connection:
@@ -116,6 +133,7 @@ class Link:
         self._asked = False  # acknowledgement wanted: somebody waits for it
         self._answer = False  # the peer wants one
         self._closing = self._leaving = self._bye = False
+        self._writing = False  # does a thread have work in hand?
         self.peer_left = False  # in order: all that it has sent is here
         self.joined = threading.Event()  # or ended
         self._decoder = msgspec.msgpack.Decoder(end.messages)
@@ -148,8 +166,23 @@ class Link:
             if self._ended is not None or self._closing:
                 raise LinkEnded(self._ended or "this side is closing the link")
             number = self._outgoing.add(frame, size)
-            self._changed.notify_all()
+            work = self._work_at_once(size)
+            if work is None:
+                self._changed.notify_all()
+        if work is not None:
+            self._write(work)
+            with self._changed:
+                self._writing = False
+                if self._outgoing.has_next or self._asked or self._answer or self._closing:
+                    self._changed.notify_all()
         return Sent(self, number)
+
+    def _work_at_once(self, size_bytes: int) -> _Work | None:
+        """The message that was just added, if the thread that sends it can write it without waiting."""
+        connection = self._connection
+        if connection is None or self._writing or size_bytes > AT_ONCE_BYTES or not self._outgoing.is_next_last:
+            return None
+        return self._choose(connection) if connection.out.takes_at_once(size_bytes) else None
 
     @property
     def acknowledged(self) -> int:
@@ -324,10 +357,14 @@ class Link:
 
     def _read_frame(self, stream: wire.Stream) -> None:
         header = wire.decode_header(stream.take(wire.HEADER_BYTES))
-        if header.kind == wire.MESSAGE:
-            self._read_message(stream, header)
+        received = self._read_message(stream, header) if header.kind == wire.MESSAGE else None
         with self._changed:
             self._acknowledge(header)
+            # Before the application is told: what it answers at once carries the acknowledgement.
+            if received is not None:
+                self._incoming.take(header.number, header.body_bytes + header.payload_bytes)
+            elif header.kind == wire.MESSAGE:
+                self._incoming.repeated()
             patience = self._end.patience
             self._answer = (
                 self._answer
@@ -336,6 +373,8 @@ class Link:
             )
             if self._answer:
                 self._changed.notify_all()
+        if received is not None:
+            self._end.sink(received)
         if header.kind == wire.BYE:
             self.peer_left = True
             raise _PeerLeft(f"{self.peer} has closed the link")
@@ -344,14 +383,13 @@ class Link:
         if self._outgoing.acknowledge(header.acknowledged):
             self._changed.notify_all()
 
-    def _read_message(self, stream: wire.Stream, header: wire.Header) -> None:
+    def _read_message(self, stream: wire.Stream, header: wire.Header) -> Received | None:
+        """None for one that has come before."""
         body = stream.take(header.body_bytes)
         wire.check_body(header, body)
         if not self._incoming.is_new(header.number):
             self._skip(stream, header.payload_bytes)
-            with self._changed:
-                self._incoming.repeated()
-            return
+            return None
         try:
             message = wire.decode_body(self._decoder, body)
         except FrameError as error:  # the bytes are what was sent: the peer means it
@@ -362,11 +400,7 @@ class Link:
             stream.take_into(payload)
             if header.flags & wire.SUMMED:
                 wire.check_payload(header, wire.summed(payload))
-        with self._changed:
-            self._incoming.take(header.number, header.body_bytes + header.payload_bytes)
-            # Before the application is told: what it answers at once carries the acknowledgement.
-            self._acknowledge(header)
-        self._end.sink(Received(self, message, payload))
+        return Received(self, message, payload)
 
     def _placed(self, message: Any, size_bytes: int) -> memoryview:
         view = self._end.place(self, message, size_bytes)
@@ -440,59 +474,65 @@ class Link:
                 self._connection, self._why_cut = None, why
         connection.hang_up()
 
-    # The writing thread.
+    # Writing: one thread at a time.
 
     def _write_forever(self) -> None:
-        while (work := self._next_write()) is not None:
-            connection, head, payload = work
-            try:
-                connection.out.write(head, payload)
-            except TimeoutError:
-                self._cut(connection, f"{self.peer} has taken nothing for {self._end.patience.silence_s:g} s")
-            except OSError as error:
-                self._cut(connection, _in_words(error))
+        while (work := self._next_work()) is not None:
+            self._write(work)
 
-    def _next_write(self) -> tuple[Connection, bytes, memoryview | None] | None:
+    def _next_work(self) -> _Work | None:
         """Waits for something to write; None at the end."""
-        frame: _Frame | None = None
         with self._changed:
+            self._writing = False
             while True:
-                if self._ended is not None:
+                if self._ended is not None or self._bye:
                     return None
-                connection, now_s = self._connection, self._end.clock()
-                if connection is None:
+                if self._connection is None:
                     self._changed.wait()
-                    continue
-                due_s = self._pulse.due_in_s(now_s)
-                if self._outgoing.has_next:
-                    found = self._outgoing.next()
-                    assert found is not None
-                    kind, (number, frame) = wire.MESSAGE, found
-                elif self._closing and self._outgoing.acknowledged == self._outgoing.last:
-                    kind, number = wire.BYE, 0
-                    self._leaving = True
-                elif self._asked or self._answer or due_s <= 0:
-                    kind, number = wire.PULSE, 0
+                elif self._writing:
+                    self._changed.wait(self._end.patience.heartbeat_s)
+                elif (work := self._choose(self._connection)) is not None:
+                    return work
                 else:
-                    self._changed.wait(due_s)
-                    continue
-                break
-            # Who waits, waits for the last one; what is before it is acknowledged with it.
-            flags = wire.ANSWER if self._asked and not self._outgoing.has_next else 0
-            self._asked = self._asked and not flags
-            self._answer = False
-            acknowledged = self._incoming.tell()
-            self._pulse.said(now_s)
-        if kind == wire.BYE:
-            self._goodbye(connection, acknowledged)
+                    self._changed.wait(self._pulse.due_in_s(self._end.clock()))
+
+    def _choose(self, connection: Connection) -> _Work | None:
+        """What is to be written there now, if anything; whoever asks writes it."""
+        now_s, frame, number = self._end.clock(), None, 0
+        if self._outgoing.has_next:
+            found = self._outgoing.next()
+            assert found is not None
+            kind, (number, frame) = wire.MESSAGE, found
+        elif self._closing and self._outgoing.acknowledged == self._outgoing.last:
+            kind = wire.BYE
+            self._leaving = True
+        elif self._asked or self._answer or self._pulse.due_in_s(now_s) <= 0:
+            kind = wire.PULSE
+        else:
             return None
-        if frame is None:
-            return connection, wire.encode(kind, flags, 0, acknowledged), None
-        total = 0
-        if self._summed and frame.payload is not None:
-            flags, total = flags | wire.SUMMED, wire.summed(frame.payload)
-        size = len(frame.payload) if frame.payload is not None else 0
-        return connection, wire.encode(kind, flags, number, acknowledged, frame.body, size, total), frame.payload
+        # Who waits, waits for the last one; what is before it is acknowledged with it.
+        flags = wire.ANSWER if self._asked and not self._outgoing.has_next else 0
+        self._asked = self._asked and not flags
+        self._answer, self._writing = False, True
+        self._pulse.said(now_s)
+        return _Work(connection, kind, flags, number, self._incoming.tell(), frame)
+
+    def _write(self, work: _Work) -> None:
+        if work.kind == wire.BYE:
+            self._goodbye(work.connection, work.acknowledged)
+            return
+        frame, flags, size, total = work.frame or _NOTHING, work.flags, 0, 0
+        if frame.payload is not None:
+            size = len(frame.payload)
+            if self._summed:
+                flags, total = flags | wire.SUMMED, wire.summed(frame.payload)
+        head = wire.encode(work.kind, flags, work.number, work.acknowledged, frame.body, size, total)
+        try:
+            work.connection.out.write(head, frame.payload)
+        except TimeoutError:
+            self._cut(work.connection, f"{self.peer} has taken nothing for {self._end.patience.silence_s:g} s")
+        except OSError as error:
+            self._cut(work.connection, _in_words(error))
 
     def _goodbye(self, connection: Connection, acknowledged: int) -> None:
         with suppress(OSError):  # it has gone first

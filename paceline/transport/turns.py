@@ -11,8 +11,6 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 TURN_BYTES = 32 * 1024
 UNSENT_BYTES = 16 * 1024  # so much a link may leave to the kernel that is not on its way as its turn ends
@@ -25,37 +23,52 @@ class Turns:
     def __init__(self, patience_s: float = _PATIENCE_S) -> None:
         self._patience_s = patience_s
         self._busy = threading.Lock()
-        self._queue: deque[threading.Event] = deque()  # the first has its turn, the others wait for theirs
+        self._queue: deque[_Turn] = deque()  # the first has its turn, the others wait for theirs
         self._since_s = 0.0  # when that began
 
-    @contextmanager
-    def taken(self) -> Iterator[None]:
-        """Waits for one's turn, and has it within."""
-        mine = threading.Event()
+    def taken(self) -> _Turn:
+        """A turn; who enters it waits for it, and has it within."""
+        return _Turn(self)
+
+    def _come(self, mine: _Turn) -> None:
         with self._busy:
             self._queue.append(mine)
             if self._queue[0] is mine:
-                self._begin()
-        while not mine.wait(self._left_s()):
+                self._since_s = time.monotonic()
+                return
+            mine.gate.acquire()
+        while not mine.gate.acquire(timeout=self._left_s()):
             with self._busy:
-                if not mine.is_set() and self._left_s() <= 0:  # it may be one's own by now, or have been
+                if not mine.has_begun and self._left_s() <= 0:  # it may be one's own by now, or have been
                     self._end(self._queue[0])
-        try:
-            yield
-        finally:
-            with self._busy:
-                self._end(mine)
 
     def _left_s(self) -> float:
         return max(self._since_s + self._patience_s - time.monotonic(), 0.0)
 
-    def _begin(self) -> None:
-        self._since_s = time.monotonic()
-        self._queue[0].set()
+    def _leave(self, turn: _Turn) -> None:
+        with self._busy:
+            self._end(turn)
 
-    def _end(self, turn: threading.Event) -> None:
+    def _end(self, turn: _Turn) -> None:
         """Unless somebody has ended it already, who waited for too long."""
         if self._queue and self._queue[0] is turn:
             self._queue.popleft()
             if self._queue:
-                self._begin()
+                self._since_s = time.monotonic()
+                self._queue[0].has_begun = True
+                self._queue[0].gate.release()
+
+
+class _Turn:
+    """``gate``: closed while it waits."""
+
+    __slots__ = ("_turns", "gate", "has_begun")
+
+    def __init__(self, turns: Turns) -> None:
+        self._turns, self.gate, self.has_begun = turns, threading.Lock(), False
+
+    def __enter__(self) -> None:
+        self._turns._come(self)
+
+    def __exit__(self, *_: object) -> None:
+        self._turns._leave(self)

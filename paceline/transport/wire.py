@@ -120,9 +120,9 @@ def summed(payload: memoryview) -> int:
     """The sum of the payload as 8-byte words, modulo 2^64: any one flipped bit changes it; five times a CRC's speed."""
     import numpy
 
-    words = len(payload) // 8 * 8
-    total = int(numpy.add.reduce(numpy.frombuffer(payload[:words], numpy.uint64), dtype=numpy.uint64)) if words else 0
-    return (total + int.from_bytes(payload[words:], "little")) % 2**64
+    words, rest = divmod(len(payload), 8)
+    total = int(numpy.add.reduce(numpy.frombuffer(payload, numpy.uint64, words))) if words else 0
+    return total if not rest else (total + int.from_bytes(payload[8 * words :], "little")) % 2**64
 
 
 class Stream:

@@ -47,6 +47,36 @@ def test_messages_and_payloads_come_in_order_both_ways(secure: bool) -> None:
 
 
 @SECURE
+def test_threads_that_send_over_one_link_each_keep_their_order(secure: bool) -> None:
+    """Whoever writes it: the thread that sends, or the link's."""
+    with Pair(secure=secure) as pair:
+        near, lists = pair.join(), [pushes(60, seed) for seed in range(6)]
+        threads = [send_all(near, some) for some in lists]
+        come = pair.server.take(360)
+        for thread in threads:
+            thread.join(WAIT_S)
+        assert [[push for push in come if push.number // 1000 == seed] for seed in range(6)] == lists
+
+
+@SECURE
+def test_who_sends_little_does_not_wait_for_a_peer_that_reads_nothing(secure: bool) -> None:
+    goes_on = threading.Event()
+
+    def place(link: Link, message: Push, size_bytes: int) -> memoryview:
+        goes_on.wait(WAIT_S)
+        return memoryview(bytearray(size_bytes))
+
+    little = [Push(number, 12_000) for number in range(2000)]  # 24 MB: more than kernels keep for two sockets
+    with Pair(secure=secure, place=place, patience=Patience()) as pair:
+        near = pair.join()
+        for push in little:
+            last = near.send(push, payload(push))
+        assert not last.done
+        goes_on.set()
+        assert pair.server.take(2000) == little
+
+
+@SECURE
 def test_links_that_take_turns_bring_all_and_wait_for_none_that_is_stuck(secure: bool) -> None:
     turns, goes_on = Turns(), threading.Event()
 
