@@ -64,8 +64,9 @@ class Rows(NamedTuple):
         if self.which is None:
             return self.indices
         numbers, which = self.indices.numpy(), self.which.numpy()
-        again = np.concatenate(([False], which[1:] == which[:-1])) if len(which) else which
-        return torch.from_numpy(np.where(again, ~numbers, numbers))
+        told = numbers.copy()
+        np.invert(told[1:], out=told[1:], where=which[1:] == which[:-1])
+        return torch.from_numpy(told)
 
 
 def gradient_of(rows: Rows, size: Sequence[int]) -> torch.Tensor:
@@ -139,7 +140,7 @@ def write(
 
 def lay(area: torch.Tensor, values: torch.Tensor, some: Rows) -> None:
     """Copy rows into a slot; ``values`` is the parameter's flat range."""
-    count = len(some.indices)
+    count = some.indices.shape[0]
     values[: some.values.numel()].view(some.values.shape).copy_(some.values, non_blocking=True)
     area[1 : count + 1].copy_(some.numbers, non_blocking=True)
     area[0] = count if some.unique else -count
@@ -152,9 +153,12 @@ def _again(values: torch.Tensor) -> np.ndarray[Any, np.dtype[np.bool_]] | None:
     bits: Any = values.detach().view(torch.int32).numpy()
     if bits.shape[1] % 2 == 0:
         bits = bits.view(np.int64)
-    if _equal(bits[:_LOOKED_AT]).mean() < _OFTEN:
+    few = _equal(bits[:_LOOKED_AT])
+    if np.count_nonzero(few) < _OFTEN * max(len(few), 1):
         return None
-    return np.concatenate(([False], _equal(bits)))
+    again = np.zeros(len(bits), dtype=bool)
+    again[1:] = _equal(bits)
+    return again
 
 
 def _equal(bits: Any) -> Any:
@@ -166,13 +170,15 @@ def _equal(bits: Any) -> Any:
 
 
 def _shared(indices: torch.Tensor, values: torch.Tensor, again: Any) -> Rows:
-    first = torch.from_numpy(np.flatnonzero(~again))
+    first = torch.from_numpy((~again).nonzero()[0])
     return Rows(indices, values.index_select(0, first), unique=False, which=torch.from_numpy(_places(again)))
 
 
 def _places(again: Any) -> Any:
     """int64[n]: which of the values that are written each row has."""
-    return np.cumsum(~again) - 1
+    which = (~again).cumsum()
+    which -= 1
+    return which
 
 
 def _come_often(indices: torch.Tensor) -> bool:
@@ -184,15 +190,15 @@ def _come_often(indices: torch.Tensor) -> bool:
 def of_numbers(numbers: torch.Tensor, values: torch.Tensor, unique: bool) -> Rows:
     """What is written so: numbers int64[n] or int32[n], and values [most, row], of which no more are meant than numbers
     tell of (aliases). Numbers are not checked."""
-    if unique or not len(numbers):
-        return Rows(numbers.to(torch.int64), values[: len(numbers)], unique)
-    told = numbers.numpy()
-    again = told < 0
-    if not again.any():
-        return Rows(numbers.to(torch.int64), values[: len(numbers)], unique=False)
-    indices = (told ^ (told >> (8 * told.itemsize - 1))).astype(np.int64, copy=False)
-    which = _places(again)
-    return Rows(torch.from_numpy(indices), values[: int(which[-1]) + 1], unique=False, which=torch.from_numpy(which))
+    count = numbers.shape[0]
+    if not unique:
+        told = numbers.numpy()
+        again = told < 0
+        if np.count_nonzero(again):
+            indices = torch.from_numpy(np.maximum(told, ~told)).to(torch.int64)
+            which = _places(again)
+            return Rows(indices, values[: int(which[-1]) + 1], unique=False, which=torch.from_numpy(which))
+    return Rows(numbers.to(torch.int64), values[:count], unique)
 
 
 def stray(numbers: torch.Tensor, size: int, *, unique: bool) -> int | None:
@@ -217,14 +223,17 @@ def read(area: torch.Tensor, values: torch.Tensor, row: int, start: int, stop: i
     """What a slot has of the table's rows ``[start, stop)``, numbered from ``start``. The values are aliases."""
     count = int(area[0])
     whole = of_numbers(area[1 : abs(count) + 1], values[: abs(count) * row].view(-1, row), count >= 0)
-    if start == 0 and stop == len(area) - 1:
+    if start == 0 and stop == area.shape[0] - 1:
         return whole
     if count < 0:
         numbers = whole.indices.numpy()
-        among = np.flatnonzero((numbers >= start) & (numbers < stop))  # a sixth of what torch's nonzero takes
+        is_in = numbers < stop if start == 0 else numbers >= start
+        if start > 0 and stop < area.shape[0] - 1:
+            is_in &= numbers < stop
+        among = is_in.nonzero()[0]  # a sixth of what torch's nonzero takes
         indices, places = torch.from_numpy(numbers[among] - start), torch.from_numpy(among)
         which = places if whole.which is None else whole.which[places]
-        if 2 * len(whole.values) < len(indices):
+        if 2 * whole.values.shape[0] < len(among):
             return Rows(indices, whole.values, unique=False, which=which)
         return Rows(indices, whole.values.index_select(0, which), unique=False)
     indices, rows, *_ = whole

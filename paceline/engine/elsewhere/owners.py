@@ -82,7 +82,9 @@ class Owners:
             for cell, where in enumerate(self._cells):
                 start, stop = self._share(cell, other)
                 self._places[other, True, cell] = as_bytes(self._folds[where.vector][start:stop])
-        self._changed = threading.Condition()
+        lock = threading.Lock()
+        self._changed = threading.Condition(lock)  # who waits for the whole
+        self._has_work = threading.Condition(lock)  # the thread that folds
         self._gathering = owners.Gathering(self._rank, self.members, [*owned, *self._tables])
         self._over = False
         self.is_on = False  # is the next round to be folded?
@@ -100,9 +102,13 @@ class Owners:
 
     def stop(self) -> None:
         self.is_on = False
+        self._end()
+
+    def _end(self) -> None:
         with self._changed:
             self._over = True
             self._changed.notify_all()
+            self._has_work.notify_all()
 
     @property
     def number(self) -> int:
@@ -116,6 +122,15 @@ class Owners:
             if number != self._gathering.number:
                 self._gathering.begin(number)
                 self._changed.notify_all()
+                self._wake()
+
+    def _wake(self) -> None:
+        """Whoever has something to do by now: to be woken for nothing, and by each of all, takes longer than that."""
+        gathering = self._gathering
+        if gathering.has_next or gathering.is_folded:
+            self._has_work.notify_all()
+        if gathering.is_whole(gathering.number) or gathering.is_off(gathering.number):
+            self._changed.notify_all()
 
     # --- own gradients ---
 
@@ -155,7 +170,7 @@ class Owners:
         total = sum(weights)
         with self._changed:
             self._gathering.settle(number, [weight / total for weight in weights])
-            self._changed.notify_all()
+            self._wake()
         return self.await_whole(number)
 
     def await_whole(self, number: int) -> bool:
@@ -222,8 +237,10 @@ class Owners:
                     gathering.folded(sender, number)
                 case owners.Off(number=number):
                     gathering.off(sender, number)
-            if gathering.has_next or not isinstance(message, owners.Part | owners.Rows):
-                self._changed.notify_all()
+            if not isinstance(message, owners.Part | owners.Rows):
+                self._wake()
+            elif gathering.has_next:
+                self._has_work.notify_all()
 
     def _take_rows(self, sender: int, said: owners.Rows, size_bytes: int) -> bool:
         """Are these the last of them?"""
@@ -244,17 +261,15 @@ class Owners:
         except Exception:  # the outermost line of a thread; without it no fold will be whole
             logger.exception("folding a share of what all hosts bring")
             self.has_missed = True
-            with self._changed:
-                self._over = True
-                self._changed.notify_all()
+            self._end()
 
     def _next(self) -> tuple[int, Sequence[float], int, int] | None:
         """The next to fold, with the round, the shares and the ticket; None at the end."""
         gathering = self._gathering
         while True:
-            with self._changed:
+            with self._has_work:
                 while not (self._over or gathering.has_next or gathering.is_folded):
-                    self._changed.wait()
+                    self._has_work.wait()
                 if self._over:
                     return None
                 number = gathering.number

@@ -7,6 +7,7 @@ shares most rows would travel twice.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -19,6 +20,15 @@ from paceline.protocol import owners
 from paceline.protocol.link import Senseless
 
 
+@dataclass(slots=True)
+class _Given:
+    """As ``rows.of_numbers`` takes it."""
+
+    numbers: torch.Tensor
+    values: torch.Tensor
+    unique: bool
+
+
 class TableParts:
     """Of table number ``param``; it is folded into ``folds``. ``members``, in rank order, one of whom is ``rank``."""
 
@@ -28,7 +38,7 @@ class TableParts:
         self._area, values = folds.rows[param], folds.gradient[entry.vector]
         self._values = values[entry.offset : entry.offset + entry.size].view(-1, entry.row)
         self._kind = torch.int32 if entry.rows < 2**31 else torch.int64  # of numbers, as they are sent
-        self._given = {member: rows.of_numbers(*self._places_of(member, 0), True) for member in self._members}
+        self._given = {member: _Given(*self._places_of(member, 0), unique=True) for member in self._members}
         self._come = dict.fromkeys(self._members, (0, 0))  # of each one's: how many rows, and bytes of them
         # Pages of them that no row has come to take no memory.
         most_bytes = self._begins(entry.rows) + self._values.nbytes
@@ -41,7 +51,7 @@ class TableParts:
         numbers, values = self._places_of(self._rank, count)
         numbers.copy_(own.numbers)
         values[: len(own.values)].copy_(own.values)
-        self._given[self._rank] = own._replace(values=values[: len(own.values)])
+        self._given[self._rank] = _Given(numbers, values[: len(own.values)], own.unique)
         return count, as_bytes(self._rooms[self._rank][: self._size_bytes(count, len(own.values))])
 
     def place(self, sender: int, count: int, start: int, size_bytes: int) -> memoryview | None:
@@ -68,21 +78,23 @@ class TableParts:
             raise some
         if (wrong := rows.stray(numbers, self._entry.rows, unique=count >= 0)) is not None:
             raise Senseless(f"row {wrong} has come of a table of {self._entry.rows}")
-        if stop != self._size_bytes(count, rows.count_values(numbers)):
+        size = rows.count_values(numbers)
+        if stop != self._size_bytes(count, size):
             raise some
-        self._given[sender] = rows.of_numbers(numbers, values, count >= 0)
+        self._given[sender] = _Given(numbers, values[:size], count >= 0)
 
     def fold(self, shares: Sequence[float]) -> None:
         """What all have given, by shares in the order of members, is the fold."""
-        sources = [self._given[member] for member in self._members]
-        total, place, stop = sum(len(source.indices) for source in sources), 0, 0
-        if any(source.unique for source in sources) or total > self._entry.rows:
+        given = [self._given[member] for member in self._members]
+        total, place, stop = sum(one.numbers.shape[0] for one in given), 0, 0
+        if any(one.unique for one in given) or total > self._entry.rows:
+            sources = [rows.of_numbers(one.numbers, one.values, one.unique) for one in given]
             lay_rows(folded_of(sources, shares, self._entry), self._folds, self.param, self._entry)
             return
-        for source, share in zip(sources, shares, strict=True):
-            count, size = len(source.indices), len(source.values)
-            self._area[place + 1 : place + count + 1] = source.numbers
-            torch.mul(source.values, share, out=self._values[stop : stop + size])
+        for one, share in zip(given, shares, strict=True):
+            count, size = one.numbers.shape[0], one.values.shape[0]
+            self._area[place + 1 : place + count + 1] = one.numbers
+            torch.mul(one.values, share, out=self._values[stop : stop + size])
             place, stop = place + count, stop + size
         self._area[0] = -total
 
