@@ -9,7 +9,9 @@ slice, and ratios are of slices of one round. Reported are medians, lower quarti
 it compares with ``plain``; ``tls`` is what users get.
 
 *wire* is how busy the busiest direction of the first host's interface was, as a share of what one bare TCP socket
-drives through it, by the kernel's count of bytes; *both ways*, of what one drives while another drives the other way.
+drives through it, by the kernel's count of bytes; *all*, of what one drives while every host has one that drives to the
+next: as much as these processors carry for so many, if they do nothing else. *apart* are processes that share nothing:
+what the others may come to where what is sent costs nothing.
 *push/pull* sends so many bytes and takes as many back, by a link and by a bare socket (TCP for plain, TLS for tls) in
 turns.
 
@@ -29,7 +31,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -49,13 +50,13 @@ from paceline.transport.keys import FILE_VARIABLE, new_job_key
 from tests.hosts.namespaces import Host, missing, some_hosts
 
 _DDP, _APART = "ddp", "apart"
+_STARTED = {_APART: "ceiling"}  # as rivals.py has it
 _WAYS = {
     _DDP: Way(_DDP, "DistributedDataParallel, gloo", "ddp"),
     "plain": Way("plain", "paceline sync, no encryption", "elsewhere"),
     "tls": Way("tls", "paceline sync, TLS 1.3", "elsewhere"),
     _APART: Way(_APART, "processes that share nothing", "apart"),
 }
-_STARTED = {_APART: "ceiling"}  # as rivals.py has it
 _JOBS = ("mlp", "gpt", "sparse")
 _PORT, _ports = 29600, itertools.count()  # a store may outlive its job for a moment
 _SIZES_MB = (25.0, 100.0)
@@ -69,7 +70,7 @@ class Row:
     samples_per_s: list[float]
     x_ddp: Spread | None
     wire: Spread
-    both_ways: Spread
+    all: Spread
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Table:
     hosts: int
     workers: int
     rate: str
-    bare_mb_s: tuple[float, float]  # one way, and each way at once
+    bare_mb_s: tuple[float, float]  # alone, and with all hosts at once
     rows: dict[str, Row]
 
 
@@ -235,8 +236,8 @@ def _measure(job: str, hosts: Sequence[Host], options: Any, rate: str, bare_mb_s
         x_ddp = spread(ratios(own, rates[_DDP])) if _DDP in rates else None
         wires = [spread([moved / most for moved in busy[way]]) for most in bare_mb_s]
         rows[way] = Row([round(rate, 2) for rate in own], x_ddp, *wires)
-    alone, both = bare_mb_s
-    return Table(job, len(hosts), options.workers, rate, (round(alone, 2), round(both, 2)), rows)
+    alone, together = bare_mb_s
+    return Table(job, len(hosts), options.workers, rate, (round(alone, 2), round(together, 2)), rows)
 
 
 def _carried(host: Host) -> tuple[int, int]:
@@ -249,15 +250,15 @@ def _lines(table: Table) -> list[str]:
     each = f"{table.workers} worker{'s' if table.workers > 1 else ''} each"
     lines = [
         f"\n{table.job}, {table.hosts} hosts, {each}, {table.rate} "
-        "(a bare socket moves {:.1f} MB/s, two in both directions {:.1f} each)".format(*table.bare_mb_s),
-        f"{'':38}{'samples/s':>10}{'x ddp':>8}{'lower':>7}{'range':>14}{'wire':>7}{'both ways':>11}",
+        "(a bare socket moves {:.1f} MB/s, all hosts at once {:.1f} each)".format(*table.bare_mb_s),
+        f"{'':38}{'samples/s':>10}{'x ddp':>8}{'lower':>7}{'range':>14}{'wire':>7}{'all':>7}",
     ]
     for way, row in table.rows.items():
         line = f"{way:8}{_WAYS[way].told:30}{median(row.samples_per_s):10,.0f}"
         if row.x_ddp is not None:
             span = f"{row.x_ddp.min:.2f}..{row.x_ddp.max:.2f}"
             line += f"{row.x_ddp.median:8.2f}{row.x_ddp.lower_quartile:7.2f}{span:>14}"
-        lines.append(f"{line}{row.wire.median:7.0%}{row.both_ways.median:11.0%}")
+        lines.append(f"{line}{row.wire.median:7.0%}{row.all.median:7.0%}")
     return lines
 
 
@@ -282,13 +283,41 @@ def _child(there: Connection, namespace: str, work: Any, *arguments: Any) -> Non
 
 
 def _bare_rates(hosts: Sequence[Host]) -> tuple[float, float]:
-    """MB/s that one TCP socket drives out of the first host's interface, by the kernel's count: alone, and while
-    another drives in as much as it can."""
+    """MB/s that one TCP socket drives out of the first host's interface, by the kernel's count: alone, and while every
+    other host has one that drives as much as it can to the next."""
     with _other_end(hosts, _take_all) as taking:
         alone = _drive(taking, hosts[0])
-        with _other_end(hosts, _give_all) as giving:
-            threading.Thread(target=_drain, args=(giving,), daemon=True).start()
+        with ExitStack() as others:
+            for number in range(1, len(hosts)):
+                others.enter_context(_pair(hosts, number, (number + 1) % len(hosts)))
             return alone, _drive(taking, hosts[0])
+
+
+@contextmanager
+def _pair(hosts: Sequence[Host], giver: int, taker: int) -> Iterator[None]:
+    """While a socket of one host drives as much as it can to another."""
+    context = multiprocessing.get_context("fork")  # this process is one thread, and has imported what takes seconds
+    here, there = context.Pipe()
+    taking = context.Process(target=_take_from_one, args=(hosts[taker].namespace, hosts[taker].address, there))
+    taking.start()
+    giving = context.Process(target=_give_all, args=(hosts[giver].namespace, hosts[taker].address, here.recv()))
+    giving.start()
+    try:
+        yield
+    finally:
+        for one in (giving, taking):
+            one.terminate()
+            one.join()
+
+
+def _take_from_one(namespace: str, host: str, there: Connection) -> None:
+    """Tells at which port."""
+    wire.enter(namespace)
+    with socket.create_server((host, 0)) as door:
+        there.send(door.getsockname()[1])
+        sock, _ = door.accept()
+        with sock:
+            _drain(sock)
 
 
 @contextmanager
