@@ -14,6 +14,7 @@ from paceline.errors import UsageError
 
 MAX_WORKERS = 256  # the board in shared memory has this many columns at most
 MAX_SERVERS = 64
+MAX_COMPENSATION = 1e38  # torch refuses to multiply a gradient by what its type cannot hold
 _MAX = 2**53
 
 ASSIGNMENTS = ("round_robin", "hash", "random", "block", "lease")
@@ -275,8 +276,10 @@ class Job:
         _seconds("hang-timeout", self.hang_timeout)
         if self.compensate is not None:
             number = isinstance(self.compensate, int | float) and not isinstance(self.compensate, bool)
-            if not number or not 0 <= self.compensate < math.inf:
-                raise UsageError(f"compensate is {self.compensate!r}; it must be a number, 0 or more")
+            if not number or not 0 <= self.compensate <= MAX_COMPENSATION:
+                raise UsageError(
+                    f"compensate is {self.compensate!r}; it must be a number from 0 to {MAX_COMPENSATION:g}"
+                )
             if not on_arrival:
                 raise UsageError(f"compensate is for paces bounded and async; the pace is {pace}")
 

@@ -90,6 +90,7 @@ def _requests() -> list[Any]:
         remote.More(0),
         remote.End(0, True, 4),
         remote.Step(0, False, b"\1\1", {1: -3}, settings, True, 0.5),
+        remote.Step(0, False, b"\1\1", {1: -3}, settings, finite=True),
         remote.Meet({0: settings}),
         remote.Norm(0, b"\1\1", {1: 2}, b"\1\0", 2.0),
         remote.Load(0, False, _STATE),

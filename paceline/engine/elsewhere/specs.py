@@ -7,7 +7,7 @@ import math
 import msgspec
 from torch import optim
 
-from paceline.config import MAX_SERVERS, MAX_WORKERS
+from paceline.config import MAX_COMPENSATION, MAX_SERVERS, MAX_WORKERS
 from paceline.engine.elsewhere.mail import MOST_BYTES
 from paceline.engine.elsewhere.making import check
 from paceline.errors import ConfigError
@@ -53,7 +53,7 @@ def _of_counts(spec: Spec) -> str | None:
     ):
         if not least <= count <= most:
             return f"{count} {what}, not {least} to {most}"
-    return None if math.isfinite(spec.compensate) else f"compensation of {spec.compensate}"
+    return None if 0 <= spec.compensate <= MAX_COMPENSATION else f"compensation of {spec.compensate}"
 
 
 def _of_table(table: Table, groups: int) -> str | None:

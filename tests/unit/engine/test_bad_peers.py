@@ -13,7 +13,7 @@ import torch
 from torch import nn, optim
 from torch.utils.data import DataLoader, TensorDataset
 
-from paceline.engine.elsewhere.mail import Mail, without_values
+from paceline.engine.elsewhere.mail import Mail, send, without_values
 from paceline.engine.elsewhere.making import make
 from paceline.engine.elsewhere.peers import ROLE, Peers
 from paceline.errors import ConfigError, HostError, PacelineError
@@ -222,6 +222,34 @@ def test_a_deputy_refuses_what_cannot_be_in_words(why: str) -> None:
 
     (said,) = run_job(body, workers=1, elsewhere=True)
     assert why in said
+
+
+@pytest.mark.parametrize("finite", [False, True])
+@pytest.mark.parametrize(
+    ("numbers", "values", "told", "why"),
+    [
+        ([3, 8], 2, -2, "row 8 of weight has come"),
+        ([-4, 3], 1, -2, "row -4 of weight has come|2 rows and 1 of values"),
+        ([3, -9, 2], 2, -3, "row -9 of weight has come"),
+        ([3, -3], 1, 2, "row -3 of weight has come|2 rows and 1 of values"),
+        ([3, 2], 2, -9, "9 rows have come of a table of 8"),
+    ],
+)
+def test_it_refuses_rows_that_a_table_has_not(
+    numbers: list[int], values: int, told: int, why: str, finite: bool
+) -> None:
+    def body(run: Any) -> str:
+        table = nn.EmbeddingBag(8, 2, sparse=True)
+        table, _ = run.wrap(table, optim.SGD(table.parameters(), lr=0.1))
+        if not run.rank:
+            return ""
+        send(run.worker._link, "numbers/0/0", torch.tensor(numbers))
+        send(run.worker._link, "values/0/0", torch.zeros(values, 2))
+        with pytest.raises(ConfigError) as refused:
+            run.worker.ask(remote.Step(0, False, b"\1", {0: told}, b"", finite=finite))
+        return str(refused.value)
+
+    assert re.search(why, run_job(body, workers=2, elsewhere=True, hosts=["", "b"])[1])
 
 
 @pytest.mark.parametrize("note", [remote.Fetched(0), remote.Drawn(5, 1), remote.Left(0, 1), remote.Dropped(3, True)])

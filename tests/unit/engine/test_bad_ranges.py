@@ -274,6 +274,7 @@ def with_entry(place: int, **changed: Any) -> dict[str, Any]:
         {"settings": b"\xc1"},
         {"settings": b"\x90"},
         {"compensate": float("nan")},
+        {"compensate": 1e39},
         with_entry(0, shape=(2**20, 2**20), size=2**40),
         with_entry(0, size=2**40),
         with_entry(0, dtype="object"),
