@@ -23,7 +23,9 @@ in_rounds = st.one_of(
 on_arrival = st.integers(0, 2**53).map(Bounded) | st.integers(1, 2**53).map(Async)
 paces = st.one_of(
     st.fixed_dictionaries({"pace": in_rounds}),
-    st.fixed_dictionaries({"pace": on_arrival, "staleness_damping": st.booleans(), "compensate": st.none() | rates}),
+    st.fixed_dictionaries(
+        {"pace": on_arrival, "staleness_damping": st.booleans(), "compensate": st.none() | st.floats(0, 1e38)}
+    ),
 )
 
 
