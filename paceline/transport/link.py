@@ -133,7 +133,7 @@ class Link:
         self._asked = False  # acknowledgement wanted: somebody waits for it
         self._answer = False  # the peer wants one
         self._closing = self._leaving = self._bye = False
-        self._writing = False  # does a thread have work in hand?
+        self._writing: _Work | None = None  # what a thread has in hand
         self.peer_left = False  # in order: all that it has sent is here
         self.joined = threading.Event()  # or ended
         self._decoder = msgspec.msgpack.Decoder(end.messages)
@@ -171,16 +171,17 @@ class Link:
                 self._changed.notify_all()
         if work is not None:
             self._write(work)
-            with self._changed:
-                self._writing = False
-                if self._outgoing.has_next or self._asked or self._answer or self._closing:
-                    self._changed.notify_all()
         return Sent(self, number)
 
     def _work_at_once(self, size_bytes: int) -> _Work | None:
         """The message that was just added, if the thread that sends it can write it without waiting."""
         connection = self._connection
-        if connection is None or self._writing or size_bytes > AT_ONCE_BYTES or not self._outgoing.is_next_last:
+        if (
+            connection is None
+            or self._writing is not None
+            or size_bytes > AT_ONCE_BYTES
+            or not self._outgoing.is_next_last
+        ):
             return None
         return self._choose(connection) if connection.out.takes_at_once(size_bytes) else None
 
@@ -463,6 +464,7 @@ class Link:
             self._outgoing.resume(connection.peer_received)
             self._incoming.resume()
             self._pulse = Pulse(self._end.patience, self._end.clock())
+            self._writing = None  # nobody has anything in hand for this one
             self._connection = connection
             self._changed.notify_all()
             return True
@@ -483,13 +485,12 @@ class Link:
     def _next_work(self) -> _Work | None:
         """Waits for something to write; None at the end."""
         with self._changed:
-            self._writing = False
             while True:
                 if self._ended is not None or self._bye:
                     return None
                 if self._connection is None:
                     self._changed.wait()
-                elif self._writing:
+                elif self._writing is not None:
                     self._changed.wait(self._end.patience.heartbeat_s)
                 elif (work := self._choose(self._connection)) is not None:
                     return work
@@ -513,26 +514,39 @@ class Link:
         # Who waits, waits for the last one; what is before it is acknowledged with it.
         flags = wire.ANSWER if self._asked and not self._outgoing.has_next else 0
         self._asked = self._asked and not flags
-        self._answer, self._writing = False, True
+        self._answer = False
         self._pulse.said(now_s)
-        return _Work(connection, kind, flags, number, self._incoming.tell(), frame)
+        self._writing = _Work(connection, kind, flags, number, self._incoming.tell(), frame)
+        return self._writing
 
     def _write(self, work: _Work) -> None:
-        if work.kind == wire.BYE:
-            self._goodbye(work.connection, work.acknowledged)
-            return
+        try:
+            if work.kind == wire.BYE:
+                self._goodbye(work.connection, work.acknowledged)
+            else:
+                self._write_frame(work)
+        except TimeoutError:
+            self._cut(work.connection, f"{self.peer} has taken nothing for {self._end.patience.silence_s:g} s")
+        except OSError as error:
+            self._cut(work.connection, _in_words(error))
+        except BaseException:  # Ctrl-C in the thread that sends: half a frame may be on its way, so all goes again
+            self._cut(work.connection, "interrupted in the midst of writing")
+            raise
+        finally:
+            with self._changed:
+                if self._writing is work:
+                    self._writing = None
+                if self._outgoing.has_next or self._asked or self._answer or self._closing:
+                    self._changed.notify_all()
+
+    def _write_frame(self, work: _Work) -> None:
         frame, flags, size, total = work.frame or _NOTHING, work.flags, 0, 0
         if frame.payload is not None:
             size = len(frame.payload)
             if self._summed:
                 flags, total = flags | wire.SUMMED, wire.summed(frame.payload)
         head = wire.encode(work.kind, flags, work.number, work.acknowledged, frame.body, size, total)
-        try:
-            work.connection.out.write(head, frame.payload)
-        except TimeoutError:
-            self._cut(work.connection, f"{self.peer} has taken nothing for {self._end.patience.silence_s:g} s")
-        except OSError as error:
-            self._cut(work.connection, _in_words(error))
+        work.connection.out.write(head, frame.payload)
 
     def _goodbye(self, connection: Connection, acknowledged: int) -> None:
         with suppress(OSError):  # it has gone first

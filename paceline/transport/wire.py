@@ -24,6 +24,7 @@ MAX_PAYLOAD = 16 * 2**20
 _HEADER = struct.Struct("<4sBBHIIQQQQI")
 _CRC = struct.Struct("<I")
 HEADER_BYTES = _HEADER.size
+_COLUMNS = 509  # a prime: what is damaged at every page, or at every power of two, is damaged in many columns
 _BUFFER_BYTES = 4096  # more would copy more of a payload that comes behind a header
 
 MESSAGE, PULSE, BYE = 1, 2, 3  # kinds; a pulse says that one is there, and acknowledges
@@ -117,12 +118,18 @@ def decode_body(decoder: msgspec.msgpack.Decoder[Any], body: bytes | bytearray |
 
 
 def summed(payload: memoryview) -> int:
-    """The sum of the payload as 8-byte words, modulo 2^64: any one flipped bit changes it; five times a CRC's speed."""
+    """The CRC-32 of the sums of the payload's columns: its 8-byte words, modulo 2^64, laid out in rows of ``_COLUMNS``.
+
+    Any one flipped bit changes it; two of different columns leave it as it was once in 2^32. Where there are many rows
+    it is ten times as fast as the CRC of all bytes.
+    """
     import numpy
 
-    words, rest = divmod(len(payload), 8)
-    total = int(numpy.add.reduce(numpy.frombuffer(payload, numpy.uint64, words))) if words else 0
-    return total if not rest else (total + int.from_bytes(payload[8 * words :], "little")) % 2**64
+    rows, rest = divmod(len(payload), 8 * _COLUMNS)
+    if not rows:
+        return zlib.crc32(payload)
+    words = numpy.frombuffer(payload, numpy.uint64, rows * _COLUMNS).reshape(rows, _COLUMNS)
+    return zlib.crc32(payload[len(payload) - rest :], zlib.crc32(numpy.add.reduce(words, axis=0)))
 
 
 class Stream:

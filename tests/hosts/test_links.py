@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+import linecache
 import random
 import socket
+import sys
 import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +28,39 @@ from paceline.transport.views import bytes_of
 from paceline.transport.wire import MAX_PAYLOAD
 from tests.hosts.ends import JOB, OTHER_KEY, WAIT_S, Pair, Push, Side, Word, payload, send_all
 from tests.hosts.proxy import DOWN, UP, Faults, Proxy
+
+
+class Interrupted(BaseException):
+    """As Ctrl-C is, by a handler of this test."""
+
+
+def interrupted(line: int, call: Callable[..., object], *arguments: object) -> bool:
+    """Calls it; was it interrupted before the ``line``-th line of those that write a frame? Not at ``with``: the
+    interpreter itself may leave what that takes locked."""
+    left = line
+
+    def trace(frame: FrameType, event: str, _: object) -> Callable[..., Any] | None:
+        nonlocal left
+        code = frame.f_code
+        if Path(code.co_filename).parent.name != "transport" or code.co_name not in ("_write_frame", "write", "encode"):
+            return trace
+        if event == "line" and not linecache.getline(code.co_filename, frame.f_lineno).lstrip().startswith("with "):
+            left -= 1
+            if left < 0:
+                sys.settrace(None)
+                raise Interrupted
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call(*arguments)
+    except Interrupted:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
 
 SECURE = pytest.mark.parametrize("secure", [True, False], ids=["tls", "plain"])
 
@@ -56,6 +96,23 @@ def test_threads_that_send_over_one_link_each_keep_their_order(secure: bool) -> 
         for thread in threads:
             thread.join(WAIT_S)
         assert [[push for push in come if push.number // 1000 == seed] for seed in range(6)] == lists
+
+
+@SECURE
+def test_an_interrupt_in_the_midst_of_writing_loses_and_repeats_nothing(secure: bool) -> None:
+    """Ctrl-C comes to the main thread wherever it is: at each line of writing, one after the other."""
+    with Pair(secure=secure) as pair:
+        near, sent = pair.join(), []
+        for line in itertools.count():
+            near.flush(WAIT_S)  # so that the next one is written by this thread
+            sent.append(Push(line, 1000))
+            if not interrupted(line, near.send, sent[-1], payload(sent[-1])):
+                break
+            sent.append(Word(f"after line {line}"))
+            near.send(sent[-1])
+        assert line > 10, "writing has more lines than that"
+        assert pair.server.take(len(sent)) == sent
+        assert {type(event) for event in pair.client.other} <= {Lost, Back}
 
 
 @SECURE
