@@ -112,6 +112,8 @@ def _requests() -> list[Any]:
 def _said() -> list[Any]:
     said: list[Any] = [
         remote.Piece("state/0", 0, 8),
+        remote.Letter([remote.Enclosed("numbers/0/1", 0, 24, bytes(24)), remote.Enclosed("kept/1", 0, 96, bytes(32))]),
+        remote.Ask([], remote.Meet({}), [remote.Enclosed("gradient/0/float32", 0, 16, bytes(16))]),
         remote.Answer(_status(), [True, 3, False]),
         remote.Answer(remote.Status(), None, _FAILED),
         remote.Stop("it is over"),
@@ -343,6 +345,7 @@ class HeardByDeputy:
             if saying.payload:
                 # A link is not let claim what it does not expect either.
                 _lay(mail.place(None, message, len(saying.payload)), saying.payload)  # type: ignore[arg-type]
+            mail.open(message)
             self._take(mail, message)
         assert sum(map(len, mail._boxes.values())) == mail._boxes_bytes <= _MOST_BYTES
 

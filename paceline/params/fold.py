@@ -8,7 +8,7 @@ in rank order for every value, so no bit depends on how the parameters are cut. 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -44,6 +44,7 @@ class Fold:
     computed_on: Vectors | None = None
     strength: float = 0.0
     factor: float = 1.0
+    rows: dict[int, list[Rows]] = field(default_factory=dict)  # of the sources, by table, where they have been read
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,11 +144,13 @@ class Folding:
         entry = self._table.entries[piece.param]
         first, end = piece.start // entry.row, min(piece.stop, entry.size) // entry.row
         whole = slice(entry.offset, entry.offset + entry.size)
-        given = [
-            rows.read(source.rows[piece.param], source.gradient[entry.vector][whole], entry.row, first, end)
-            for source in fold.sources
-            if not isinstance(source, Fold)  # a host's fold is dense
-        ]
+        if piece.param not in fold.rows:
+            fold.rows[piece.param] = [
+                rows.written(source.rows[piece.param], source.gradient[entry.vector][whole], entry.row)
+                for source in fold.sources
+                if not isinstance(source, Fold)  # a host's fold is dense
+            ]
+        given = [rows.between(source, first, end, entry.rows) for source in fold.rows[piece.param]]
         dtype = self._vectors[entry.vector].dtype
         return given[0] if len(given) == 1 else rows.fold(given, fold.shares, WIDE.get(dtype, dtype))
 

@@ -221,14 +221,23 @@ def count_values(numbers: torch.Tensor) -> int:
 
 def read(area: torch.Tensor, values: torch.Tensor, row: int, start: int, stop: int) -> Rows:
     """What a slot has of the table's rows ``[start, stop)``, numbered from ``start``. The values are aliases."""
+    return between(written(area, values, row), start, stop, area.shape[0] - 1)
+
+
+def written(area: torch.Tensor, values: torch.Tensor, row: int) -> Rows:
+    """All that a slot has of the table's rows (aliases)."""
     count = int(area[0])
-    whole = of_numbers(area[1 : abs(count) + 1], values[: abs(count) * row].view(-1, row), count >= 0)
-    if start == 0 and stop == area.shape[0] - 1:
+    return of_numbers(area[1 : abs(count) + 1], values[: abs(count) * row].view(-1, row), count >= 0)
+
+
+def between(whole: Rows, start: int, stop: int, size: int) -> Rows:
+    """Of rows of a table of ``size`` those in ``[start, stop)``, numbered from ``start``. The values are aliases."""
+    if start == 0 and stop == size:
         return whole
-    if count < 0:
+    if not whole.unique:
         numbers = whole.indices.numpy()
         is_in = numbers < stop if start == 0 else numbers >= start
-        if start > 0 and stop < area.shape[0] - 1:
+        if start > 0 and stop < size:
             is_in &= numbers < stop
         among = is_in.nonzero()[0]  # a sixth of what torch's nonzero takes
         indices, places = torch.from_numpy(numbers[among] - start), torch.from_numpy(among)

@@ -61,6 +61,21 @@ class Piece(Said, frozen=True, tag=1):
     total: Number
 
 
+class Enclosed(msgspec.Struct, frozen=True, array_like=True):
+    """As a Piece with its bytes, in a message's own body: a frame less, and a thread less that is woken for it."""
+
+    what: str
+    start: Number
+    total: Number
+    data: bytes
+
+
+class Letter(Said, frozen=True, tag=73):
+    """...these are small. In their order, and before what comes later."""
+
+    enclosed: list[Enclosed]
+
+
 # Notes: what the script did. The deputy does it in their order.
 
 
@@ -365,10 +380,11 @@ class Shown(Said, frozen=True, tag=62):
 
 
 class Ask(Said, frozen=True, tag=2):
-    """...do this, after the notes. Answer: Answer, or Stop."""
+    """...do this, after the notes, with what is enclosed. Answer: Answer, or Stop."""
 
     notes: list[Note]
     request: Request
+    enclosed: Sequence[Enclosed] = ()
 
 
 class Await(msgspec.Struct, frozen=True, array_like=True):
@@ -444,6 +460,7 @@ class Terminated(Said, frozen=True, tag=68):
 
 Any_ = (
     Piece
+    | Letter
     | Ask
     | Answer
     | Stop

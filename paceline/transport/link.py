@@ -324,7 +324,12 @@ class Link:
                 connection = self._next_connection()
                 if connection is None:
                     return self._ended or f"no connection to {self.peer} for {self._end.patience.give_up_s:g} s"
-                if not self._take_up(connection):
+                try:
+                    is_taken = self._take_up(connection)
+                except SessionLost:
+                    connection.close()
+                    raise
+                if not is_taken:
                     connection.close()
                     return self._ended or ""
                 self._end.sink(Back(self) if was_up else Joined(self))

@@ -25,6 +25,7 @@ _HEADER = struct.Struct("<4sBBHIIQQQQI")
 _CRC = struct.Struct("<I")
 HEADER_BYTES = _HEADER.size
 _COLUMNS = 509  # a prime: what is damaged at every page, or at every power of two, is damaged in many columns
+_FEW_ROWS = 4
 _BUFFER_BYTES = 4096  # more would copy more of a payload that comes behind a header
 
 MESSAGE, PULSE, BYE = 1, 2, 3  # kinds; a pulse says that one is there, and acknowledges
@@ -126,7 +127,7 @@ def summed(payload: memoryview) -> int:
     import numpy
 
     rows, rest = divmod(len(payload), 8 * _COLUMNS)
-    if not rows:
+    if rows < _FEW_ROWS:
         return zlib.crc32(payload)
     words = numpy.frombuffer(payload, numpy.uint64, rows * _COLUMNS).reshape(rows, _COLUMNS)
     return zlib.crc32(payload[len(payload) - rest :], zlib.crc32(numpy.add.reduce(words, axis=0)))

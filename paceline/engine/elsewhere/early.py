@@ -5,7 +5,8 @@
 
 Nothing that was sent early counts: the step says what does. Backward reaches the last parameters first, so buckets are
 numbered from the end of each vector. Which backward pass is the step's last cannot be known; it is taken to be the one
-that was so last time. If what was early was mostly wrong at the step, it is left for a while.
+that was so last time. If what was early was mostly wrong at the step, it is left for a while. What is small goes with
+the step.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from paceline.params.table import Table, vector_dtype
 
 BUCKET_BYTES = 2**20
 _PAUSE_STEPS = 64
+LEAST_BYTES = 128 * 1024  # of all together; less is on the wire before another message is read
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ class Early:
         self._last = 1  # how many there were before the last step: the one to wait for
         self._paused = self._wrong = 0
         self.was_finite = True  # what was gathered last
-        for param in self._of:
+        size_bytes = sum((b.stop - b.start) * vector_dtype(b.vector).itemsize for b in all_buckets)
+        for param in self._of if size_bytes >= LEAST_BYTES else ():
             parameter = replica.parameters[param]
             if parameter.requires_grad and parameter.is_leaf and parameter.device.type == "cpu":
                 parameter.register_post_accumulate_grad_hook(lambda _, param=param: self._hear(param))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from paceline.engine.elsewhere.mail import send
+from paceline.engine.elsewhere.mail import Letters
 from paceline.engine.elsewhere.mirror import sources_of
 from paceline.engine.elsewhere.outbox import Outbox
 from paceline.engine.exchange.exchange import Exchange
@@ -93,9 +93,8 @@ class Forward:
         self._follow = remote.Follow(number, self._memory.loads[0], sources, settings)
         self._closed(self._follow)
 
-    def _send_rows(self) -> None:
+    def _send_rows(self, letters: Letters) -> None:
         """Of one worker, whose gradient is in its slot: rows of tables, where they are others than what was sent."""
-        assert self._link is not None
         (worker,) = self._others
         slot, name = self._memory.slots[worker], f"push/{self._index}/{worker}"
         for param, area in slot.rows.items():
@@ -109,6 +108,6 @@ class Forward:
             if sent is not None and len(sent[0]) == len(numbers) and all(map(same_bits, sent, (numbers, values))):
                 continue
             self._rows[param] = numbers, values
-            self._rows_bytes += send(self._link, f"{name}/count/{param}", numbers[:1])
-            self._rows_bytes += send(self._link, f"{name}/numbers/{param}", numbers[1:])
-            self._rows_bytes += send(self._link, f"{name}/values/{param}", values)
+            self._rows_bytes += letters.add(f"{name}/count/{param}", numbers[:1], 0, 1)
+            self._rows_bytes += letters.add(f"{name}/numbers/{param}", numbers[1:], 0, count)
+            self._rows_bytes += letters.add(f"{name}/values/{param}", values, 0, size)

@@ -44,7 +44,7 @@ class Line:
             self.is_over = True  # the deputy hangs up now
         if not self.is_over and (is_stop or (self.is_in and isinstance(event, Ended))):
             self._tell(event)
-        self.mail.events.put(event)
+        self.mail.put(event)
 
     @contextmanager
     def kept(self) -> Iterator[None]:

@@ -14,14 +14,15 @@ from torch import nn
 from paceline.errors import ConfigError
 from paceline.params.packing import Tensors, pack, unpack
 from paceline.params.table import DTYPES, dtype_name
-from paceline.protocol.link import Number, Patience
-from paceline.protocol.remote import Piece, Took
+from paceline.protocol.link import Number, Patience, Senseless
+from paceline.protocol.remote import Ask, Enclosed, Letter, Piece, Took
 from paceline.transport.ends import Event, Received
 from paceline.transport.link import Link
 
 # A host that is cut off, or a process that was killed, is lost within 8 s.
 PATIENCE = Patience(heartbeat_s=0.5, silence_s=3.0, give_up_s=5.0)
 _PIECE_BYTES = 2 * 2**20
+LETTER_BYTES = 128 * 1024  # to copy so much takes less than to send a message of its own
 # Of what has come and is not taken: the peer has the job key, but may be of another mind about its own size.
 MOST_BYTES = 2**38
 
@@ -55,7 +56,25 @@ class Mail:
         if isinstance(event, Received) and isinstance(event.message, Took):
             self.on_took(event.message)
         else:
-            self.events.put(event)
+            self.put(event)
+
+    def put(self, event: Event) -> None:
+        """For the thread that works, but for what is enclosed. Raises Senseless."""
+        if isinstance(event, Received):
+            self.open(event.message)
+            if isinstance(event.message, Letter):
+                return
+        self.events.put(event)
+
+    def open(self, message: Any) -> None:
+        """Lay what is enclosed where it belongs. Raises Senseless."""
+        if not isinstance(message, Letter | Ask):
+            return
+        for one in message.enclosed:
+            room = self.place(None, Piece(one.what, one.start, one.total), len(one.data))
+            if room is None:
+                raise Senseless(f"{len(one.data)} bytes of {one.what} are enclosed, which nobody expects")
+            room[:] = one.data
 
     def take(self, what: str, dtype: torch.dtype, shape: Sequence[int] = (-1,)) -> torch.Tensor:
         """An array that has come and was not expected; flat, or in this shape. Raises ConfigError where it has
@@ -95,7 +114,7 @@ class Mail:
             for place, (key, (dtype, shape)) in enumerate(described.items())
         }
 
-    def place(self, link: Link, message: Any, size_bytes: int) -> memoryview | None:
+    def place(self, link: Link | None, message: Any, size_bytes: int) -> memoryview | None:
         if not isinstance(message, Piece):
             return None
         home = self._places.get(message.what)
@@ -125,6 +144,41 @@ class Mail:
             return None
         self._boxes_bytes = others_bytes + size_bytes
         return box
+
+
+class Letters:
+    """Arrays for ``link``: small ones together, in the body of one message, where they are copied."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._enclosed: list[Enclosed] = []
+        self._bytes = 0
+
+    def add(self, what: str, tensor: torch.Tensor, first: int, end: int) -> int:
+        """Values ``[first, end)`` of a tensor, which if they are many must not be changed until the peer has answered;
+        their bytes. Raises LinkEnded."""
+        item = tensor.element_size()
+        size = (end - first) * item
+        if self._bytes + size > LETTER_BYTES:
+            self.send()
+        if size > LETTER_BYTES:
+            return send_range(self._link, what, tensor, first, end)
+        if size:
+            data = as_bytes(tensor)
+            enclosed = Enclosed(what, first * item, len(data), bytes(data[first * item : end * item]))
+            self._enclosed.append(enclosed)
+            self._bytes += size
+        return size
+
+    def take(self) -> list[Enclosed]:
+        """What has not been sent, for another message to enclose."""
+        enclosed, self._enclosed, self._bytes = self._enclosed, [], 0
+        return enclosed
+
+    def send(self) -> None:
+        """All of it. Raises LinkEnded."""
+        if self._enclosed:
+            self._link.send(Letter(self.take()))
 
 
 def send(link: Link, what: str, tensor: torch.Tensor) -> int:

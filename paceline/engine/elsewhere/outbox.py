@@ -16,7 +16,7 @@ from contextlib import suppress
 import torch
 
 from paceline.engine.elsewhere.early import Bucket, buckets
-from paceline.engine.elsewhere.mail import send_range
+from paceline.engine.elsewhere.mail import Letters
 from paceline.params.fold import WIDE, fold_into
 from paceline.params.table import Table, same_bits, vector_dtype
 from paceline.transport.ends import LinkEnded
@@ -39,9 +39,10 @@ class Outbox:
         name: str,
         link: Link,
         number: int,
-        also: Callable[[], None] = lambda: None,
+        also: Callable[[Letters], None] = lambda letters: None,
     ) -> None:
         self._memory, self._workers, self._name, self._link, self._also = memory, tuple(workers), name, link, also
+        self._letters = Letters(link)
         self._buckets = buckets(table)
         self._sent = {v: torch.zeros(size, dtype=vector_dtype(v)) for v, size in table.dense_sizes.items()}
         most = {v: max(b.stop - b.start for b in self._buckets if b.vector == v) for v in self._sent}
@@ -79,7 +80,8 @@ class Outbox:
             self._shares = {worker: weight / total for worker, weight in weights.items()}
             self._update(number, 0, len(self._buckets))
             if len(self._workers) == 1:
-                self._also()
+                self._also(self._letters)
+            self._letters.send()
 
     def replaced(self, gradient: Mapping[str, torch.Tensor]) -> None:
         """Who gets what is sent has got this in its place since."""
@@ -111,7 +113,7 @@ class Outbox:
     def _send(self, number: int, place: int, bucket: Bucket) -> None:
         vector = bucket.vector
         name = f"{self._name}/{vector}"
-        self.sent_bytes += send_range(self._link, name, self._sent[vector], bucket.start, bucket.stop)
+        self.sent_bytes += self._letters.add(name, self._sent[vector], bucket.start, bucket.stop)
 
     def _gradient(self, worker: int) -> Mapping[str, torch.Tensor]:
         return self._memory.slots[worker].gradient
@@ -130,7 +132,8 @@ class Outbox:
                         is_all = is_alone and count > len(self._buckets)
                         self._update(number, 0 if is_all else first, count)
                         if is_all:
-                            self._also()
+                            self._also(self._letters)
+                        self._letters.send()
                 done = (number, count)
             else:
                 behind = counts.index(count)

@@ -371,7 +371,7 @@ class RemoteWorker:
             if exchange.inner is not None:
                 self._gradients.bring_local(exchange, notes)
         with self._line.kept():
-            self._link.send(remote.Ask(notes, request))
+            self._link.send(remote.Ask(notes, request, self._gradients.letters.take()))
 
     def _put_buffers(self) -> None:
         for index, tensors in enumerate(self._buffers):

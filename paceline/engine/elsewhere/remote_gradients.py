@@ -10,7 +10,7 @@ import msgspec
 from paceline.engine.elsewhere.around import has_tables
 from paceline.engine.elsewhere.early import Bucket
 from paceline.engine.elsewhere.line import Line
-from paceline.engine.elsewhere.mail import send_range
+from paceline.engine.elsewhere.mail import Letters, send_range
 from paceline.engine.elsewhere.outbox import Outbox
 from paceline.engine.elsewhere.owners import Owners
 from paceline.engine.elsewhere.range_links import Spread
@@ -26,6 +26,7 @@ class RemoteGradients:
 
     def __init__(self, link: Link, line: Line, rank: int) -> None:
         self._link, self._line, self._rank = link, line, rank
+        self.letters = Letters(link)  # what is small goes with what is asked next
         self._outboxes: dict[int, Outbox] = {}  # by exchange, of those whose host's gradients this process folds
 
     def _give(self, one: RemoteExchange) -> tuple[bytes, dict[int, int], bool]:
@@ -49,7 +50,9 @@ class RemoteGradients:
         elif one.host is not None:
             self._put_own(one)
         else:
-            self._put(one, rest)
+            with self._line.kept():
+                for what, tensor, start, stop in one.gradients(rest):
+                    self.letters.add(what, tensor, start, stop)
         return bytes(one.replica.slot.mask), one.rows(), offers
 
     def _spread_out(self, one: RemoteExchange, spread: Spread, rest: Sequence[Bucket]) -> dict[int, int]:

@@ -87,6 +87,18 @@ def test_what_is_claimed_of_arrays_is_bounded_in_all() -> None:
     assert place(Mail(2**62), "a", 0, 2**61, 8) is None  # more than there is
 
 
+@pytest.mark.parametrize(
+    ("start", "total", "size"), [(0, 8, 8), (8, 16, 16), (0, 16, 17), (2**40, 16, 8), (0, 2**40, 16)]
+)
+def test_what_is_enclosed_and_nobody_expects_is_refused_by_name(start: int, total: int, size: int) -> None:
+    mail, gradient = Mail(100), torch.zeros(4)
+    mail.expect("gradient/0/float32", gradient)
+    letter = remote.Letter([remote.Enclosed("gradient/0/float32", start, total, bytes([1]) * size)])
+    with pytest.raises(Senseless, match="of gradient/0/float32 are enclosed, which nobody expects"):
+        mail.open(letter)
+    assert not gradient.any()
+
+
 @pytest.mark.parametrize(("dtype", "shape"), [(torch.int64, (-1,)), (torch.float32, (2, 2)), (torch.float32, ())])
 def test_an_array_of_another_size_is_refused_by_name(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     mail = Mail()

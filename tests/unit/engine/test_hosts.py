@@ -12,7 +12,7 @@ import torch
 from torch import nn, optim
 from torch.utils.data import DataLoader
 
-from paceline.engine.elsewhere import early, host_push, outbox, remote_host
+from paceline.engine.elsewhere import early, host_push, mail, outbox, remote_host
 from paceline.engine.elsewhere.remote_gradients import RemoteGradients
 from paceline.errors import ConfigError
 from tests.driver import run_job
@@ -85,6 +85,7 @@ def test_passes_may_be_uneven_and_gradients_missing_or_changed(
     places: tuple[str, ...], bucket_bytes: int, monkeypatch: pytest.MonkeyPatch, seen: Seen
 ) -> None:
     monkeypatch.setattr(early, "BUCKET_BYTES", bucket_bytes)
+    monkeypatch.setattr(early, "LEAST_BYTES", 0)
     two, one = both(several, places)
     assert two == pytest.approx(one, rel=1e-12, abs=1e-12)
     assert seen.as_one
@@ -145,15 +146,15 @@ def test_a_fold_on_its_way_does_not_come_over_a_gradient_that_is_not_finite(
     monkeypatch: pytest.MonkeyPatch, seen: Seen
 ) -> None:
     """What the first worker of a host sends early is under way when its script makes its gradient infinite."""
-    send, finish, put = outbox.send_range, outbox.Outbox.finish, RemoteGradients._put
+    add, finish, put = mail.Letters.add, outbox.Outbox.finish, RemoteGradients._put
     is_on, is_made, may_go = threading.Event(), threading.Event(), threading.Event()
 
-    def sends(link: Any, name: str, tensor: Any, start: int, stop: int) -> int:
+    def adds(self: Any, name: str, tensor: Any, start: int, stop: int) -> int:
         is_early = name.startswith("gradient/") and threading.current_thread().name == "paceline-outbox"
         if is_early and is_on.is_set() and not is_made.is_set():
             is_made.set()
             assert may_go.wait(20)
-        return send(link, name, tensor, start, stop)
+        return add(self, name, tensor, start, stop)
 
     def finishes(self: Any, number: int, weights: Any) -> None:
         if is_made.is_set():
@@ -165,7 +166,8 @@ def test_a_fold_on_its_way_does_not_come_over_a_gradient_that_is_not_finite(
         if is_made.is_set():
             may_go.set()
 
-    monkeypatch.setattr(outbox, "send_range", sends)
+    monkeypatch.setattr(early, "LEAST_BYTES", 0)
+    monkeypatch.setattr(mail.Letters, "add", adds)
     monkeypatch.setattr(outbox.Outbox, "finish", finishes)
     monkeypatch.setattr(RemoteGradients, "_put", puts)
 
@@ -219,6 +221,7 @@ def test_half_precision_is_folded_too(
     places: tuple[str, ...], clips: bool, dtype: torch.dtype, seen: Seen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(early, "BUCKET_BYTES", 64)
+    monkeypatch.setattr(early, "LEAST_BYTES", 0)
 
     def body(run: Any) -> list[float]:
         net = drawn(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1)).to(dtype))

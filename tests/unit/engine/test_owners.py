@@ -54,6 +54,7 @@ def test_passes_may_be_uneven_and_gradients_missing_or_changed(
     places: tuple[str, ...], bytes_: tuple[int, int], monkeypatch: pytest.MonkeyPatch, seen: Seen
 ) -> None:
     monkeypatch.setattr(early, "BUCKET_BYTES", bytes_[0])
+    monkeypatch.setattr(early, "LEAST_BYTES", 0)
     monkeypatch.setattr(owners, "SHARE_BYTES", bytes_[1])
     apart, one = both(several, places)
     assert apart == pytest.approx(one, rel=1e-12, abs=1e-12)

@@ -133,12 +133,14 @@ def test_what_goes_early_does_not_count_before_the_step(
     hosts: tuple[str, ...], bucket_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(early, "BUCKET_BYTES", bucket_bytes)
+    monkeypatch.setattr(early, "LEAST_BYTES", 0)
     assert run_job(several, elsewhere=True, hosts=hosts) == run_job(several, elsewhere=False)
 
 
 @pytest.mark.parametrize("least", [1, 200, 10**6])
 def test_buckets_are_all_of_a_vector_from_its_end(least: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(early, "BUCKET_BYTES", least)
+    monkeypatch.setattr(early, "LEAST_BYTES", 0)
     tensors = [torch.zeros(size) for size in (40, 7, 300, 5, 64)]
     table = tabulate((f"p{n}", 0, tensor) for n, tensor in enumerate(tensors))
     made = early.buckets(table)
