@@ -56,6 +56,18 @@ OWNERS: list[tuple[owners.Said, bytes]] = [
     (owners.Folded(0, 1), b""),
     (owners.Off(0, 2), b""),
     (owners.Rows(0, 2, 1, -2, 0, True), _ROWS),
+    (
+        owners.Letter(
+            0,
+            2,
+            [
+                owners.Enclosed(owners.Part(0, 2, 0), _SHARE),
+                owners.Enclosed(owners.Rows(0, 2, 1, 2, 0, True), _ROWS),
+                owners.Enclosed(owners.Given(0, 2), b""),
+            ],
+        ),
+        b"",
+    ),
 ]
 NOTES: list[Any] = [
     remote.Fetched(0),

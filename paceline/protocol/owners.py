@@ -67,7 +67,28 @@ class Rows(Said, frozen=True, tag=6):
     ends: bool
 
 
-Any_ = Part | Fold | Given | Folded | Off | Rows
+One = Part | Fold | Given | Folded | Off | Rows
+
+
+class Enclosed(msgspec.Struct, frozen=True, array_like=True):
+    """One of them, and the bytes that would be its payload."""
+
+    said: One
+    data: bytes
+
+
+class Letter(Said, frozen=True, tag=7):
+    """...all this, in this order: what is small goes together."""
+
+    enclosed: list[Enclosed]
+
+    @property
+    def size_bytes(self) -> int:
+        """Of what would be payloads."""
+        return sum(len(one.data) for one in self.enclosed)
+
+
+Any_ = One | Letter
 
 
 def cut(start: int, stop: int, most: int) -> list[tuple[int, int]]:

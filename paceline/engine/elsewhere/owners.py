@@ -20,7 +20,7 @@ import torch
 
 from paceline.engine.elsewhere.early import Bucket
 from paceline.engine.elsewhere.mail import as_bytes
-from paceline.engine.elsewhere.peers import Peers
+from paceline.engine.elsewhere.peers import Peers, Post
 from paceline.engine.elsewhere.table_parts import TableParts
 from paceline.params.fold import Pushed, fold_into
 from paceline.params.rows import Rows
@@ -91,6 +91,7 @@ class Owners:
         self.has_missed = False  # a round that home has stepped
         self._sent: dict[int, int] = {}  # of which round a fold was sent last, by cell
         self._rows_told = 0  # in which round
+        self._folds_post = Post(peers, index)  # of the thread that folds
         self._bytes: dict[tuple[bool, int, int], memoryview] = {}  # shares of cells, of its own gradients or of folds
         self._thread = threading.Thread(target=self._fold_forever, name="paceline-owner", daemon=True)
         peers.add(index, self)
@@ -136,21 +137,30 @@ class Owners:
 
     def tell(self, places: Iterable[int]) -> None:
         """The gradients of these buckets are there, perhaps others than before."""
+        post = Post(self._peers, self._index)
+        self._tell(post, places)
+        post.send()
+
+    def _tell(self, post: Post, places: Iterable[int]) -> None:
         number = self.number
         for place in places:
             for cell in self._cells_of[place]:
                 said = owners.Part(self._index, number, cell)
                 for other in self._peers.others:
-                    self._send(other, said, self._bytes_of(self._own, cell, other))
+                    if part := self._bytes_of(self._own, cell, other):
+                        post.put(other, said, part)
                 self.heard(self._rank, said, 0)
 
     def give(self, places: Iterable[int]) -> None:
         """All of them are as they are to be; those of these buckets have not been told so, nor have rows."""
-        self.tell(places)
-        self._tell_rows()
-        self._tell_all(owners.Given(self._index, self.number))
+        post, given = Post(self._peers, self._index), owners.Given(self._index, self.number)
+        self._tell(post, places)
+        self._tell_rows(post)
+        post.put_to_all(given)
+        post.send()
+        self.heard(self._rank, given, 0)
 
-    def _tell_rows(self) -> None:
+    def _tell_rows(self, post: Post) -> None:
         number = self.number
         if self._tables and self._rows_told == number:
             self._peers.flush()  # they are written over
@@ -162,7 +172,7 @@ class Owners:
                 stop = min(start + PIECE_BYTES, size)
                 said = owners.Rows(self._index, number, cell, count, start, stop == size)
                 for other in self._peers.others:
-                    self._peers.send(other, said, payload[start:stop])
+                    post.put(other, said, payload[start:stop])
             self.heard(self._rank, said, 0)
 
     def finish(self, number: int, weights: Sequence[float]) -> bool:
@@ -193,7 +203,10 @@ class Owners:
 
     def off(self) -> None:
         """This worker brings its own gradient to the round. Waits until what was sent of it has arrived."""
-        self._tell_all(owners.Off(self._index, self.number))
+        off = owners.Off(self._index, self.number)
+        for other in self._peers.others:
+            self._peers.send(other, off)
+        self.heard(self._rank, off, 0)
         self.flush()
 
     def flush(self) -> None:
@@ -216,6 +229,10 @@ class Owners:
         return room if room is not None and len(room) == size_bytes else None
 
     def heard(self, sender: int, message: Any, size_bytes: int) -> None:
+        if isinstance(message, owners.Letter):
+            for one in message.enclosed:
+                self._open(sender, one)
+            return
         if isinstance(message, owners.Part | owners.Fold) and not size_bytes and sender != self._rank:
             raise Senseless(
                 f"a {type(message).__name__} of cell {message.cell} came from worker {sender} without values"
@@ -241,6 +258,17 @@ class Owners:
                 self._wake()
             elif gathering.has_next:
                 self._has_work.notify_all()
+
+    def _open(self, sender: int, one: owners.Enclosed) -> None:
+        if one.data:
+            room = self.place(sender, one.said, len(one.data))
+            if room is None:
+                raise Senseless(
+                    f"worker {sender} has enclosed {len(one.data)} bytes of a {type(one.said).__name__}, which are not"
+                    " expected"
+                )
+            room[:] = one.data
+        self.heard(sender, one.said, len(one.data))
 
     def _take_rows(self, sender: int, said: owners.Rows, size_bytes: int) -> bool:
         """Are these the last of them?"""
@@ -268,14 +296,20 @@ class Owners:
         gathering = self._gathering
         while True:
             with self._has_work:
-                while not (self._over or gathering.has_next or gathering.is_folded):
-                    self._has_work.wait()
                 if self._over:
                     return None
                 number = gathering.number
                 if gathering.has_next:
                     return number, gathering.shares, *gathering.next()
-            self._tell_all(owners.Folded(self._index, number))
+                is_folded = gathering.is_folded
+            if is_folded:
+                self._folds_post.put_to_all(owners.Folded(self._index, number))
+            self._folds_post.send()
+            if is_folded:
+                self.heard(self._rank, owners.Folded(self._index, number), 0)
+            with self._has_work:
+                while not (self._over or gathering.has_next or gathering.is_folded):
+                    self._has_work.wait()
 
     def _fold(self, number: int, cell: int, shares: Sequence[float]) -> None:
         if cell in self._tables:
@@ -293,9 +327,10 @@ class Owners:
         fold_into(self._folds[vector][start:stop], gradients, shares)
         said, fold = owners.Fold(self._index, number, cell), self._bytes_of(self._folds, cell, self._rank)
         for other in self._peers.others:
-            self._send(other, said, fold)
+            if fold:
+                self._folds_post.put(other, said, fold)
 
-    # --- sending ---
+    # --- what is sent ---
 
     def _share(self, cell: int, owner: int) -> tuple[int, int]:
         where = self._cells[cell]
@@ -308,15 +343,6 @@ class Owners:
             start, stop = self._share(cell, owner)
             self._bytes[key] = as_bytes(vectors[self._cells[cell].vector][start:stop])
         return self._bytes[key]
-
-    def _send(self, other: int, message: owners.Said, part: memoryview) -> None:
-        if part:
-            self._peers.send(other, message, part)
-
-    def _tell_all(self, message: owners.Given | owners.Folded | owners.Off) -> None:
-        for other in self._peers.others:
-            self._peers.send(other, message)
-        self.heard(self._rank, message, 0)
 
 
 def _cut(buckets: Sequence[Bucket], count: int) -> tuple[list[Cell], list[list[int]]]:

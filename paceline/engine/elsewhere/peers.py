@@ -10,6 +10,7 @@ import dataclasses
 import time
 from typing import Any, Protocol
 
+from paceline.engine.elsewhere import mail
 from paceline.engine.elsewhere.around import Around
 from paceline.engine.elsewhere.mirror import arithmetic
 from paceline.errors import HostError
@@ -38,6 +39,46 @@ class Hears(Protocol):
         """With a payload of so many bytes. Raises Senseless."""
 
     def place(self, sender: int, message: Any, size_bytes: int) -> memoryview | None: ...
+
+
+class Post:
+    """What goes to the other owners of exchange ``index`` from one thread, small things together."""
+
+    def __init__(self, peers: Peers, index: int) -> None:
+        self._peers, self._index = peers, index
+        self._enclosed: dict[int, list[owners.Enclosed]] = {other: [] for other in peers.others}
+        self._bytes = dict.fromkeys(peers.others, 0)
+
+    def put(self, other: int, said: owners.One, payload: memoryview | None = None) -> None:
+        """A payload that is not small must not be changed until the peer has it."""
+        data = b"" if payload is None or len(payload) > mail.LETTER_BYTES else bytes(payload)
+        if len(data) + self._bytes[other] > mail.LETTER_BYTES:
+            self._send(other)
+        if payload is not None and len(payload) > len(data):
+            self._send(other)
+            self._peers.send(other, said, payload)
+            return
+        self._enclosed[other].append(owners.Enclosed(said, data))
+        self._bytes[other] += len(data)
+
+    def put_to_all(self, said: owners.One) -> None:
+        for other in self._peers.others:
+            self.put(other, said)
+
+    def send(self) -> None:
+        """All of it."""
+        for other in self._peers.others:
+            self._send(other)
+
+    def _send(self, other: int) -> None:
+        match self._enclosed[other]:
+            case []:
+                return
+            case [owners.Enclosed(said=said, data=b"")]:
+                self._peers.send(other, said)
+            case enclosed:
+                self._peers.send(other, owners.Letter(self._index, enclosed[-1].said.number, enclosed))
+        self._enclosed[other], self._bytes[other] = [], 0
 
 
 class Peers:
@@ -103,7 +144,7 @@ class Peers:
         """The link may have ended: who waits for something is told of it."""
         try:
             self._links[other].send(message, payload)
-            self.sent_bytes += len(payload or b"")
+            self.sent_bytes += message.size_bytes if isinstance(message, owners.Letter) else len(payload or b"")
         except LinkEnded:
             return
 

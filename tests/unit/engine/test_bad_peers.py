@@ -48,6 +48,10 @@ def said(sender: int, message: owners.Said, payload: bytes = b"") -> bytes:
         (owners.Rows(0, 1, 1, 2, 2**61, True), bytes(8), "nobody expects"),
         (owners.Rows(0, 1, 1, -1, 0, True), b"\4" + bytes(31), "row 4 has come of a table of 4"),
         (owners.Rows(0, 1, 1, 1, 0, True), b"\xff" * 4 + bytes(28), "row -1 has come of a table of 4"),
+        (owners.Letter(0, 1, [owners.Enclosed(owners.Part(0, 1, 0), bytes(124))]), b"", "which are not expected"),
+        (owners.Letter(0, 1, [owners.Enclosed(owners.Given(0, 1), bytes(8))]), b"", "which are not expected"),
+        (owners.Letter(0, 1, [owners.Enclosed(owners.Part(0, 1, 0), b"")]), b"", "without values"),
+        (owners.Letter(0, 1, []), bytes(8), "nobody expects"),
     ],
     ids=str,
 )
