@@ -116,9 +116,13 @@ class HostMirror(Mirror):
         self.is_whole: Callable[[], bool] = lambda: True  # asks home whether the members still share it
 
     @staticmethod
-    def make(spec: Spec) -> int:
-        """A descriptor of memory for it. Raises HostError."""
-        return segment.create("mirror", size_bytes(spec), by_place(spec), spec.workers)
+    def make(spec: Spec) -> tuple[int, ExchangeMemory]:
+        """Memory for it, in huge pages, and its descriptor. Raises HostError."""
+        size, stripes = size_bytes(spec), by_place(spec)
+        descriptor = segment.create("mirror", size, stripes, spec.workers)
+        memory = segment.attach(descriptor)
+        segment.enlarge(memory, segment.in_use(size, stripes, spec.workers))
+        return descriptor, ExchangeMemory(memory, spec)
 
     @staticmethod
     def open(spec: Spec, place: tuple[int, int]) -> ExchangeMemory:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -121,9 +120,8 @@ class RemoteHost:
             kind = remote.OWN
         memory = None
         if kind == remote.HOST and self._rank == self._around.members(self._rank)[0]:
-            descriptor = HostMirror.make(one.spec)
+            descriptor, memory = HostMirror.make(one.spec)
             self._around.tell_mirror(self._rank, one.index, descriptor)
-            memory = HostMirror.open(one.spec, (os.getpid(), descriptor))
         if one.is_in_crew and self._peers is not None:
             self._own(one, kind, self._peers, memory)
         elif memory is not None:
