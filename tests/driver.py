@@ -55,7 +55,6 @@ class Failed(Exception):
 
 ELSEWHERE = bool(os.environ.get("ELSEWHERE"))  # all jobs of a test run so, to look for differences
 _KEY = JobKey(bytes(range(32)))
-_finished: list[Any] = []  # jobs are kept: CPython 3.11 has been seen to crash in the collector when it frees them
 
 
 def run_job(
@@ -109,7 +108,6 @@ def run_job(
                 results[rank] = _live_elsewhere(context, body, around)
             else:
                 run = Run(context)
-                _finished.append(run)
                 results[rank] = body(run)
                 assert run.worker is not None
                 run.worker.finish()
@@ -179,7 +177,7 @@ def _live_elsewhere(context: Context, body: Callable[[Run], Any], around: Around
     def stand() -> None:
         try:
             deputize(
-                context, Door("127.0.0.1", ports, "job", os.getpid(), insecure=False), writable, _KEY, _finished.append
+                context, Door("127.0.0.1", ports, "job", os.getpid(), insecure=False), writable, _KEY, lambda _: None
             )
         except BaseException as error:  # noqa: BLE001  the outermost line of a thread that stands for a process
             raised.append(error)
@@ -194,7 +192,6 @@ def _live_elsewhere(context: Context, body: Callable[[Run], Any], around: Around
     worker = meet(context.rank, 0, "job", ("127.0.0.1", ports[-1]), _KEY, around)
     held.close()
     run = Run(None, worker)
-    _finished.append(run)
     try:
         result = body(run)
         worker.finish()

@@ -172,7 +172,7 @@ class Run:
         worker = self.worker
         _replace_step(optimizer, worker, index, exchange)
         _replace_zero_grad(optimizer, worker, index)
-        scaling.register(optimizer, lambda: worker.exchange(index, void=True))
+        scaling.register(optimizer, worker, index)
         optimizer.register_load_state_dict_post_hook(lambda _: worker.loaded_state(index))
 
     def _wrap_model(self, model: nn.Module) -> None:

@@ -6,19 +6,27 @@ would be a round behind the others ever after; so it brings a push that weighs n
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import weakref
+from typing import Any, Protocol
 
 from torch import optim
 from torch.amp.grad_scaler import GradScaler
 
-_skips: dict[optim.Optimizer, Callable[[], None]] = {}  # who is wrapped is so to the end of the run
+
+class Skips(Protocol):
+    """A worker."""
+
+    def exchange(self, index: int, *, void: bool) -> None: ...
+
+
+# Of each wrapped optimizer, as which exchange. Weak: in tests a process is many workers, one after the other.
+_wrapped: weakref.WeakKeyDictionary[optim.Optimizer, tuple[weakref.ref[Skips], int]] = weakref.WeakKeyDictionary()
 _usual_step = GradScaler._maybe_opt_step
 
 
-def register(optimizer: optim.Optimizer, skip: Callable[[], None]) -> None:
-    """From now on ``skip`` is called where a GradScaler leaves out a step of this optimizer."""
-    _skips[optimizer] = skip
+def register(optimizer: optim.Optimizer, worker: Skips, index: int) -> None:
+    """From now on where a GradScaler leaves out a step of this optimizer the worker brings a void push."""
+    _wrapped[optimizer] = weakref.ref(worker), index
     # Fused classes would unscale in their kernel, behind the exchange; this has the scaler do it before.
     optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
     GradScaler._maybe_opt_step = _step_or_skip  # type: ignore[method-assign, assignment]
@@ -27,8 +35,9 @@ def register(optimizer: optim.Optimizer, skip: Callable[[], None]) -> None:
 def _step_or_skip(
     scaler: GradScaler, optimizer: optim.Optimizer, optimizer_state: dict[str, Any], *args: Any, **kwargs: Any
 ) -> float | None:
-    skip = _skips.get(optimizer)
-    if skip is not None and sum(found.item() for found in optimizer_state["found_inf_per_device"].values()):
-        skip()
+    known, index = _wrapped.get(optimizer, (None, 0))
+    worker = None if known is None else known()
+    if worker is not None and sum(found.item() for found in optimizer_state["found_inf_per_device"].values()):
+        worker.exchange(index, void=True)
         return None
     return _usual_step(scaler, optimizer, optimizer_state, *args, **kwargs)
