@@ -6,8 +6,10 @@ try many.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import shutil
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
@@ -55,6 +57,7 @@ class Failed(Exception):
 
 ELSEWHERE = bool(os.environ.get("ELSEWHERE"))  # all jobs of a test run so, to look for differences
 _KEY = JobKey(bytes(range(32)))
+_finished: list[Any] = []  # jobs are kept: where they are freed, a process that has many crashes now and then
 
 
 def run_job(
@@ -108,6 +111,7 @@ def run_job(
                 results[rank] = _live_elsewhere(context, body, around)
             else:
                 run = Run(context)
+                _finished.append(run)
                 results[rank] = body(run)
                 assert run.worker is not None
                 run.worker.finish()
@@ -134,7 +138,10 @@ def run_job(
     alive = workers + servers
     while alive:
         with arrived:
-            assert arrived.wait_for(lambda: events, timeout=60), "the job hangs"
+            if not arrived.wait_for(lambda: events, timeout=60):
+                faulthandler.dump_traceback(sys.__stderr__)  # where each of its threads stands
+                board.set_abort()  # what is left of it would be in the way of the tests that follow
+                raise AssertionError("the job hangs")
             role, rank, message = events.pop(0)
         if message is None:
             alive -= 1
@@ -177,7 +184,7 @@ def _live_elsewhere(context: Context, body: Callable[[Run], Any], around: Around
     def stand() -> None:
         try:
             deputize(
-                context, Door("127.0.0.1", ports, "job", os.getpid(), insecure=False), writable, _KEY, lambda _: None
+                context, Door("127.0.0.1", ports, "job", os.getpid(), insecure=False), writable, _KEY, _finished.append
             )
         except BaseException as error:  # noqa: BLE001  the outermost line of a thread that stands for a process
             raised.append(error)
@@ -192,6 +199,7 @@ def _live_elsewhere(context: Context, body: Callable[[Run], Any], around: Around
     worker = meet(context.rank, 0, "job", ("127.0.0.1", ports[-1]), _KEY, around)
     held.close()
     run = Run(None, worker)
+    _finished.append(run)
     try:
         result = body(run)
         worker.finish()
