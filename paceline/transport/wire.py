@@ -25,7 +25,7 @@ _HEADER = struct.Struct("<4sBBHIIQQQQI")
 _CRC = struct.Struct("<I")
 HEADER_BYTES = _HEADER.size
 _COLUMNS = 509  # a prime: what is damaged at every page, or at every power of two, is damaged in many columns
-_FEW_ROWS = 4
+_FEW_ROWS = 4  # of fewer the CRC of all bytes is as fast
 _BUFFER_BYTES = 4096  # more would copy more of a payload that comes behind a header
 
 MESSAGE, PULSE, BYE = 1, 2, 3  # kinds; a pulse says that one is there, and acknowledges

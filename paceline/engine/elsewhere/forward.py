@@ -38,7 +38,7 @@ class Forward:
         closed: Callable[[remote.Follow], None],
     ) -> None:
         self._closed = closed
-        self._memory, self._table, self._index, self._link = exchange.memory, exchange.spec.table, index, link
+        self._memory, self._table, self._index = exchange.memory, exchange.spec.table, index
         self._others, self._members = tuple(others), frozenset(members)
         self._rows: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # of tables: numbers, values as they were sent
         self._follow: remote.Follow | None = None

@@ -326,9 +326,8 @@ class Owners:
         self._sent[cell] = number
         fold_into(self._folds[vector][start:stop], gradients, shares)
         said, fold = owners.Fold(self._index, number, cell), self._bytes_of(self._folds, cell, self._rank)
-        for other in self._peers.others:
-            if fold:
-                self._folds_post.put(other, said, fold)
+        for other in self._peers.others if fold else ():
+            self._folds_post.put(other, said, fold)
 
     # --- what is sent ---
 
